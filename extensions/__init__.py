@@ -1,0 +1,45 @@
+"""The method of Akiba, Suzuki and Fukuda, arXiv:1711.04325, as reusable parts for Chainer and ChainerMN.
+
+Each module is one part of the paper, with its equation beside the lines that compute it. Nothing here knows of ImageNet.
+"""
+
+# First of all: Chainer cannot be imported on today's NumPy without it.
+from extensions import numpy_compatibility  # noqa: F401  isort: skip
+
+from extensions.batch_statistics import AllreduceBatchStatistics
+from extensions.evaluation import ExactEvaluator
+from extensions.half_precision import (
+    CommunicatorError,
+    HalfPrecisionMpiCommunicator,
+    create_communicator,
+    device_of,
+)
+from extensions.rmsprop_warmup import RMSpropWarmup, RMSpropWarmupRule
+from extensions.schedules import (
+    AlphaSGDSchedule,
+    StepLearningRate,
+    alpha_rmsprop,
+    alpha_sgd,
+    base_learning_rate,
+    slow_start_factor,
+)
+from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
+
+__all__ = [
+    'AllreduceBatchStatistics',
+    'AlphaSGDSchedule',
+    'CommunicatorError',
+    'ExactEvaluator',
+    'HalfPrecisionMpiCommunicator',
+    'MeanTrainingLoss',
+    'RMSpropWarmup',
+    'RMSpropWarmupRule',
+    'StepLearningRate',
+    'VirtualWorkersUpdater',
+    'alpha_rmsprop',
+    'alpha_sgd',
+    'base_learning_rate',
+    'create_communicator',
+    'device_of',
+    'slow_start_factor',
+]

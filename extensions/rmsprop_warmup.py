@@ -1,0 +1,206 @@
+"""RMSprop warm-up: the update rule that starts as RMSprop and becomes momentum SGD."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from chainer import optimizer, using_device
+from chainer.backends import cuda
+
+# Elements per block of the CPU update. The five streams and the scratch of a block, 6 x 64 KiB in float32,
+# stay in a core's second-level cache.
+_BLOCK = 16384
+
+_UPDATE_GPU = """
+    m = mu2 * m + (1 - mu2) * grad * grad;
+    T scale = alpha_sgd;
+    if (alpha_rmsprop != 0) {
+        scale += alpha_rmsprop / (sqrt(m) + eps);
+    }
+    delta = mu1 * delta - scale * grad;
+    param += lr * delta;
+"""
+
+
+def _check_hyperparameters(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool):
+            raise TypeError(f'{name} must be a number, not the boolean {value}')
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f'{name} must be finite and not negative, not {value}')
+        if name in ('mu1', 'mu2') and value >= 1:
+            raise ValueError(f'{name} is a decay rate and must be below 1, not {value}')
+
+
+_default_hyperparam = optimizer.Hyperparameter()
+_default_hyperparam.alpha_sgd = 1.0
+_default_hyperparam.alpha_rmsprop = 0.0
+_default_hyperparam.mu1 = 0.9
+_default_hyperparam.mu2 = 0.99
+_default_hyperparam.eps = 1e-8
+
+
+class RMSpropWarmupRule(optimizer.UpdateRule):
+    """Update rule of one parameter; the equations stand in :class:`RMSpropWarmup`.
+
+    Args:
+        parent_hyperparam (~chainer.optimizer.Hyperparameter): Provides the values that are not given here.
+        lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps (float): As in :class:`RMSpropWarmup`, for this
+            parameter alone.
+
+    Attributes:
+        state (dict): ``m`` and ``delta``, arrays of the parameter's shape, dtype and device, initially 0.
+
+    Raises:
+        TypeError, ValueError: As in :class:`RMSpropWarmup`.
+    """
+
+    is_elementwise = True
+
+    def __init__(
+        self,
+        parent_hyperparam=None,
+        lr=None,
+        alpha_sgd=None,
+        alpha_rmsprop=None,
+        mu1=None,
+        mu2=None,
+        eps=None,
+    ):
+        super().__init__(parent_hyperparam or _default_hyperparam)
+        given = {
+            'lr': lr,
+            'alpha_sgd': alpha_sgd,
+            'alpha_rmsprop': alpha_rmsprop,
+            'mu1': mu1,
+            'mu2': mu2,
+            'eps': eps,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        _check_hyperparameters(**given)
+        for name, value in given.items():
+            setattr(self.hyperparam, name, value)
+
+    def init_state(self, param):
+        with using_device(param.device):
+            self.state['m'] = param.device.xp.zeros_like(param.data)
+            self.state['delta'] = param.device.xp.zeros_like(param.data)
+
+    def _hyperparameters(self, dtype) -> tuple[float, ...]:
+        hp = self.hyperparam
+        if hp.eps != 0 and dtype.type(hp.eps) == 0:
+            raise ValueError(
+                f'eps = {hp.eps} of RMSpropWarmup is zero in {dtype.name}: choose a larger eps, or keep '
+                'the parameters in float32 (optimizer.use_fp32_update)'
+            )
+        # Python floats: a NumPy scalar would widen float32 arithmetic to float64.
+        return tuple(
+            float(v) for v in (hp.lr, hp.alpha_sgd, hp.alpha_rmsprop, hp.mu1, hp.mu2, hp.eps)
+        )
+
+    def update_core_cpu(self, param):
+        if param.grad is None:
+            return
+        lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps = self._hyperparameters(param.dtype)
+        scratch = np.empty(min(_BLOCK, param.data.size), param.dtype)
+        # nditer hands out blocks of the arrays themselves, as 1-d views, whatever their layout.
+        blocks = np.nditer(
+            [param.data, param.grad, self.state['m'], self.state['delta']],
+            flags=['external_loop', 'buffered', 'zerosize_ok'],
+            op_flags=[['readwrite'], ['readonly'], ['readwrite'], ['readwrite']],
+            op_dtypes=[param.dtype] * 4,
+            casting='same_kind',
+            buffersize=_BLOCK,
+        )
+        with blocks:
+            for p, g, m, delta in blocks:
+                s = scratch[: len(p)]
+                np.multiply(g, g, out=s)
+                s *= 1 - mu2
+                m *= mu2
+                m += s  # [W1]
+                if alpha_rmsprop != 0:
+                    np.sqrt(m, out=s)
+                    s += eps
+                    np.divide(alpha_rmsprop, s, out=s)
+                    s += alpha_sgd
+                    s *= g
+                else:
+                    np.multiply(g, alpha_sgd, out=s)
+                delta *= mu1
+                delta -= s  # [W2]
+                np.multiply(delta, lr, out=s)
+                p += s  # [W3]
+
+    def update_core_gpu(self, param):
+        if param.grad is None:
+            return
+        cuda.elementwise(
+            'T grad, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2, T eps',
+            'T param, T m, T delta',
+            _UPDATE_GPU,
+            'rmsprop_warmup',
+        )(
+            param.grad,
+            *self._hyperparameters(param.dtype),
+            param.data,
+            self.state['m'],
+            self.state['delta'],
+        )
+
+
+class RMSpropWarmup(optimizer.GradientMethod):
+    """RMSprop warm-up (S): momentum SGD and RMSprop, mixed inside the momentum.
+
+    With g_t the gradient averaged over all workers, theta the parameters and m_0 = Delta_0 = 0::
+
+        [W1]  m_t     = mu2 * m_{t-1} + (1 - mu2) * g_t**2
+        [W2]  Delta_t = mu1 * Delta_{t-1} - (alpha_SGD + alpha_RMSprop / (sqrt(m_t) + eps)) * g_t
+        [W3]  theta_t = theta_{t-1} + eta * Delta_t
+
+    Both terms are inside Delta, so the RMSprop part has the momentum's gain of 1 / (1 - mu1) as well; eta is
+    outside, so that a change of eta acts at once and needs no momentum correction (G, remark 2).
+    alpha_SGD = 1, alpha_RMSprop = 0 is Chainer's :class:`~chainer.optimizers.CorrectedMomentumSGD`.
+    :class:`~extensions.schedules.AlphaSGDSchedule` moves the two alphas during training.
+
+    In the code: m is ``state['m']``, Delta ``state['delta']``, eta ``lr``. All arithmetic is in the parameter's
+    dtype; with ``use_fp32_update()``, float16 parameters have float32 masters, as everywhere in Chainer.
+
+    Args:
+        lr (float): eta. The paper's varies, see :func:`~extensions.schedules.slow_start_factor`.
+        alpha_sgd (float): Weight of the momentum SGD term.
+        alpha_rmsprop (float): Weight of the RMSprop term.
+        mu1 (float): Decay rate of the momentum; 0.9 (R).
+        mu2 (float): Decay rate of the mean square; 0.99 (R).
+        eps (float): Added to the root, outside of it; 1e-8 (R).
+
+    Raises:
+        TypeError: A hyper-parameter is a boolean.
+        ValueError: One is negative or not finite, or ``mu1`` or ``mu2`` is not below 1. At the first update: ``eps``
+            is zero in the parameter's dtype.
+    """
+
+    def __init__(self, lr, alpha_sgd=1.0, alpha_rmsprop=0.0, mu1=0.9, mu2=0.99, eps=1e-8):
+        super().__init__()
+        values = {
+            'lr': lr,
+            'alpha_sgd': alpha_sgd,
+            'alpha_rmsprop': alpha_rmsprop,
+            'mu1': mu1,
+            'mu2': mu2,
+            'eps': eps,
+        }
+        _check_hyperparameters(**values)
+        for name, value in values.items():
+            setattr(self.hyperparam, name, value)
+
+    lr = optimizer.HyperparameterProxy('lr')
+    alpha_sgd = optimizer.HyperparameterProxy('alpha_sgd')
+    alpha_rmsprop = optimizer.HyperparameterProxy('alpha_rmsprop')
+    mu1 = optimizer.HyperparameterProxy('mu1')
+    mu2 = optimizer.HyperparameterProxy('mu2')
+    eps = optimizer.HyperparameterProxy('eps')
+
+    def create_update_rule(self):
+        return RMSpropWarmupRule(self.hyperparam)

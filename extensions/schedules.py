@@ -1,0 +1,209 @@
+"""The paper's two schedules: the transition from RMSprop to SGD, and the slow-start learning rate."""
+
+from __future__ import annotations
+
+import numpy as np
+from chainer import reporter, training
+from chainer.training import extension
+
+PAPER_EPOCHS = 90
+
+_SLOW_START = ((40, 0.5), (70, 0.075), (85, 0.01), (float('inf'), 0.001))  # (until epoch, factor)
+
+
+def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
+    """Weight of the SGD term during the transition (S).
+
+    With u = 2 (epoch - beta_center) / beta_period, ``form='printed'`` is the formula as the paper prints it::
+
+        [A]  alpha_SGD = 1/2 exp(u)    epoch < beta_center
+                         1/2 + u       epoch < beta_center + beta_period / 2
+                         1             otherwise
+
+    The printed linear branch passes 1 at epoch 11.25 and reaches 1.5 just before epoch 12.5, then drops to 1; yet
+    the text says that the curve was chosen after the ELU, to be smooth. ``form='continuous'`` has 1/2 + u/2 there:
+    exactly (ELU(u) + 1) / 2, which is continuous with its derivative at ``beta_center`` and reaches 1 at
+    ``beta_center + beta_period / 2``. The default is what a reader with the paper in hand expects to find.
+
+    Args:
+        epoch (float or array): Fractional epochs, in the paper's 90.
+        beta_center (float): Epoch of alpha_SGD = 1/2; 10 (S).
+        beta_period (float): Epochs that the transition takes; 5 (S).
+        form (str): ``'printed'`` or ``'continuous'``.
+
+    Returns:
+        float, or float64 array of ``epoch``'s shape.
+
+    Raises:
+        ValueError: Unknown ``form``, or ``beta_period`` is not above 0.
+    """
+    if form not in ('printed', 'continuous'):
+        raise ValueError(f"form must be 'printed' or 'continuous', not {form!r}")
+    if not beta_period > 0:
+        raise ValueError(f'beta_period must be above 0, not {beta_period}')
+    u = 2 * (np.asarray(epoch, np.float64) - beta_center) / beta_period
+    exponential = np.exp(np.minimum(u, 0)) / 2
+    linear = 0.5 + (u if form == 'printed' else u / 2)
+    alpha = np.where(u < 0, exponential, np.where(u < 1, linear, 1.0))  # [A]
+    return alpha if alpha.ndim else float(alpha)
+
+
+def alpha_rmsprop(alpha_sgd, lr, lr_rmsprop=3e-4):
+    """Weight of the RMSprop term that goes with ``alpha_sgd`` (R)::
+
+        [W4]  alpha_RMSprop = max(0, 1 - alpha_SGD) * eta_RMSprop / eta
+
+    so that the RMSprop term's step has the size eta_RMSprop whatever eta is. The floor at 0 keeps the printed form
+    of alpha_SGD, which exceeds 1, from turning the RMSprop term into ascent.
+
+    Args:
+        alpha_sgd (float or array): From :func:`alpha_sgd`.
+        lr (float or array): eta, the current learning rate.
+        lr_rmsprop (float): eta_RMSprop; 3e-4 (R).
+
+    Returns:
+        float, or float64 array.
+
+    Raises:
+        ValueError: ``lr`` is not above 0.
+    """
+    if not np.all(np.asarray(lr) > 0):
+        raise ValueError(f'lr must be above 0, not {lr}')
+    alpha = np.maximum(0.0, 1 - np.asarray(alpha_sgd, np.float64)) * lr_rmsprop / lr  # [W4]
+    return alpha if np.ndim(alpha) else float(alpha)
+
+
+def base_learning_rate(total_batch_size):
+    """eta_base: 0.1 for each 256 images of the total batch, n workers of b_local images (S, G).
+
+    12.8 at the paper's 32,768.
+    """
+    return 0.1 * total_batch_size / 256
+
+
+def slow_start_factor(epoch):
+    """eta / eta_base at a fractional epoch of the paper's 90 (S)::
+
+        [L]  0.5    epochs  0-40        0.01   epochs 70-85
+             0.075  epochs 40-70        0.001  epochs 85-90
+
+    There is no gradual warm-up on top of it.
+
+    Args:
+        epoch (float or array): Fractional epochs, in the paper's 90.
+
+    Returns:
+        float, or float64 array of ``epoch``'s shape.
+    """
+    ends, factors = zip(*_SLOW_START)
+    factor = np.asarray(factors)[np.searchsorted(ends[:-1], epoch, side='right')]  # [L]
+    return factor if np.ndim(factor) else float(factor)
+
+
+class _Schedule(training.Extension):
+    """Sets hyper-parameters from the fractional epoch at the start of each update.
+
+    Chainer runs extensions after an update. So the values for the first update are set by ``initialize``, which
+    also serves after a resume, and those for the next one after the observers have read what this one used: hence the
+    low priority. What an update used is reported from inside it, by an optimizer hook.
+    """
+
+    trigger = (1, 'iteration')
+    names: tuple[str, ...] = ()
+
+    def __init__(self, total_batch_size, n_images, epochs=PAPER_EPOCHS, optimizer=None):
+        if not (total_batch_size > 0 and n_images > 0 and epochs > 0):
+            raise ValueError(
+                'total_batch_size, n_images and epochs must be above 0, not '
+                f'{total_batch_size}, {n_images} and {epochs}'
+            )
+        self._total_batch_size = total_batch_size
+        self._n_images = n_images
+        self._epochs = epochs
+        self._optimizer = optimizer
+
+    def initialize(self, trainer):
+        optimizer = self._optimizer_of(trainer)
+        optimizer.add_hook(self._report, f'{self.default_name}_report', timing='post')
+        self(trainer)
+
+    def __call__(self, trainer):
+        self._set(self._optimizer_of(trainer), self.paper_epoch(trainer.updater.iteration))
+
+    def paper_epoch(self, iteration) -> float:
+        """Epoch of the paper's 90 at which the update after ``iteration`` updates starts."""
+        images = iteration * self._total_batch_size
+        return images * PAPER_EPOCHS / (self._n_images * self._epochs)
+
+    def _optimizer_of(self, trainer):
+        return self._optimizer or trainer.updater.get_optimizer('main')
+
+    def _report(self, optimizer):
+        reporter.report({name: getattr(optimizer, name) for name in self.names})
+
+    def _set(self, optimizer, epoch):
+        raise NotImplementedError
+
+
+class StepLearningRate(_Schedule):
+    """The slow-start learning rate [L]: ``lr = base_learning_rate(B) * slow_start_factor(epoch)``.
+
+    ``epoch`` is fractional: updates done so far x total batch / images, at the start of the update, whatever the
+    iterator says. A run of E epochs maps its epoch e to 90 e / E. Each update reports ``lr``, the value it used.
+
+    Args:
+        total_batch_size (int): B, images of all workers together in one iteration.
+        n_images (int): Images of the training set.
+        epochs (float): E, epochs of this run.
+        optimizer (~chainer.Optimizer): The updater's main optimizer by default.
+
+    Raises:
+        ValueError: A number is not above 0.
+    """
+
+    priority = extension.PRIORITY_READER - 50
+    names = ('lr',)
+
+    def _set(self, optimizer, epoch):
+        optimizer.lr = base_learning_rate(self._total_batch_size) * slow_start_factor(epoch)
+
+
+class AlphaSGDSchedule(_Schedule):
+    """The transition [A]: sets ``alpha_sgd``, and ``alpha_rmsprop`` after [W4] with the learning rate then in force.
+
+    Runs after :class:`StepLearningRate`, whatever order they were added in. Each update reports ``alpha_sgd`` and
+    ``alpha_rmsprop``, the values it used.
+
+    Args:
+        total_batch_size, n_images, epochs, optimizer: As in :class:`StepLearningRate`.
+        beta_center, beta_period (float), form (str): As in :func:`alpha_sgd`.
+        lr_rmsprop (float): As in :func:`alpha_rmsprop`.
+
+    Raises:
+        ValueError: A number is not above 0, or ``form`` is unknown.
+    """
+
+    priority = StepLearningRate.priority - 1
+    names = ('alpha_sgd', 'alpha_rmsprop')
+
+    def __init__(
+        self,
+        total_batch_size,
+        n_images,
+        epochs=PAPER_EPOCHS,
+        optimizer=None,
+        beta_center=10.0,
+        beta_period=5.0,
+        form='printed',
+        lr_rmsprop=3e-4,
+    ):
+        super().__init__(total_batch_size, n_images, epochs, optimizer)
+        alpha_sgd(0.0, beta_center, beta_period, form)  # raises now what it would raise later
+        self._transition = (beta_center, beta_period, form)
+        self._lr_rmsprop = lr_rmsprop
+
+    def _set(self, optimizer, epoch):
+        optimizer.alpha_sgd = alpha_sgd(epoch, *self._transition)
+        optimizer.alpha_rmsprop = alpha_rmsprop(
+            optimizer.alpha_sgd, optimizer.lr, self._lr_rmsprop
+        )

@@ -1,0 +1,183 @@
+"""A worker is not a process: P processes play the paper's n workers, n / P each, one after the other."""
+
+from __future__ import annotations
+
+import chainer
+import numpy as np
+from chainer import reporter, training
+from chainer.training import extension
+
+
+class VirtualWorkersUpdater(training.Updater):
+    """Updater that plays this process's share of the workers in every iteration.
+
+    Each worker has its own minibatch, normalizes it with that minibatch's own statistics, and its gradient is rounded to
+    the communicator's dtype on its own, exactly as if it were a process. Then follow one all-reduce and one update, so that
+    ``t`` rises by exactly one an iteration. Where n = P, the usual case, the loop has one turn.
+
+    Process r of P plays the workers r n / P to (r + 1) n / P - 1.
+
+    The communicator's ``add_grad`` and ``mean_grad`` are used where it has them
+    (:class:`~extensions.half_precision.HalfPrecisionMpiCommunicator`): the mean is then independent of P, bit by bit. With
+    ChainerMN's own, such as ``pure_nccl``, each worker's gradient is rounded and added up in float32 on the device, and the mean
+    of the process's workers is what the communicator all-reduces.
+
+    Args:
+        batches (callable): ``batches(iteration, worker)`` returns that worker's minibatch, what ``converter`` takes. Nothing but
+            ``iteration`` needs to be saved to resume.
+        optimizer (~chainer.Optimizer): A plain one, not a multi-node optimizer.
+        loss_function (callable): Takes the converted minibatch and returns the scalar loss, averaged over it.
+        comm (~chainermn.CommunicatorBase): The processes.
+        n_workers (int): n, a multiple of the number of processes.
+        epoch_size (tuple of int): Total batch size and number of training images; an epoch is the iterations that it takes
+            to see as many images, a fraction included.
+        converter (callable): Turns a minibatch into arrays on the model's device.
+        batch_statistics (~extensions.batch_statistics.AllreduceBatchStatistics): Is told of each worker's forward pass.
+
+    Attributes:
+        iteration (int): Updates done.
+        losses (list): This process's losses since they were last cleared, an array of its workers' for each iteration.
+
+    Raises:
+        ValueError: ``n_workers`` is not a multiple of the number of processes.
+    """
+
+    def __init__(
+        self,
+        batches,
+        optimizer,
+        loss_function,
+        comm,
+        n_workers,
+        epoch_size,
+        converter=lambda batch: batch,
+        batch_statistics=None,
+    ):
+        self.workers = workers_of(comm.rank, comm.size, n_workers)
+        self.iteration = 0
+        self.losses = []
+        self._batches = batches
+        self._optimizer = optimizer
+        self._loss_function = loss_function
+        self._comm = comm
+        self._total_batch_size, self._n_images = epoch_size
+        self._converter = converter
+        self._batch_statistics = batch_statistics if len(self.workers) > 1 else None
+        self._gradients = comm if hasattr(comm, 'add_grad') else _LocalMean(comm)
+
+    @property
+    def epoch(self):
+        return self.iteration * self._total_batch_size // self._n_images
+
+    @property
+    def epoch_detail(self):
+        return self.iteration * self._total_batch_size / self._n_images
+
+    @property
+    def previous_epoch_detail(self):
+        return max(self.iteration - 1, 0) * self._total_batch_size / self._n_images
+
+    @property
+    def is_new_epoch(self):
+        return int(self.previous_epoch_detail) < self.epoch
+
+    def connect_trainer(self, trainer):
+        pass
+
+    def get_optimizer(self, name):
+        return {'main': self._optimizer}[name]
+
+    def get_all_optimizers(self):
+        return {'main': self._optimizer}
+
+    def finalize(self):
+        pass
+
+    def update(self):
+        model = self._optimizer.target
+        losses = []
+        if self._batch_statistics:
+            self._batch_statistics.clear()
+        for worker in self.workers:
+            batch = self._converter(self._batches(self.iteration, worker))
+            model.cleargrads()
+            loss = self._loss_function(*batch)
+            loss.backward()
+            losses.append(loss.array)
+            del loss
+            self._gradients.add_grad(model)
+            if self._batch_statistics:
+                self._batch_statistics.add_worker()
+        self._gradients.mean_grad(model)
+        self._optimizer.update()
+        self.iteration += 1
+        self.losses.append(chainer.backend.get_array_module(losses[0]).stack(losses))
+
+    def serialize(self, serializer):
+        self._optimizer.serialize(serializer['optimizer:main'])
+        self._optimizer.target.serialize(serializer['model:main'])
+        self.iteration = serializer('iteration', self.iteration)
+
+
+def workers_of(rank, n_processes, n_workers) -> range:
+    """The workers that a process plays."""
+    if n_workers < 1 or n_workers % n_processes:
+        raise ValueError(
+            f'{n_workers} workers cannot be spread evenly over {n_processes} processes: choose a '
+            'multiple of the number of processes'
+        )
+    each = n_workers // n_processes
+    return range(rank * each, (rank + 1) * each)
+
+
+class _LocalMean:
+    """Mean over a process's workers on the device, then over processes by a ChainerMN communicator."""
+
+    def __init__(self, comm):
+        self._comm = comm
+        self._dtype = getattr(comm, 'allreduce_grad_dtype', None) or np.dtype(np.float32)
+        self._sums = {}
+        self._n_added = 0
+
+    def add_grad(self, model):
+        self._n_added += 1
+        for name, param in model.namedparams():
+            if param.grad is None:
+                continue
+            rounded = param.grad.astype(self._dtype).astype(np.float32)
+            self._sums[name] = rounded if self._n_added == 1 else self._sums[name] + rounded
+
+    def mean_grad(self, model):
+        for name, param in model.namedparams():
+            if param.grad is not None:
+                param.grad[...] = self._sums[name] / self._n_added
+        self._n_added = 0
+        self._comm.multi_node_mean_grad(model)
+
+
+class MeanTrainingLoss(training.Extension):
+    """Reports ``main/loss``: the mean over the iterations since the last call and over all workers.
+
+    One message per call; the sum is in float64, iteration by iteration and in the order of the workers, whatever P is.
+
+    Args:
+        comm (~chainermn.CommunicatorBase): The processes of a :class:`VirtualWorkersUpdater`.
+    """
+
+    trigger = (1, 'epoch')
+    priority = extension.PRIORITY_WRITER
+
+    def __init__(self, comm):
+        self._comm = comm
+
+    def __call__(self, trainer):
+        losses = trainer.updater.losses
+        xp = chainer.backend.get_array_module(losses[0])
+        local = np.ascontiguousarray(
+            chainer.backends.cuda.to_cpu(xp.stack(losses)), dtype=np.float64
+        )
+        losses.clear()
+        everyone = np.empty((self._comm.size, *local.shape))
+        self._comm.mpi_comm.Allgather(local, everyone)
+        by_iteration = np.concatenate(list(everyone), axis=1)  # [iterations, workers]
+        reporter.report({'main/loss': float(by_iteration.mean())})

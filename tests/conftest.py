@@ -1,0 +1,61 @@
+"""Runs real MPI jobs for the tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import extensions  # noqa: F401  (before any test imports Chainer: makes that possible on NumPy 2)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def mpi_environment():
+    """The environment of a job: one BLAS thread per rank, more ranks than cores allowed, root allowed."""
+    environment = {
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'OMPI_ALLOW_RUN_AS_ROOT': '1',
+        'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1',
+        'PRTE_MCA_rmaps_default_mapping_policy': ':oversubscribe',
+        'OMP_NUM_THREADS': '1',
+        'OPENBLAS_NUM_THREADS': '1',
+    }
+    environment.pop('IMAGENET_ROOT', None)
+    return environment
+
+
+def mpiexec_path():
+    beside = Path(sys.executable).parent / 'mpiexec'
+    return os.environ.get('MPIEXEC') or (str(beside) if beside.exists() else shutil.which('mpiexec'))
+
+
+@pytest.fixture
+def mpirun():
+    """``mpirun(n, script, *arguments)`` runs a Python script on n ranks and returns the CompletedProcess.
+
+    Without mpiexec the test fails: a job of one rank would pass where nothing is communicated.
+    """
+
+    def run(n, script, *arguments, timeout=120, **variables):
+        mpiexec = mpiexec_path()
+        assert mpiexec, 'no mpiexec: install the extra "mpi" or set MPIEXEC'
+        return subprocess.run(
+            [mpiexec, '-n', str(n), sys.executable, str(script), *map(str, arguments)],
+            env={**mpi_environment(), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def root():
+    return ROOT

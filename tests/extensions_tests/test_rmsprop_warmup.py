@@ -1,0 +1,239 @@
+import chainer
+import numpy as np
+import pytest
+from chainer import optimizers
+from chainer.optimizer_hooks import WeightDecay
+
+import extensions
+from extensions import RMSpropWarmup, RMSpropWarmupRule
+
+HYPERPARAMETERS = ('lr', 'alpha_sgd', 'alpha_rmsprop', 'mu1', 'mu2', 'eps')
+
+
+def equations(theta, m, delta, g, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps):
+    """[W1] [W2] [W3] in float64, as the paper states them."""
+    m = mu2 * m + (1 - mu2) * g**2
+    delta = mu1 * delta - (alpha_sgd + alpha_rmsprop / (np.sqrt(m) + eps)) * g
+    return theta + lr * delta, m, delta
+
+
+def link_of(array):
+    link = chainer.Link()
+    with link.init_scope():
+        link.p = chainer.Parameter(array.copy())
+    return link
+
+
+def arrays(shape, dtype, seed=0):
+    rng = np.random.RandomState(seed)
+    return np.asarray(rng.standard_normal(shape), dtype), rng
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+@pytest.mark.parametrize('shape', [(), (0,), (1,), (2, 3, 5), (16384,), (40001,)])
+@pytest.mark.parametrize(
+    'fixed',
+    [
+        {},
+        {'mu1': 0.5, 'mu2': 0.9, 'eps': 0.1},
+        {'mu1': 0.0, 'mu2': 0.0, 'eps': 1e-3},
+    ],
+)
+def test_thousand_steps_follow_the_equations(dtype, shape, fixed):
+    start, rng = arrays(shape, dtype)
+    values = {'mu1': 0.9, 'mu2': 0.99, 'eps': 1e-8, **fixed}
+    link = link_of(start)
+    optimizer = RMSpropWarmup(0.1, **values).setup(link)
+    theta, m, delta = start.astype(np.float64), 0.0, 0.0
+    n_steps = 1000 if np.prod(shape) < 1000 else 30
+    for step in range(n_steps):
+        optimizer.lr = 0.1 if step % 7 else 0.03
+        optimizer.alpha_sgd = min(1.0, step / n_steps + 0.01)
+        optimizer.alpha_rmsprop = max(0.0, 0.5 - step / n_steps)
+        g = np.asarray(rng.standard_normal(shape) * 10.0 ** rng.randint(-3, 1), dtype)
+        link.p.grad = g
+        optimizer.update()
+        theta, m, delta = equations(
+            theta, m, delta, g.astype(np.float64), *(getattr(optimizer, n) for n in HYPERPARAMETERS)
+        )
+    # Each step rounds about ten times; m and delta forget the errors of old steps at the rates mu2 and mu1, 1 / (1 - mu) steps
+    # of them count, while theta keeps the errors of all.
+    rounding = np.finfo(dtype).eps
+    for actual, expected, steps in [
+        (link.p.update_rule.state['m'], m, 100),
+        (link.p.update_rule.state['delta'], delta, 20),
+        (link.p.data, theta, n_steps),
+    ]:
+        scale = np.max(np.abs(expected), initial=1e-3)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=3 * rounding * steps * scale)
+    assert link.p.dtype == dtype and optimizer.t == n_steps
+
+
+def test_layouts_other_than_c_order():
+    start, rng = arrays((30, 20), 'float32')
+    gradient = rng.standard_normal((20, 30)).astype('float32').T
+    plain, transposed = link_of(start), link_of(start)
+    transposed.p.array = np.asfortranarray(start)
+    for link in (plain, transposed):
+        optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.2).setup(link)
+        link.p.grad = gradient
+        for _ in range(3):
+            optimizer.update()
+    np.testing.assert_array_equal(plain.p.array, transposed.p.array)
+
+
+def test_rmsprop_term_has_the_gain_of_the_momentum():
+    # A constant gradient of 0.5: m -> g**2, Delta -> -(alpha_rmsprop / (|g| + eps)) g / (1 - mu1).
+    link = link_of(np.zeros(1))
+    optimizer = RMSpropWarmup(1.0, alpha_sgd=0.0, alpha_rmsprop=0.01).setup(link)
+    for _ in range(4000):
+        link.p.grad = np.full(1, 0.5)
+        optimizer.update()
+    np.testing.assert_allclose(link.p.update_rule.state['delta'], -0.1, rtol=1e-7)
+
+
+def test_first_two_steps_by_hand():
+    link = link_of(np.array([1.0]))
+    optimizer = RMSpropWarmup(0.5, 0.25, 0.75, mu1=0.5, mu2=0.75, eps=1.0).setup(link)
+    link.p.grad = np.array([2.0])
+    optimizer.update()  # m = 1; Delta = -(0.25 + 0.75 / 2) 2 = -1.25; theta = 1 - 0.625
+    np.testing.assert_array_equal(link.p.data, [0.375])
+    link.p.grad = np.array([-2.0])
+    optimizer.lr = 1.0  # outside the momentum: acts at once, on all of Delta
+    optimizer.update()  # m = 0.75 + 1 = 1.75
+    delta = 0.5 * -1.25 + (0.25 + 0.75 / (1.75**0.5 + 1)) * 2
+    np.testing.assert_allclose(link.p.data, [0.375 + delta], rtol=1e-15)
+
+
+def test_without_rmsprop_it_is_chainers_corrected_momentum_sgd():
+    start, rng = arrays((50,), 'float64')
+    ours, peer = link_of(start), link_of(start)
+    optimizer = RMSpropWarmup(0.1, mu1=0.8).setup(ours)
+    chainers = optimizers.CorrectedMomentumSGD(0.1, momentum=0.8).setup(peer)
+    for step in range(100):
+        optimizer.lr = chainers.lr = 0.1 / (1 + step)
+        ours.p.grad = peer.p.grad = rng.standard_normal(50)
+        optimizer.update()
+        chainers.update()
+    np.testing.assert_allclose(ours.p.data, peer.p.data, rtol=1e-12, atol=1e-14)
+
+
+def test_without_sgd_and_momentum_it_is_chainers_rmsprop():
+    start, rng = arrays((50,), 'float64')
+    ours, peer = link_of(start), link_of(start)
+    # Chainer's lr is eta * alpha_rmsprop, and its eps stands outside the root too (eps_inside_sqrt=False).
+    optimizer = RMSpropWarmup(0.5, alpha_sgd=0, alpha_rmsprop=0.02, mu1=0, eps=1e-2).setup(ours)
+    chainers = optimizers.RMSprop(0.01, alpha=0.99, eps=1e-2).setup(peer)
+    for _ in range(100):
+        ours.p.grad = peer.p.grad = rng.standard_normal(50)
+        optimizer.update()
+        chainers.update()
+    np.testing.assert_allclose(ours.p.data, peer.p.data, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize('name', HYPERPARAMETERS)
+def test_every_hyperparameter_reaches_the_rule(name):
+    optimizer = RMSpropWarmup(**{'lr': 0.1, name: 0.125})
+    link = link_of(np.ones(2))
+    optimizer.setup(link)
+    assert getattr(link.p.update_rule.hyperparam, name) == 0.125
+    setattr(optimizer, name, 0.25)
+    assert getattr(link.p.update_rule.hyperparam, name) == 0.25
+    setattr(link.p.update_rule.hyperparam, name, 0.5)  # this parameter alone
+    assert getattr(optimizer, name) == 0.25
+    rule = RMSpropWarmupRule(**{'lr': 0.1, name: 0.125})
+    assert getattr(rule.hyperparam, name) == 0.125
+
+
+@pytest.mark.parametrize('name', HYPERPARAMETERS)
+@pytest.mark.parametrize('value', [-0.1, float('nan'), float('inf'), True])
+def test_impossible_hyperparameters_are_errors(name, value):
+    for optimizer in (RMSpropWarmup, RMSpropWarmupRule):
+        with pytest.raises((ValueError, TypeError), match=name):
+            optimizer(**{'lr': 0.1, name: value})
+
+
+def test_weight_decay_of_one_parameter_enters_before_the_rule():
+    start, rng = arrays((7,), 'float64')
+    g = rng.standard_normal(7)
+    link = link_of(start)
+    optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.3).setup(link)
+    link.p.update_rule.add_hook(WeightDecay(0.01))
+    link.p.grad = g.copy()
+    optimizer.update()
+    expected, _, _ = equations(start, 0, 0, g + 0.01 * start, 0.1, 1.0, 0.3, 0.9, 0.99, 1e-8)
+    np.testing.assert_allclose(link.p.data, expected, rtol=1e-14)
+
+
+def test_missing_gradient_and_disabled_rule_change_nothing():
+    start, _ = arrays((7,), 'float32')
+    link = link_of(start)
+    with link.init_scope():
+        link.uninitialized = chainer.Parameter()
+        link.disabled = chainer.Parameter(start.copy())
+    optimizer = RMSpropWarmup(0.1).setup(link)
+    link.cleargrads()
+    link.disabled.update_rule.enabled = False
+    link.disabled.grad = start
+    optimizer.update()
+    np.testing.assert_array_equal(link.disabled.data, start)
+    np.testing.assert_array_equal(link.p.data, start)
+    assert optimizer.t == 1
+
+
+def test_float16_with_float32_masters():
+    start, rng = arrays((100,), 'float16')
+    link = link_of(start)
+    optimizer = RMSpropWarmup(1e-4, alpha_rmsprop=0.1)
+    optimizer.use_fp32_update()
+    optimizer.setup(link)
+    theta, m, delta = start.astype(np.float64), 0.0, 0.0
+    for _ in range(50):
+        g = rng.standard_normal(100).astype('float16')
+        link.p.grad = g
+        optimizer.update()
+        theta, m, delta = equations(
+            theta, m, delta, g.astype(np.float64), 1e-4, 1.0, 0.1, 0.9, 0.99, 1e-8
+        )
+    assert link.p.update_rule.state['m'].dtype == np.float32
+    # Updates of 1e-4 vanish in float16 itself; from float32 masters the result is the rounded exact one.
+    assert np.mean(link.p.data == theta.astype('float16')) > 0.98
+
+
+def test_eps_that_vanishes_is_an_error():
+    link = link_of(np.ones(3, np.float16))
+    optimizer = RMSpropWarmup(0.1).setup(link)
+    link.p.grad = np.ones(3, np.float16)
+    with pytest.raises(ValueError, match='eps = 1e-08 .* zero in float16'):
+        optimizer.update()
+
+
+def test_state_is_saved_and_loaded(tmp_path):
+    start, rng = arrays((5,), 'float32')
+    link = link_of(start)
+    optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.3).setup(link)
+    gradients = rng.standard_normal((4, 5)).astype('float32')
+    for g in gradients[:2]:
+        link.p.grad = g
+        optimizer.update()
+    chainer.serializers.save_npz(tmp_path / 'model.npz', link)
+    chainer.serializers.save_npz(tmp_path / 'optimizer.npz', optimizer)
+    resumed = link_of(np.zeros(5, np.float32))
+    second = RMSpropWarmup(0.1, alpha_rmsprop=0.3).setup(resumed)
+    chainer.serializers.load_npz(tmp_path / 'model.npz', resumed)
+    chainer.serializers.load_npz(tmp_path / 'optimizer.npz', second)
+    for g in gradients[2:]:
+        for each, its_link in ((optimizer, link), (second, resumed)):
+            its_link.p.grad = g
+            each.update()
+    np.testing.assert_array_equal(link.p.data, resumed.p.data)
+    for name in ('m', 'delta'):
+        np.testing.assert_array_equal(
+            link.p.update_rule.state[name], resumed.p.update_rule.state[name]
+        )
+    assert second.t == 4
+
+
+def test_package_exports_the_public_names():
+    for name in extensions.__all__:
+        assert hasattr(extensions, name)
