@@ -1,0 +1,1 @@
+"""The experiment: the paper's training run, and what surrounds it."""

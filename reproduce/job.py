@@ -1,0 +1,65 @@
+"""What makes many ranks one job: they agree on errors before the start, and fall together after it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from mpi4py import MPI
+
+from extensions import CommunicatorError
+from reproduce.images import DataError
+from reproduce.settings import InputError
+
+_USER_ERRORS = (InputError, DataError, CommunicatorError)
+
+
+def on_every_rank(mpi_comm, function):
+    """Runs ``function`` on every rank. What it raises on any of them ends all: one line on the terminal, exit status 2.
+
+    Args:
+        mpi_comm (mpi4py.MPI.Comm): The ranks.
+        function (callable): If it communicates, it must raise on all ranks or on none.
+
+    Returns:
+        What ``function`` returned on this rank.
+
+    Raises:
+        SystemExit: On every rank, if it raised an error of the user's, or SystemExit, on any.
+    """
+    result, ending = None, None
+    try:
+        result = function()
+    except _USER_ERRORS as error:
+        ending = (2, f'error: {error}')
+    except SystemExit as end:
+        ending = (end.code or 0, None)
+    endings = mpi_comm.allgather(ending)
+    for rank, ending in enumerate(endings):
+        if ending:
+            status, message = ending
+            if message and rank == mpi_comm.rank:
+                print(message, file=sys.stderr, flush=True)
+            sys.exit(status)
+    return result
+
+
+def on_rank_zero(mpi_comm, function):
+    """Runs ``function`` on rank 0 alone and returns its result on every rank; errors as in :func:`on_every_rank`."""
+    result = on_every_rank(mpi_comm, function if mpi_comm.rank == 0 else lambda: None)
+    return mpi_comm.bcast(result)
+
+
+def abort_on_uncaught_exception():
+    """From now on an uncaught exception on any rank prints rank, host and traceback, and ends all ranks at once.
+
+    Without it the other ranks would wait in their next collective for ever.
+    """
+
+    def abort(kind, value, trace):
+        lines = ''.join(traceback.format_exception(kind, value, trace))
+        rank, host = MPI.COMM_WORLD.rank, MPI.Get_processor_name()
+        print(f'{lines}error: rank {rank} on {host} failed: {value!r}', file=sys.stderr, flush=True)
+        MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = abort

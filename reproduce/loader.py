@@ -1,0 +1,202 @@
+"""Processes that decode images ahead of the training, started so that MPI never notices.
+
+Nothing here, nor what it imports, may import MPI or Chainer: every loader process imports it.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import threading
+
+import numpy as np
+
+from reproduce import images
+
+
+def start_forkserver():
+    """Starts the server that forks loader processes; call it before anything imports ``mpi4py.MPI``.
+
+    A process forked after MPI has opened InfiniBand can crash or hang.
+    """
+    multiprocessing.set_forkserver_preload(['reproduce.loader'])  # instead of the main script
+    multiprocessing.forkserver.ensure_running()
+
+
+class _LoaderProcess(multiprocessing.context.ForkServerProcess):
+    """A process that does not import the main script, which would start MPI once more in each of them."""
+
+    def start(self):
+        main = sys.modules['__main__']
+        hidden = {name: main.__dict__.pop(name) for name in ('__file__', '__spec__') if name in main.__dict__}
+        main.__spec__ = None
+        try:
+            super().start()
+        finally:
+            main.__dict__.update(hidden)
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _LoaderProcess
+
+
+class ImageLoader:
+    """Minibatches of training and validation, decoded ahead by processes of its own.
+
+    Which images a training minibatch has, and how they are augmented, depends on nothing but the seed, the iteration and the worker:
+    not on the number of processes, nor on what was loaded before.
+
+    Args:
+        train, val (ImageFolder): The images.
+        order (ImageOrder): Which images belong to a worker in an iteration.
+        preprocessing (Preprocessing): What is done to each.
+        seed (int): Of the augmentation.
+        workers (range): The workers whose minibatches will be asked for, in this order in every iteration.
+        n_processes (int): 0: the calling process decodes, when it is asked.
+        prefetch (int): Minibatches that are decoded ahead; two per process by default.
+
+    Raises:
+        DataError: An image cannot be decoded; when its minibatch is asked for.
+        RuntimeError: A loader process died; when the next minibatch is asked for.
+    """
+
+    def __init__(self, train, val, order, preprocessing, seed, workers, n_processes=0, prefetch=None):
+        self._train, self._val, self._order = train, val, order
+        self._arguments = (train, val, preprocessing, seed)
+        self._workers = workers
+        self._prefetch = prefetch or 2 * n_processes
+        self._ahead = collections.deque()  # of ((iteration, worker), future)
+        self._executor = None
+        if n_processes:
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                n_processes, _Context(), initializer=_initialize, initargs=self._arguments
+            )
+
+    def train_batch(self, iteration: int, worker: int) -> tuple[np.ndarray, np.ndarray]:
+        """A worker's minibatch: uint8 [b, H, W, 3], int32 labels [b]."""
+        wanted = (iteration, worker)
+        if self._executor is None:
+            return self._labelled(self._load_train(wanted)(*self._arguments), wanted)
+        if not self._ahead or self._ahead[0][0] != wanted:
+            self._forget()
+            self._ahead.append((wanted, self._submit(self._load_train(wanted))))
+        while len(self._ahead) <= self._prefetch:
+            following = self._next(self._ahead[-1][0])
+            self._ahead.append((following, self._submit(self._load_train(following))))
+        _, future = self._ahead.popleft()
+        return self._labelled(self._result(future), wanted)
+
+    def validation_batches(self, start: int, stop: int, batch_size: int):
+        """Iterates over the validation images [start, stop): uint8 [b, H, W, 3], int32 labels [b]."""
+        ranges = [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+        pending = collections.deque()
+        for position, indices in enumerate(ranges):
+            if self._executor is None:
+                pixels = _LoadValidation(indices)(*self._arguments)
+            else:
+                last = min(position + self._prefetch + 1, len(ranges))
+                for ahead in ranges[position + len(pending) : last]:
+                    pending.append(self._submit(_LoadValidation(ahead)))
+                pixels = self._result(pending.popleft())
+            yield pixels, self._val.labels[indices.start : indices.stop]
+
+    def close(self):
+        """Ends the loader processes."""
+        self._forget()
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _load_train(self, wanted):
+        return _LoadTrain(*self._order(*wanted))
+
+    def _labelled(self, pixels, wanted):
+        _, indices = self._order(*wanted)
+        return pixels, self._train.labels[indices]
+
+    def _next(self, place):
+        iteration, worker = place
+        if worker == self._workers[-1]:
+            return iteration + 1, self._workers[0]
+        return iteration, worker + 1
+
+    def _submit(self, task):
+        try:
+            return self._executor.submit(_run, task)
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise self._died() from error
+
+    def _result(self, future):
+        try:
+            return future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise self._died() from error
+
+    def _died(self):
+        return RuntimeError(
+            'a process that loads images died (killed, or out of memory?); --loader-processes 0 does without'
+        )
+
+    def _forget(self):
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+
+class _LoadTrain:
+    """A task: the pixels of one training minibatch."""
+
+    def __init__(self, epochs, indices):
+        self._epochs, self._indices = epochs, indices
+
+    def __call__(self, train, val, preprocessing, seed):
+        return np.stack(
+            [
+                images.train_image(
+                    train.path(index), images.augmentation_rng(seed, epoch, index), preprocessing
+                )
+                for epoch, index in zip(self._epochs, self._indices)
+            ]
+        )
+
+
+class _LoadValidation:
+    """A task: the pixels of one validation minibatch."""
+
+    def __init__(self, indices):
+        self._indices = indices
+
+    def __call__(self, train, val, preprocessing, seed):
+        return np.stack(
+            [images.validation_image(val.path(index), preprocessing) for index in self._indices]
+        )
+
+
+_arguments: tuple = ()  # of every task, sent once to each loader process
+
+
+def _initialize(*arguments):
+    global _arguments
+    _arguments = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+    threading.Thread(target=_end_with_owner, daemon=True).start()
+
+
+def _end_with_owner():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run(task):
+    return task(*_arguments)

@@ -1,0 +1,233 @@
+"""What a person sees: the plan, the header, a progress line, a table of epochs, and the files of a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+
+import chainer
+import mpi4py
+import numpy as np
+from chainer import training
+from chainer.backends import cuda
+from chainer.training import extension, triggers
+from mpi4py import MPI
+
+from extensions import device_of, schedules
+from reproduce import figures
+
+_COLUMNS = (  # title, key in the log, format
+    ('epoch', 'epoch', '{:>5d}'),
+    ('lr', 'lr', '{:>9.5f}'),
+    ('alpha_sgd', 'alpha_sgd', '{:>9.5f}'),
+    ('alpha_rmsprop', 'alpha_rmsprop', '{:>13.3e}'),
+    ('train loss', 'main/loss', '{:>10.4f}'),
+    ('val loss', 'validation/main/loss', '{:>9.4f}'),
+    ('top-1', 'validation/main/accuracy', '{:>7.2%}'),
+    ('seconds', 'elapsed_time', '{:>8.1f}'),
+)
+
+
+def versions() -> dict:
+    """Versions of everything that the numbers depend on."""
+    found = {
+        'python': platform.python_version(),
+        'chainer': chainer.__version__,
+        'numpy': np.__version__,
+        'mpi4py': mpi4py.__version__,
+        'mpi': MPI.Get_library_version().split(',')[0].strip(),
+    }
+    if cuda.available:
+        found['cupy'] = cuda.cupy.__version__
+        found['cuda'] = str(cuda.cupy.cuda.runtime.runtimeGetVersion())
+    return found
+
+
+def plan(settings, n_images: int) -> str:
+    """The run as a table: n, b_local, the total batch and eta_base, then eta and the alphas at the start of each epoch.
+
+    Between the whole epochs stand the moments of the transition at which the printed form crosses 1 and jumps.
+
+    Args:
+        settings (Settings): With ``workers`` known.
+        n_images (int): Images of the training set.
+    """
+    s = settings
+    per_epoch = n_images / s.total_batch_size
+    lines = [
+        f'{"workers n":24}{s.workers:,}',
+        f'{"images per worker b":24}{s.local_batch_size:,}',
+        f'{"total batch n b":24}{s.total_batch_size:,}',
+        f'{"training images":24}{n_images:,}',
+        f'{"eta_base":24}{s.lr_base:g}  (0.1 x {s.total_batch_size:,} / 256)',
+        f'{"iterations":24}{s.iterations(n_images):,}  ({per_epoch:.2f} an epoch, {s.epochs} epochs)',
+        f'{"alpha_SGD":24}{s.alpha_form} form, centre {s.beta_center:g}, period {s.beta_period:g} of 90 epochs',
+        '',
+        f'{"epoch":>8} {"of 90":>8} {"eta":>10} {"alpha_sgd":>10} {"alpha_rmsprop":>14}',
+    ]
+    scale = s.epochs / schedules.PAPER_EPOCHS
+    end = s.beta_center + s.beta_period / 2
+    moments = [s.beta_center + s.beta_period / 4, np.nextafter(end, 0), end]
+    for epoch in sorted({*range(s.epochs), *(m * scale for m in moments if m * scale < s.epochs)}):
+        of_90 = epoch / scale
+        lr = s.lr_base * schedules.slow_start_factor(of_90)
+        alpha = schedules.alpha_sgd(of_90, s.beta_center, s.beta_period, s.alpha_form)
+        alpha_rmsprop = schedules.alpha_rmsprop(alpha, lr, s.lr_rmsprop)
+        before = '<' if of_90 == moments[1] else ''
+        lines.append(
+            f'{before + format(epoch, ".6g"):>8} {before + format(of_90, ".6g"):>8} {lr:>10.5g} {alpha:>10.5f} '
+            f'{alpha_rmsprop:>14.4e}'
+        )
+    return '\n'.join(lines)
+
+
+def header(settings, comm, train, val, n_parameters: int) -> str:
+    """Who computes what, on what; printed before the first iteration."""
+    s = settings
+    device = device_of(comm)
+    device_name = 'CPU'
+    if device.xp is not np:
+        device_name = cuda.cupy.cuda.runtime.getDeviceProperties(device.device.id)['name'].decode()
+    each = s.workers // comm.size
+    rows = {
+        'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, on {comm.inter_size:,} host(s), {device_name}',
+        'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
+        'learning rate': f'base {s.lr_base:g}, first {s.lr_base * schedules.slow_start_factor(0):g}',
+        'all-reduce': f'{type(comm).__name__}, {s.allreduce_grad_dtype}',
+        'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
+        'training': f'{len(train.labels):,} images in {train.root}',
+        'validation': f'{len(val.labels):,} images in {val.root}',
+        'classes': f'{len(train.classes):,}',
+        'length': f'{s.epochs} epochs, {s.iterations(len(train.labels)):,} iterations',
+        'versions': ', '.join(f'{name} {version}' for name, version in versions().items()),
+        'output': s.out,
+    }
+    return '\n'.join(f'{title:14}{text}' for title, text in rows.items())
+
+
+class Progress(training.Extension):
+    """Prints a line with images/s and the time left, at most one in ``seconds``.
+
+    Always whole lines, never a line drawn over: what mpiexec gives a rank looks like a terminal even where it ends in a file.
+    """
+
+    trigger = (1, 'iteration')
+    priority = extension.PRIORITY_READER
+
+    def __init__(self, total_batch_size, n_iterations, seconds=10.0):
+        self._total_batch_size = total_batch_size
+        self._n_iterations = n_iterations
+        self._seconds = seconds
+        self._last = None
+
+    def initialize(self, trainer):
+        self._last = (time.monotonic(), trainer.updater.iteration)
+
+    def __call__(self, trainer):
+        now, iteration = time.monotonic(), trainer.updater.iteration
+        then, before = self._last
+        if now - then < self._seconds:
+            return
+        self._last = (now, iteration)
+        rate = (iteration - before) / (now - then)
+        left = duration((self._n_iterations - iteration) / rate)
+        print(
+            f'  iteration {iteration:,} of {self._n_iterations:,}, epoch {trainer.updater.epoch_detail:.2f}, '
+            f'{rate * self._total_batch_size:,.0f} images/s, {left} left',
+            flush=True,
+        )
+
+
+class EpochTable(training.Extension):
+    """Prints a row for each entry of the log, under one head.
+
+    Args:
+        log_report (~chainer.training.extensions.LogReport): It runs before this extension.
+    """
+
+    trigger = (1, 'epoch')
+    priority = extension.PRIORITY_READER - 1
+
+    def __init__(self, log_report):
+        self._log_report = log_report
+
+    def initialize(self, trainer):
+        heads = (title.rjust(len(form.format(0))) for title, _, form in _COLUMNS)
+        print('  '.join(heads), flush=True)
+
+    def __call__(self, trainer):
+        entry = self._log_report.log[-1]
+        print('  '.join(form.format(entry[key]) for _, key, form in _COLUMNS), flush=True)
+
+
+class Curves(training.Extension):
+    """Draws ``curves.png`` from the log, once a minute at most, so that a long run can be watched."""
+
+    trigger = triggers.TimeTrigger(60)
+    priority = extension.PRIORITY_READER - 1
+
+    def __init__(self, log_report):
+        self._log_report = log_report
+
+    def __call__(self, trainer):
+        if self._log_report.log:
+            figures.curves(self._log_report.log, os.path.join(trainer.out, 'curves.png'))
+
+
+def duration(seconds: float) -> str:
+    """Two units of time: 1 h 02 min, 3 min 20 s, 12 s."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds} s'
+    if seconds < 3600:
+        return f'{seconds // 60} min {seconds % 60:02d} s'
+    return f'{seconds // 3600} h {seconds % 3600 // 60:02d} min'
+
+
+def write_settings(settings, out: str):
+    """Writes ``settings.json``."""
+    _write_json(dataclasses.asdict(settings), os.path.join(out, 'settings.json'))
+
+
+def summarize(settings, comm, trainer, log) -> dict:
+    """Writes ``summary.json`` and the final ``curves.png``.
+
+    Args:
+        settings (Settings): Of the run.
+        comm (~chainermn.CommunicatorBase): Its processes.
+        trainer (~chainer.training.Trainer): After its run.
+        log (list of dict): Of the LogReport.
+
+    Returns:
+        dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the validations.
+    """
+    iterations = trainer.updater.iteration
+    last = log[-1]
+    summary = {
+        'top1': last['validation/main/accuracy'],
+        'top5': last['validation/main/top5_accuracy'],
+        'validation_loss': last['validation/main/loss'],
+        'validation_images': int(last['validation/images']),
+        'training_loss': last['main/loss'],
+        'epochs': settings.epochs,
+        'iterations': iterations,
+        'workers': settings.workers,
+        'processes': comm.size,
+        'total_batch_size': settings.total_batch_size,
+        'seconds': trainer.elapsed_time,
+        'images_per_second': iterations * settings.total_batch_size / trainer.elapsed_time,
+        'versions': versions(),
+    }
+    _write_json(summary, os.path.join(settings.out, 'summary.json'))
+    figures.curves(log, os.path.join(settings.out, 'curves.png'))
+    return summary
+
+
+def _write_json(content: dict, path: str):
+    with open(path + '.tmp', 'w') as file:
+        json.dump(content, file, indent=2)
+        file.write('\n')
+    os.replace(path + '.tmp', path)

@@ -1,0 +1,236 @@
+"""Every number of the experiment, in one place; letters say where it comes from.
+
+S a reading note of the paper, A its abstract, G Goyal et al. (arXiv:1706.02677), R what public re-implementations agree on,
+D arithmetic, P this project's own choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import typing
+from typing import Optional
+
+from extensions import base_learning_rate
+
+
+class InputError(Exception):
+    """What the user gave cannot be run; the message is one line that says why, and what would work."""
+
+
+def _setting(default, help, choices=None):
+    return dataclasses.field(default=default, metadata={'help': help, 'choices': choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers, a batch of 32,768, 90 epochs.
+
+    Raises:
+        InputError: A value is out of its range; it is named.
+    """
+
+    preset: str = _setting('paper', 'name of the set of values that the others start from')
+
+    workers: Optional[int] = _setting(
+        1024, "the paper's n; a multiple of the processes, which play workers / processes each (S)"
+    )
+    local_batch_size: int = _setting(32, 'images of one worker in one iteration (S)')
+    epochs: int = _setting(90, 'epochs; the schedules stretch to them (S)')
+
+    alpha_form: str = _setting(
+        'printed', 'form of the transition alpha_SGD (S, P)', ('printed', 'continuous')
+    )
+    beta_center: float = _setting(10.0, 'epoch of the 90 at which alpha_SGD is 1/2 (S)')
+    beta_period: float = _setting(5.0, 'epochs of the 90 that the transition takes (S)')
+    lr_rmsprop: float = _setting(3e-4, 'step size of the RMSprop part, eta_RMSprop (R)')
+    mu1: float = _setting(0.9, 'decay rate of the momentum (R)')
+    mu2: float = _setting(0.99, 'decay rate of the mean square of the gradient (R)')
+    eps: float = _setting(1e-8, 'added to the root of the mean square (R)')
+    weight_decay: float = _setting(1e-4, 'on everything but BN gamma and beta (G)')
+    pooled_variance: bool = _setting(
+        False, 'validate with the variance of all images instead of the mean of the variances (P)'
+    )
+
+    communicator: str = _setting(
+        'auto',
+        'pure_nccl on GPUs, mpi on CPUs; auto chooses',
+        ('auto', 'mpi', 'pure_nccl', 'naive', 'flat'),
+    )
+    allreduce_grad_dtype: str = _setting(
+        'float16', 'type of the gradients on the wire (S)', ('float16', 'float32', 'float64')
+    )
+
+    width: int = _setting(64, 'channels after the first convolution')
+    stem: str = _setting('imagenet', 'first layers, for 224 or for 32 pixels', ('imagenet', 'cifar'))
+
+    train_root: Optional[str] = _setting(None, 'folder of training images, CLASS/*.jpg')
+    val_root: Optional[str] = _setting(None, 'folder of validation images, CLASS/*.jpg')
+    n_train_images: int = _setting(
+        1_281_167, 'training images that --dry-run counts with where there is no folder'
+    )
+    image_size: int = _setting(224, 'pixels of an image in training and validation (G)')
+    resize: int = _setting(256, 'shorter side before the centre crop of validation (G)')
+    min_crop_area: float = _setting(0.08, 'smallest random crop, as a fraction of the area (G)')
+    horizontal_flip: bool = _setting(True, 'flip half of the training images (G)')
+    validation_batch_size: int = _setting(64, 'images at a time in validation (P)')
+    loader_processes: int = _setting(2, 'processes per rank that decode images; 0: the rank itself (P)')
+
+    seed: int = _setting(0, 'of the initial values, the order of images and their augmentation (P)')
+    out: str = _setting('results/paper', 'folder for everything that the run writes')
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            choices = field.metadata['choices']
+            if choices and value not in choices:
+                raise InputError(f'{_flag(field.name)} must be one of {", ".join(choices)}, not {value!r}')
+        at_least_one = (
+            'workers local_batch_size epochs width image_size resize validation_batch_size n_train_images'
+        )
+        for name in at_least_one.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f'{_flag(name)} must be at least 1, not {value}')
+        for name in 'lr_rmsprop mu1 mu2 eps weight_decay loader_processes seed'.split():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f'{_flag(name)} must be finite and not negative, not {value}')
+        for name in ('mu1', 'mu2'):
+            if getattr(self, name) >= 1:
+                raise InputError(f'{_flag(name)} must be below 1, not {getattr(self, name)}')
+        if self.seed >= 2**32:
+            raise InputError(f'--seed must be below 2**32, not {self.seed}')
+        if not (math.isfinite(self.beta_center) and 0 < self.beta_period < math.inf):
+            raise InputError(
+                '--beta-center must be finite and --beta-period above 0, not '
+                f'{self.beta_center} and {self.beta_period}'
+            )
+        if not 0 < self.min_crop_area <= 1:
+            raise InputError(f'--min-crop-area must be in (0, 1], not {self.min_crop_area}')
+        if self.resize < self.image_size:
+            raise InputError(
+                f'--resize {self.resize} is smaller than --image-size {self.image_size}: the centre crop '
+                'does not fit'
+            )
+
+    @property
+    def total_batch_size(self) -> int:
+        return self.workers * self.local_batch_size
+
+    @property
+    def lr_base(self) -> float:
+        return base_learning_rate(self.total_batch_size)
+
+    def iterations(self, n_images) -> int:
+        """Updates until ``epochs`` epochs are complete."""
+        return -(-self.epochs * n_images // self.total_batch_size)
+
+
+def paper() -> Settings:
+    """The paper's run: ResNet-50 on ImageNet, 1,024 workers x 32 images, 90 epochs; published: 74.9 % in 15 minutes on
+    1,024 P100 GPUs. Not run by this project. Fewer processes play the 1,024 workers in turn."""
+    return Settings()
+
+
+def cifar10() -> Settings:
+    """CIFAR-10 from an image folder with a slim ResNet-50: the paper's schedules on a data set that one machine can
+    train on. 8 workers x 32 images unless told otherwise."""
+    return Settings(
+        preset='cifar10',
+        workers=8,
+        epochs=30,
+        width=16,
+        stem='cifar',
+        n_train_images=50_000,
+        image_size=32,
+        resize=32,
+        min_crop_area=0.25,
+        loader_processes=1,
+        out='results/cifar10',
+    )
+
+
+def smoke() -> Settings:
+    """1,437 handwritten digits that come with the program, a slim ResNet-50, one worker a process: everything that the
+    paper's run does, in about two minutes on two CPU cores; ends with a top-1 of 95 % or more."""
+    return Settings(
+        preset='smoke',
+        workers=None,
+        epochs=15,
+        width=16,
+        n_train_images=1437,
+        image_size=32,
+        resize=32,
+        min_crop_area=0.5,
+        horizontal_flip=False,
+        loader_processes=1,
+        out='results/smoke',
+    )
+
+
+PRESETS = {preset.__name__: preset for preset in (paper, cifar10, smoke)}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f'{message}; --help lists the options')
+
+
+def _flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    presets = '\n'.join(
+        f'  {name:8}  {" ".join((preset.__doc__ or "").split())}' for name, preset in PRESETS.items()
+    )
+    parser = _Parser(
+        prog='reproduce/train.py',
+        description=description,
+        epilog=f'presets:\n{presets}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    types = typing.get_type_hints(Settings)
+    for field in dataclasses.fields(Settings):
+        options: dict = {'help': f'{field.metadata["help"]} [{field.default}]'.replace('%', '%%')}
+        kind = types[field.name]
+        if kind is bool:
+            options['action'] = argparse.BooleanOptionalAction
+        else:
+            options['type'] = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))
+            options['metavar'] = 'X' if not field.metadata['choices'] else None
+            options['choices'] = field.metadata['choices']
+        if field.name == 'preset':
+            options.update(choices=tuple(PRESETS), metavar=None)
+        parser.add_argument(_flag(field.name), **options)
+    parser.add_argument(
+        '--dry-run', action='store_true', default=False, help='print the plan as a table and stop'
+    )
+    return parser
+
+
+def parse(argv, n_processes: int, description: str | None = None) -> tuple[Settings, bool]:
+    """Settings of a command line: a preset, and over it what was given explicitly.
+
+    Args:
+        argv (list of str): Without the program's name.
+        n_processes (int): Workers where the preset has one a process.
+        description (str): For ``--help``.
+
+    Returns:
+        tuple: The settings, and whether this is a dry run.
+
+    Raises:
+        InputError: An option is unknown or has an impossible value.
+        SystemExit: After ``--help``.
+    """
+    given = vars(_parser(description).parse_args(argv))
+    dry_run = given.pop('dry_run')
+    settings = dataclasses.replace(PRESETS[given.get('preset', 'paper')](), **given)
+    if settings.workers is None:
+        settings = dataclasses.replace(settings, workers=n_processes)
+    return settings, dry_run

@@ -1,0 +1,243 @@
+"""Trains ResNet-50 as in Akiba, Suzuki, Fukuda: Extremely Large Minibatch SGD (arXiv:1711.04325).
+
+The paper's run, 1,024 workers with 32 images each:
+    mpiexec -n 1024 python reproduce/train.py --train-root TRAIN --val-root VAL
+What it would do, without doing it:
+    python reproduce/train.py --dry-run
+The same on two CPU cores, with images that come along:
+    mpiexec -n 2 python reproduce/train.py --preset smoke
+
+Read from main() on: it tells the experiment in the paper's order.
+"""
+
+from reproduce import loader
+
+# Before anything imports MPI: a process that is forked off afterwards can crash or hang on InfiniBand.
+loader.start_forkserver()
+
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import extensions  # noqa: E402  isort: skip
+import chainer  # noqa: E402
+import chainer.functions as F  # noqa: E402
+from chainer.optimizer_hooks import WeightDecay  # noqa: E402
+from chainer.training import extensions as chainer_extensions  # noqa: E402
+from mpi4py import MPI  # noqa: E402
+
+from extensions.virtual_workers import workers_of  # noqa: E402
+from reproduce import digits, images, job, report  # noqa: E402
+from reproduce.order import ImageOrder  # noqa: E402
+from reproduce.resnet50 import ResNet50  # noqa: E402
+from reproduce.settings import InputError, parse  # noqa: E402
+
+
+def main(argv=None):
+    job.abort_on_uncaught_exception()
+    mpi = MPI.COMM_WORLD
+    arguments = sys.argv[1:] if argv is None else argv
+    settings, dry_run = job.on_rank_zero(mpi, lambda: parse(arguments, mpi.size, __doc__))
+    if dry_run:
+        job.on_rank_zero(mpi, lambda: print(report.plan(settings, count_images(settings))))
+        return
+
+    # Half-precision all-reduce: gradients are float16 on the wire, float32 everywhere else.
+    comm = job.on_every_rank(
+        mpi,
+        lambda: extensions.create_communicator(
+            settings.communicator, settings.allreduce_grad_dtype, mpi
+        ),
+    )
+
+    # Data: rank 0 lists it and tells the others.
+    train, val = job.on_rank_zero(mpi, lambda: prepare_data(settings, comm.size))
+    train, val = images.ImageFolder.unpack(train), images.ImageFolder.unpack(val)
+    n_images = len(train.labels)
+    order = ImageOrder(n_images, settings.workers, settings.local_batch_size, settings.seed)
+    preprocessing = images.Preprocessing(
+        settings.image_size,
+        settings.resize,
+        settings.min_crop_area,
+        horizontal_flip=settings.horizontal_flip,
+    )
+    workers = workers_of(comm.rank, comm.size, settings.workers)
+    batches = loader.ImageLoader(
+        train,
+        val,
+        order,
+        preprocessing,
+        settings.seed,
+        workers=workers,
+        n_processes=settings.loader_processes,
+    )
+
+    # Model: every rank starts from rank 0's initial values; no minibatch is spent on the broadcast.
+    device = extensions.device_of(comm)
+    model = ResNet50(len(train.classes), settings.width, settings.stem, settings.seed)
+    model.to_device(device)
+    comm.bcast_data(model)
+
+    # Optimizer: RMSprop warm-up. Weight decay is added once, after the all-reduce.
+    optimizer = extensions.RMSpropWarmup(
+        settings.lr_base, mu1=settings.mu1, mu2=settings.mu2, eps=settings.eps
+    ).setup(model)
+    for param in decayed_parameters(model):
+        param.update_rule.add_hook(WeightDecay(settings.weight_decay))
+
+    # Batch normalization without moving averages: the last minibatch's statistics, averaged before each validation.
+    batch_statistics = extensions.AllreduceBatchStatistics(model, comm, settings.pooled_variance)
+
+    def to_device(batch):
+        x, t = (device.send(array) for array in batch)
+        return images.normalize(x, images.MEAN, images.STD, device.xp), t
+
+    updater = extensions.VirtualWorkersUpdater(
+        batches.train_batch,
+        optimizer,
+        lambda x, t: F.softmax_cross_entropy(model(x), t),
+        comm,
+        settings.workers,
+        epoch_size=(settings.total_batch_size, n_images),
+        converter=to_device,
+        batch_statistics=batch_statistics,
+    )
+    n_iterations = settings.iterations(n_images)
+    trainer = chainer.training.Trainer(updater, (n_iterations, 'iteration'), settings.out)
+
+    # The schedules: slow-start learning rate, and the transition from RMSprop to SGD.
+    epoch_size = (settings.total_batch_size, n_images, settings.epochs)
+    trainer.extend(extensions.StepLearningRate(*epoch_size))
+    trainer.extend(
+        extensions.AlphaSGDSchedule(
+            *epoch_size,
+            beta_center=settings.beta_center,
+            beta_period=settings.beta_period,
+            form=settings.alpha_form,
+            lr_rmsprop=settings.lr_rmsprop,
+        )
+    )
+
+    # Validation after every epoch, of each image once.
+    trainer.extend(batch_statistics)
+    trainer.extend(
+        extensions.ExactEvaluator(
+            lambda start, stop: batches.validation_batches(
+                start, stop, settings.validation_batch_size
+            ),
+            model,
+            comm,
+            len(val.labels),
+            converter=to_device,
+        )
+    )
+    trainer.extend(extensions.MeanTrainingLoss(comm))
+    log_report = chainer_extensions.LogReport(postprocess=last_hyperparameters(optimizer))
+    if comm.rank == 0:
+        print(report.header(settings, comm, train, val, model.count_params()), flush=True)
+        report.write_settings(settings, settings.out)
+        trainer.extend(log_report)
+        trainer.extend(report.Progress(settings.total_batch_size, n_iterations))
+        trainer.extend(report.EpochTable(log_report))
+        trainer.extend(report.Curves(log_report))
+
+    with batches:
+        trainer.run(show_loop_exception_msg=False)
+    if comm.rank == 0:
+        chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
+        summary = report.summarize(settings, comm, trainer, log_report.log)
+        print(f'top-1 {summary["top1"]:.2%}; results in {settings.out}', flush=True)
+
+
+def decayed_parameters(model):
+    """All parameters but gamma and beta of batch normalization (G)."""
+    exempt = {
+        id(param)
+        for link in model.links()
+        if isinstance(link, chainer.links.BatchNormalization)
+        for param in link.params()
+    }
+    return [param for param in model.params() if id(param) not in exempt]
+
+
+def last_hyperparameters(optimizer):
+    """The log's entries would be means over an epoch: here they are what the last update used."""
+
+    def postprocess(entry):
+        for name in ('lr', 'alpha_sgd', 'alpha_rmsprop'):
+            entry[name] = getattr(optimizer, name)
+
+    return postprocess
+
+
+def roots(settings):
+    """The folders of training and validation images; None where nothing was said."""
+    if (settings.train_root is None) != (settings.val_root is None):
+        raise InputError('--train-root and --val-root go together: one of them is missing')
+    if settings.train_root is None and settings.preset == 'paper' and 'IMAGENET_ROOT' in os.environ:
+        root = Path(os.environ['IMAGENET_ROOT'])
+        return str(root / 'train'), str(root / 'val')
+    return settings.train_root, settings.val_root
+
+
+def count_images(settings) -> int:
+    """Training images, counted where there is a folder."""
+    train_root, _ = roots(settings)
+    return len(images.list_images(train_root).labels) if train_root else settings.n_train_images
+
+
+def prepare_data(settings, n_processes):
+    """Checks the settings against the data, makes the output folder, and lists the images; writes nothing before all else fits.
+
+    Returns:
+        tuple: The packed listings of training and validation images.
+
+    Raises:
+        InputError, ~reproduce.images.DataError: What does not fit, and how to mend it.
+    """
+    try:
+        workers_of(0, n_processes, settings.workers)
+    except ValueError as error:
+        raise InputError(f'--workers: {error}') from error
+    train_root, val_root = roots(settings)
+    ships_data = settings.preset == 'smoke' and train_root is None
+    if train_root is None and not ships_data:
+        raise InputError(
+            'no images: give --train-root and --val-root, or set IMAGENET_ROOT to a folder with train and '
+            'val in it; "./run_mpi.sh smoke" runs without any'
+        )
+    if ships_data:
+        check_total_batch(settings, len(digits.split()[0]))
+    else:
+        train, val = images.list_images(train_root), images.list_images(val_root)
+        images.check_same_classes(train, val)
+        check_total_batch(settings, len(train.labels))
+    make_output_folder(settings.out)
+    if ships_data:
+        root = Path(settings.out) / 'digits'
+        digits.write_image_folder(root)
+        train, val = images.list_images(root / 'train'), images.list_images(root / 'val')
+    return train.pack(), val.pack()
+
+
+def check_total_batch(settings, n_images):
+    if settings.total_batch_size > n_images:
+        raise InputError(
+            f'the total batch of {settings.workers} workers x {settings.local_batch_size} images = '
+            f'{settings.total_batch_size} is larger than the training set of {n_images} images: choose fewer '
+            '--workers or a smaller --local-batch-size'
+        )
+
+
+def make_output_folder(out):
+    probe = Path(out) / f'.writable-{os.getpid()}'
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f'--out {out} cannot be written: {error.strerror}; choose another folder') from error
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,194 @@
+"""The program as users start it: mpiexec, options, files, and every kind of bad input."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture
+def train(mpirun, root):
+    def run(n, *options, **keywords):
+        return mpirun(n, root / 'reproduce' / 'train.py', *options, **keywords)
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def image_folders(tmp_path_factory):
+    """Small PNG folders: TRAIN with 2 classes x 8 images, VAL with 2 x 5."""
+    top = tmp_path_factory.mktemp('images')
+    rng = np.random.RandomState(0)
+    for split, count in (('train', 8), ('val', 5)):
+        for name in ('cat', 'dog'):
+            (top / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(top / split / name / f'{i}.png')
+    return top
+
+
+def summary_of(out):
+    return json.loads((out / 'summary.json').read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_smoke_run_reaches_95_percent(train, tmp_path):
+    out = tmp_path / 'out'
+    done = train(2, '--preset', 'smoke', '--out', out, timeout=380)
+    assert done.returncode == 0, done.stdout
+    summary = summary_of(out)
+    assert 0.95 <= summary['top1'] <= 1
+    assert summary['validation_images'] == 360
+    assert (summary['workers'], summary['processes'], summary['total_batch_size']) == (2, 2, 64)
+    assert summary['iterations'] == -(-summary['epochs'] * 1437 // 64)
+    log = json.loads((out / 'log').read_text())
+    assert [entry['epoch'] for entry in log] == list(range(1, summary['epochs'] + 1))
+    assert log[-1]['validation/main/accuracy'] == summary['top1']
+    assert log[0]['alpha_sgd'] < 0.1 and log[-1]['alpha_sgd'] == 1
+    assert Image.open(out / 'curves.png').size == (1350, 900)
+    assert json.loads((out / 'settings.json').read_text())['preset'] == 'smoke'
+    assert {'conv1/W', 'fc/b', 'bn1/avg_mean'} < set(np.load(out / 'model.npz').files)
+    last_line = done.stdout.strip().splitlines()[-1]
+    assert last_line == f'top-1 {summary["top1"]:.2%}; results in {out}'
+    assert done.stdout.count('top-1  seconds') == done.stdout.count('total batch') == 1  # rank 0 alone
+    assert re.search(r'iteration \d+ of \d+, epoch .* images/s, .* left', done.stdout)
+
+
+def test_same_bits_on_1_2_and_3_processes(train, tmp_path):
+    """The whole program, with loader processes, augmentation and an epoch's border."""
+    models, summaries = [], []
+    for n in (1, 2, 3):
+        out = tmp_path / str(n)
+        options = '--preset smoke --workers 6 --local-batch-size 64 --epochs 2 --width 4'.split()
+        done = train(n, *options, '--out', out)
+        assert done.returncode == 0, done.stdout
+        models.append(np.load(out / 'model.npz'))
+        summaries.append(summary_of(out))
+    for n, model, summary in zip((1, 2, 3), models, summaries):
+        assert summary['processes'] == n and summary['validation_images'] == 360
+        assert summary['training_loss'] == summaries[0]['training_loss']
+        assert summary['top1'] == summaries[0]['top1']
+        for name in models[0].files:
+            np.testing.assert_array_equal(model[name], models[0][name], err_msg=name)
+
+
+def test_image_folder_and_explicit_options(train, image_folders, tmp_path):
+    out = tmp_path / 'out'
+    done = train(
+        2,
+        *'--preset cifar10 --workers 2 --local-batch-size 3 --epochs 2 --width 4 --seed 7'.split(),
+        *('--train-root', image_folders / 'train', '--val-root', image_folders / 'val', '--out', out),
+        *'--communicator naive --allreduce-grad-dtype float32 --alpha-form continuous'.split(),
+    )
+    assert done.returncode == 0, done.stdout
+    assert summary_of(out)['validation_images'] == 10
+    assert summary_of(out)['iterations'] == 6
+    settings = json.loads((out / 'settings.json').read_text())
+    assert (settings['seed'], settings['stem'], settings['alpha_form']) == (7, 'cifar', 'continuous')
+    assert 'NaiveCommunicator, float32' in done.stdout
+
+
+def test_dry_run_shows_the_papers_numbers(train, tmp_path):
+    done = train(1, '--workers', 1024, '--dry-run', '--out', tmp_path / 'out')
+    assert done.returncode == 0
+    rows = {row.split()[0]: row.split()[2:] for row in done.stdout.splitlines() if row.strip()}
+    text = done.stdout
+    for number in ('1,024', '32,768', '12.8', '1,281,167', '3,519'):
+        assert number in text
+    alpha = {'0': '0.00916', '8': '0.22466', '10': '0.50000', '11': '0.90000', '11.25': '1.00000'}
+    alpha.update({'12': '1.30000', '<12.5': '1.50000', '12.5': '1.00000'})
+    for epoch, expected in alpha.items():
+        assert rows[epoch][1] == expected, epoch
+    for epoch, lr in (('0', '6.4'), ('39', '6.4'), ('40', '0.96'), ('70', '0.128'), ('85', '0.0128')):
+        assert rows[epoch][0] == lr
+    assert float(rows['0'][2]) == pytest.approx((1 - 0.0091578) * 3e-4 / 6.4, rel=1e-4)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_help_is_printed_once(train):
+    done = train(2, '--help')
+    assert done.returncode == 0
+    assert done.stdout.count('--allreduce-grad-dtype') == 1
+    assert '3,519' not in done.stdout and 'eta_RMSprop' in done.stdout
+
+
+SMOKE = ('--preset', 'smoke')
+BAD = {
+    'missing folder': (2, ['--train-root', '{top}/none', '--val-root', '{top}/val'], '{top}/none'),
+    'empty class': (2, ['--train-root', '{bad}/train', '--val-root', '{top}/val'], 'train/empty'),
+    'other classes': (2, ['--train-root', '{top}/train', '--val-root', '{bad}/val'], 'horse'),
+    'no val root': (2, ['--train-root', '{top}/train'], '--val-root'),
+    'no data': (2, [], './run_mpi.sh smoke'),
+    'workers': (2, [*SMOKE, '--workers', '3'], '3 workers cannot be spread evenly over 2 processes'),
+    'no workers': (2, [*SMOKE, '--workers', '0'], '--workers must be at least 1, not 0'),
+    'batch': (2, [*SMOKE, '--local-batch-size', '719'], '1438 is larger than the training set of 1437'),
+    'preset': (2, ['--preset', 'imagenet'], "'imagenet'"),
+    'option': (2, [*SMOKE, '--batchsize', '3'], '--batchsize'),
+    'number': (2, [*SMOKE, '--epochs', 'ten'], "'ten'"),
+    'mu1': (2, [*SMOKE, '--mu1', '1.5'], '--mu1 must be below 1, not 1.5'),
+    'nan': (2, [*SMOKE, '--weight-decay', 'nan'], '--weight-decay'),
+    'form': (2, [*SMOKE, '--alpha-form', 'smooth'], "'smooth'"),
+    'communicator': (2, [*SMOKE, '--communicator', 'pure_nccl'], 'needs a GPU'),
+    'dtype': (2, [*SMOKE, '--communicator', 'naive'], 'float32 only, not in float16'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_line_and_writes_nothing(train, image_folders, tmp_path, case):
+    bad = tmp_path / 'bad'
+    for name in ('cat', 'dog', 'empty'):
+        (bad / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(bad / 'train' / name / '0.png')
+    (bad / 'train' / 'empty' / '0.png').unlink()
+    for name in ('cat', 'horse'):
+        (bad / 'val' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(bad / 'val' / name / '0.png')
+    n, options, message = BAD[case]
+    options = [option.format(top=image_folders, bad=bad) for option in options]
+    out = tmp_path / 'out'
+    if not {'--preset', '--workers'} & set(options):
+        options += ['--workers', '2']
+    start = time.monotonic()
+    done = train(n, *options, '--out', out)
+    assert time.monotonic() - start < 20
+    assert done.returncode == 2, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and message.format(top=image_folders) in errors[0], done.stdout
+    assert 'Traceback' not in done.stdout
+    assert not out.exists()
+
+
+def test_output_folder_that_cannot_be_written(train, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    done = train(2, '--preset', 'smoke', '--out', tmp_path / 'file' / 'out')
+    assert done.returncode == 2
+    assert done.stdout.count('error: --out') == 1 and 'cannot be written' in done.stdout
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_a_rank_that_fails_takes_the_job_down(train, image_folders, tmp_path):
+    """A broken image of the second half of the validation images is met by rank 1 alone."""
+    broken = tmp_path / 'val'
+    for name in ('cat', 'dog'):
+        (broken / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new('RGB', (40, 40)).save(broken / name / f'{i}.png')
+    (broken / 'dog' / '3.png').write_bytes(b'not an image')
+    start = time.monotonic()
+    done = train(
+        2,
+        *'--preset cifar10 --workers 2 --local-batch-size 3 --epochs 50 --width 4'.split(),
+        *('--train-root', image_folders / 'train', '--val-root', broken, '--out', tmp_path / 'out'),
+        timeout=60,
+    )
+    assert done.returncode not in (0, 2)
+    assert 'dog/3.png' in done.stdout
+    assert re.search(r'^error: rank 1 on \S+ failed: ', done.stdout, re.MULTILINE)
+    assert time.monotonic() - start < 30
