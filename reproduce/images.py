@@ -162,7 +162,8 @@ def train_image(path, rng, preprocessing) -> np.ndarray:
     image = _decode(path)
     box = random_crop(image.size, rng, preprocessing)
     side = preprocessing.image_size
-    pixels = np.asarray(image.resize((side, side), Image.BILINEAR, box=box))
+    # Cropped first: with resize(box=...) the filter would see across the border of the crop.
+    pixels = np.asarray(image.crop(box).resize((side, side), Image.BILINEAR))
     if preprocessing.horizontal_flip and rng.randint(2):
         pixels = pixels[:, ::-1]
     return pixels

@@ -496,6 +496,7 @@ def has_gpu():
         return False
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason='needs a GPU')
 @pytest.mark.parametrize('train', [True, False])
 @pytest.mark.parametrize('stem', ['imagenet', 'cifar'])

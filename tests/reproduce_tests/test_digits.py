@@ -1,0 +1,63 @@
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reproduce import digits, images
+
+
+def test_the_file_is_the_published_one(root):
+    content = (root / 'reproduce' / 'data' / 'digits.csv.gz').read_bytes()
+    assert len(content) < 150_000
+    readme = (root / 'reproduce' / 'data' / 'README.md').read_text()
+    assert hashlib.sha256(content).hexdigest() in readme and 'CC BY 4.0' in readme
+
+
+def test_load():
+    pixels, labels = digits.load()
+    assert pixels.shape == (1797, 8, 8) and pixels.dtype == np.uint8 and pixels.max() == 16
+    # Counts of the digits as the data set's description states them for its test part.
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_split_is_fixed_and_complete():
+    train, val = digits.split()
+    assert len(train) == 1437 and len(val) == 360
+    assert sorted([*train, *val]) == list(range(1797))
+    _, labels = digits.load()
+    assert np.bincount(labels[val]).min() > 20
+
+
+def test_image_folder(tmp_path):
+    root = tmp_path / 'digits'
+    digits.write_image_folder(root)
+    assert [path.name for path in tmp_path.iterdir()] == ['digits']
+    train, val = images.list_images(root / 'train'), images.list_images(root / 'val')
+    images.check_same_classes(train, val)
+    assert (len(train.labels), len(val.labels), train.classes) == (1437, 360, tuple('0123456789'))
+    pixels, labels = digits.load()
+    for folder in (train, val):
+        for name, label in list(zip(folder.names, folder.labels))[::50]:
+            number = int(name.split('/')[1].split('.')[0])
+            assert labels[number] == label
+            image = Image.open(f'{folder.root}/{name}')
+            assert image.size == (32, 32) and image.mode == 'L'
+            means = np.asarray(image, float).reshape(8, 4, 8, 4).mean(axis=(1, 3))
+            assert np.corrcoef(means.ravel(), pixels[number].ravel())[0, 1] > 0.95
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    (tmp_path / 'digits').mkdir()
+    digits.write_image_folder(tmp_path / 'digits')
+    assert list((tmp_path / 'digits').iterdir()) == []
+
+
+def test_nothing_half_written_is_taken_for_complete(tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Image.Image, 'save', full)
+    with pytest.raises(OSError):
+        digits.write_image_folder(tmp_path / 'digits')
+    assert not (tmp_path / 'digits').exists()
