@@ -1,6 +1,7 @@
-"""The method of Akiba, Suzuki and Fukuda, arXiv:1711.04325, as reusable parts for Chainer and ChainerMN.
+"""The method of Akiba, Suzuki and Fukuda, arXiv:1711.04325, as parts for Chainer and ChainerMN.
 
-Each module is one part of the paper, with its equation beside the lines that compute it. Nothing here knows of ImageNet.
+Each module is one part of the paper, with its equation beside the lines that compute it. Nothing
+here knows of ImageNet.
 """
 
 # First of all: Chainer cannot be imported on today's NumPy without it.

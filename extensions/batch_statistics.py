@@ -1,4 +1,4 @@
-"""Batch normalization without moving averages: the last minibatch's statistics, averaged over workers."""
+"""Batch normalization without moving averages: the last minibatch's, averaged."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ class AllreduceBatchStatistics(training.Extension):
 
         [B]  mean = 1/n sum_w mean_w        var = 1/n sum_w var_w
 
-    with mean_w and var_w those of worker w's last minibatch: ``avg_mean`` and ``avg_var`` of a BatchNormalization
-    with ``decay=0``. The average of the variances leaves out the spread of the means; that is what the paper does.
-    ``pooled_variance=True`` gives that of the union of all the minibatches instead, as ``np.var`` defines it.
+    with mean_w and var_w those of worker w's last minibatch: ``avg_mean`` and ``avg_var`` of a
+    BatchNormalization with ``decay=0``. The average of the variances leaves out the spread of the
+    means; that is what the paper does. ``pooled_variance=True`` gives that of the union of all the
+    minibatches instead, as ``np.var`` defines it.
 
-    All links travel in one all-reduce of float64, through host memory, so that no CUDA-aware MPI is needed. All ranks hold
-    the same bits afterwards. It runs before the evaluator and before any snapshot, whatever order they were added in.
+    All links travel in one all-reduce of float64, through host memory, so that no CUDA-aware MPI is
+    needed. All ranks hold the same bits afterwards. It runs before the evaluator and before any
+    snapshot, whatever order they were added in.
 
-    A process that plays several workers calls :meth:`add_worker` after the forward pass of each one, and :meth:`clear`
-    before the first of an iteration, as :class:`~extensions.virtual_workers.VirtualWorkersUpdater` does. Without that,
-    the links' present statistics count as the process's one worker.
+    A process that plays several workers calls :meth:`add_worker` after the forward pass of each
+    one, and :meth:`clear` before the first of an iteration, as
+    :class:`~extensions.virtual_workers.VirtualWorkersUpdater` does. Without that, the links'
+    present statistics count as the process's one worker.
 
-    Deviation: Chainer's ``avg_var`` is the unbiased variance, m / (m - 1) times the one that normalized.
+    Deviation: Chainer's ``avg_var`` is the unbiased variance, m / (m - 1) times the one that
+        normalized.
 
     Args:
         model (~chainer.Link): Its BatchNormalization links are averaged.
@@ -42,7 +46,8 @@ class AllreduceBatchStatistics(training.Extension):
         pooled_variance (bool): See above.
 
     Raises:
-        ValueError: A BatchNormalization has a ``decay`` other than 0, or has no statistics yet; it is named.
+        ValueError: A BatchNormalization has a ``decay`` other than 0, or has no statistics yet; it
+            is named.
     """
 
     trigger = (1, 'epoch')
@@ -116,7 +121,7 @@ class AllreduceBatchStatistics(training.Extension):
             start += array.size
 
     def _biased_fraction(self):
-        """(m - 1) / m of each channel: from Chainer's unbiased variance to that of the minibatch."""
+        """(m - 1) / m of each channel: from Chainer's unbiased variance to the biased."""
         count = np.concatenate(
             [np.full(link.avg_mean.size, link.last_count, np.float64) for _, link in self._links]
         )

@@ -12,27 +12,29 @@ from mpi4py import MPI
 
 
 def shard(rank, size, n_images) -> tuple[int, int]:
-    """The images [start, stop) of a process: all of them together are each image once, without padding."""
+    """The images [start, stop) of a process; all processes together have each image once."""
     return rank * n_images // size, (rank + 1) * n_images // size
 
 
 class ExactEvaluator(training.Extension):
-    """Evaluates the predictor on shards without duplicates, and adds up counts instead of averaging averages.
+    """Evaluates on shards without duplicates, and adds up counts instead of averaging averages.
 
-    ChainerMN's own way pads the shards with duplicates (176 of 50,000 at 1,024 workers) and averages the workers' means; both
-    bias top-1. Here the correct images and the images themselves are summed as integers, the losses in float64, over all
-    processes; a process may have no image.
+    ChainerMN's own way pads the shards with duplicates (176 of 50,000 at 1,024 workers) and
+    averages the workers' means; both bias top-1. Here the correct images and the images themselves
+    are summed as integers, the losses in float64, over all processes; a process may have no image.
 
-    Reports, prefixed with the extension's name: ``main/loss`` (softmax cross-entropy per image), ``main/accuracy`` (top-1, a
-    fraction), ``main/top5_accuracy`` and ``images`` (the number counted). It runs after the batch statistics and before the
-    log.
+    Reports, prefixed with the extension's name: ``main/loss`` (softmax cross-entropy per image),
+    ``main/accuracy`` (top-1, a fraction), ``main/top5_accuracy`` and ``images`` (the number
+    counted). It runs after the batch statistics and before the log.
 
     Args:
-        batches (callable): ``batches(start, stop)`` iterates over minibatches of the validation images [start, stop).
+        batches (callable): ``batches(start, stop)`` iterates over minibatches of the validation
+            images [start, stop).
         predictor (~chainer.Link): Takes images, returns logits [N, classes].
         comm (~chainermn.CommunicatorBase): The processes.
         n_images (int): Images of the validation set.
-        converter (callable): Turns a minibatch into the arrays (images, labels) on the predictor's device.
+        converter (callable): Turns a minibatch into the arrays (images, labels) on the predictor's
+            device.
 
     Raises:
         RuntimeError: ``batches`` gave another number of images than there are.
@@ -89,8 +91,8 @@ class ExactEvaluator(training.Extension):
         logits = self._predictor(x).array
         loss = F.softmax_cross_entropy(logits, t, reduce='no').array
         xp = chainer.backend.get_array_module(logits)
-        # How many classes come before the true one: of equal logits the first class does, as in argmax, and with a
-        # NaN all of them do.
+        # How many classes come before the true one: of equal logits the first class does, as in
+        # argmax, and with a NaN all of them do.
         classes = xp.arange(logits.shape[1])
         true = logits[xp.arange(len(t)), t][:, None]
         before = ~(logits <= true) | ((logits == true) & (classes < t[:, None]))

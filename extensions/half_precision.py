@@ -12,12 +12,13 @@ from mpi4py import MPI
 _DTYPES = ('float16', 'float32', 'float64')
 NAMES = ('auto', 'mpi', 'pure_nccl', 'naive', 'flat')
 
-# Elements that are summed at a time: a block of float64 partial sums stays in a core's second-level cache.
+# Elements that are summed at a time: a block of float64 partial sums stays in a core's second-level
+# cache.
 _BLOCK = 1 << 15
 
 
 class CommunicatorError(Exception):
-    """The communicator that was asked for cannot work here; the message says why, and what would."""
+    """The communicator asked for cannot work here; the message says why, and what would."""
 
 
 def create_communicator(name='auto', allreduce_grad_dtype='float16', mpi_comm=None):
@@ -26,18 +27,20 @@ def create_communicator(name='auto', allreduce_grad_dtype='float16', mpi_comm=No
         [H]  g = float32(1/n sum_w float16(g_w))
 
     Args:
-        name (str): ``'pure_nccl'`` is the paper's way: ChainerMN's communicator, NCCL's sum of float16. ``'mpi'`` is
-            :class:`HalfPrecisionMpiCommunicator`, for CPUs. ``'auto'`` is the first where every rank has a GPU and
-            NCCL, else the second. ``'naive'`` and ``'flat'`` are ChainerMN's float32 communicators.
-        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'`` on the wire.
+        name (str): ``'pure_nccl'`` is the paper's way: ChainerMN's communicator, NCCL's sum of
+            float16. ``'mpi'`` is :class:`HalfPrecisionMpiCommunicator`, for CPUs. ``'auto'`` is the
+            first where every rank has a GPU and NCCL, else the second. ``'naive'`` and ``'flat'``
+            are ChainerMN's float32 communicators.
+        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'`` on the
+            wire.
         mpi_comm (mpi4py.MPI.Comm): ``MPI.COMM_WORLD`` by default.
 
     Returns:
         ~chainermn.CommunicatorBase: On GPUs, the rank's GPU is the current device.
 
     Raises:
-        CommunicatorError: On every rank alike: an unknown name or dtype, a GPU communicator without a GPU (host and
-            rank are named), a dtype that the communicator does not have.
+        CommunicatorError: On every rank alike: an unknown name or dtype, a GPU communicator without
+            a GPU (host and rank are named), a dtype that the communicator does not have.
     """
     mpi_comm = mpi_comm or MPI.COMM_WORLD
     dtype = np.dtype(allreduce_grad_dtype).name
@@ -52,8 +55,8 @@ def create_communicator(name='auto', allreduce_grad_dtype='float16', mpi_comm=No
         if name == 'auto':
             if obstacles and len(obstacles) < mpi_comm.size:
                 raise CommunicatorError(
-                    f'some ranks can use NCCL and some cannot: {obstacles[0]}. Give every rank a GPU, '
-                    'or choose the communicator mpi'
+                    f'some ranks can use NCCL and some cannot: {obstacles[0]}. '
+                    'Give every rank a GPU, or choose the communicator mpi'
                 )
             name = 'mpi' if obstacles else 'pure_nccl'
         elif obstacles:
@@ -71,8 +74,8 @@ def create_communicator(name='auto', allreduce_grad_dtype='float16', mpi_comm=No
         return comm
     if dtype != 'float32':
         raise CommunicatorError(
-            f'the communicator {name} all-reduces in float32 only, not in {dtype}: choose the communicator '
-            'mpi (CPU) or pure_nccl (GPU), or allreduce_grad_dtype float32'
+            f'the communicator {name} all-reduces in float32 only, not in {dtype}: choose the '
+            'communicator mpi (CPU) or pure_nccl (GPU), or allreduce_grad_dtype float32'
         )
     return chainermn.create_communicator(name, mpi_comm=mpi_comm)
 
@@ -122,20 +125,22 @@ def device_of(comm):
 class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
     """ChainerMN communicator for CPUs whose mean of float16 gradients is exact.
 
-    Each worker's gradient is rounded to ``allreduce_grad_dtype`` once, as on the wire. Float16 values are multiples of
-    2**-24 below 2**16, so that a float64 holds the sum of up to 8,192 of them exactly: the mean does not depend on the order
-    of the ranks, nor on how workers are spread over processes. It is divided in float64 and rounded to float16 once.
+    Each worker's gradient is rounded to ``allreduce_grad_dtype`` once, as on the wire. Float16
+    values are multiples of 2**-24 below 2**16, so that a float64 holds the sum of up to 8,192 of
+    them exactly: the mean does not depend on the order of the ranks, nor on how workers are spread
+    over processes. It is divided in float64 and rounded to float16 once.
 
-    The wire carries float16: a reduce-scatter by all-to-all, then an all-gather, 2 (P - 1) / P elements a rank and
-    element. A process that plays several workers calls :meth:`add_grad` for each and then :meth:`mean_grad`; its partial sums
-    need float64 on the wire of the reduce-scatter.
+    The wire carries float16: a reduce-scatter by all-to-all, then an all-gather, so that
+    each rank sends 2 (P - 1) / P float16 values for each element. A process that plays several
+    workers calls :meth:`add_grad` for each and then :meth:`mean_grad`; its partial sums need
+    float64 on the wire of the reduce-scatter.
 
     Deviation: NCCL's sum is rounded to float16 after every addition, and divided in float16.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
-        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'``. The sums of the last two depend
-            on the grouping of workers, in the last bits of a float64.
+        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'``. The sums
+            of the last two depend on the grouping of workers, in the last bits of a float64.
     """
 
     def __init__(self, mpi_comm, allreduce_grad_dtype='float16'):
@@ -153,8 +158,8 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
 
         Args:
             model (~chainer.Link): All ranks must have the same parameters.
-            zero_fill (bool): Count a missing gradient as zeros; otherwise that parameter is passed over, and
-                must be so on all ranks.
+            zero_fill (bool): Count a missing gradient as zeros; otherwise that parameter is passed
+                over, and must be so on all ranks.
         """
         self._n_added = 0
         self.add_grad(model, zero_fill)
@@ -172,7 +177,7 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
         self._n_added += 1
 
     def mean_grad(self, model, zero_fill=False):
-        """Replaces the gradients by the mean over all workers that all ranks have added, as many on each."""
+        """Replaces the gradients by the mean over all added workers, as many on each rank."""
         params = _params_with_grad(model, zero_fill)
         mean = self._allreduce_mean()
         self._n_added = 0

@@ -2,8 +2,8 @@
 
 Chainer reads names at import time that NumPy 1.24, 1.26 and 2.0 have removed. Importing this module
 before Chainer gives those names back, with the meaning that NumPy's release notes state for each.
-What NumPy still has is left as it is: on NumPy 1.23 nothing is added, and `numpy.bool` stays NumPy's own
-type on NumPy 2.
+What NumPy still has is left as it is: on NumPy 1.23 nothing is added, and `numpy.bool` stays
+NumPy's own type on NumPy 2.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def restore_removed_names() -> list[str]:
         # Chainer asks it for the BLAS on macOS only, but imports it everywhere.
         np.distutils = _stub('numpy.distutils')  # type: ignore[attr-defined]
         np.distutils.system_info = _stub('numpy.distutils.system_info')
-        np.distutils.system_info.get_info = lambda name: {}
+        np.distutils.system_info.get_info = lambda name: {}  # type: ignore
         added.append('distutils')
     return added
 
@@ -73,4 +73,4 @@ with warnings.catch_warnings():
     # Chainer's check of its environment imports two deprecated packages; every rank would say so.
     warnings.simplefilter('ignore', DeprecationWarning)
     warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
-    import chainer  # noqa: E402, F401
+    import chainer  # noqa: F401

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from chainer import optimizer, using_device
 from chainer.backends import cuda
 
-# Elements per block of the CPU update. The five streams and the scratch of a block, 6 x 64 KiB in float32,
-# stay in a core's second-level cache.
+# Elements per block of the CPU update. The five streams and the scratch of a block, 6 x 64 KiB in
+# float32, stay in a core's second-level cache.
 _BLOCK = 16384
 
 _UPDATE_GPU = """
@@ -33,7 +34,7 @@ def _check_hyperparameters(**values: float) -> None:
             raise ValueError(f'{name} is a decay rate and must be below 1, not {value}')
 
 
-_default_hyperparam = optimizer.Hyperparameter()
+_default_hyperparam: Any = optimizer.Hyperparameter()
 _default_hyperparam.alpha_sgd = 1.0
 _default_hyperparam.alpha_rmsprop = 0.0
 _default_hyperparam.mu1 = 0.9
@@ -45,12 +46,14 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
     """Update rule of one parameter; the equations stand in :class:`RMSpropWarmup`.
 
     Args:
-        parent_hyperparam (~chainer.optimizer.Hyperparameter): Provides the values that are not given here.
+        parent_hyperparam (~chainer.optimizer.Hyperparameter): Provides the values that are not
+            given here.
         lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps (float): As in :class:`RMSpropWarmup`, for this
             parameter alone.
 
     Attributes:
-        state (dict): ``m`` and ``delta``, arrays of the parameter's shape, dtype and device, initially 0.
+        state (dict): ``m`` and ``delta``, arrays of the parameter's shape, dtype and device,
+            initially 0.
 
     Raises:
         TypeError, ValueError: As in :class:`RMSpropWarmup`.
@@ -91,8 +94,8 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
         hp = self.hyperparam
         if hp.eps != 0 and dtype.type(hp.eps) == 0:
             raise ValueError(
-                f'eps = {hp.eps} of RMSpropWarmup is zero in {dtype.name}: choose a larger eps, or keep '
-                'the parameters in float32 (optimizer.use_fp32_update)'
+                f'eps = {hp.eps} of RMSpropWarmup is zero in {dtype.name}: choose a larger eps, or '
+                'keep the parameters in float32 (optimizer.use_fp32_update)'
             )
         # Python floats: a NumPy scalar would widen float32 arithmetic to float64.
         return tuple(
@@ -159,13 +162,15 @@ class RMSpropWarmup(optimizer.GradientMethod):
         [W2]  Delta_t = mu1 * Delta_{t-1} - (alpha_SGD + alpha_RMSprop / (sqrt(m_t) + eps)) * g_t
         [W3]  theta_t = theta_{t-1} + eta * Delta_t
 
-    Both terms are inside Delta, so the RMSprop part has the momentum's gain of 1 / (1 - mu1) as well; eta is
-    outside, so that a change of eta acts at once and needs no momentum correction (G, remark 2).
-    alpha_SGD = 1, alpha_RMSprop = 0 is Chainer's :class:`~chainer.optimizers.CorrectedMomentumSGD`.
+    Both terms are inside Delta, so the RMSprop part has the momentum's gain of 1 / (1 - mu1) as
+    well; eta is outside, so that a change of eta acts at once and needs no momentum correction (G,
+    remark 2). alpha_SGD = 1, alpha_RMSprop = 0 is Chainer's
+    :class:`~chainer.optimizers.CorrectedMomentumSGD`.
     :class:`~extensions.schedules.AlphaSGDSchedule` moves the two alphas during training.
 
-    In the code: m is ``state['m']``, Delta ``state['delta']``, eta ``lr``. All arithmetic is in the parameter's
-    dtype; with ``use_fp32_update()``, float16 parameters have float32 masters, as everywhere in Chainer.
+    In the code: m is ``state['m']``, Delta ``state['delta']``, eta ``lr``. All arithmetic is in the
+    parameter's dtype; with ``use_fp32_update()``, float16 parameters have float32 masters, as
+    everywhere in Chainer.
 
     Args:
         lr (float): eta. The paper's varies, see :func:`~extensions.schedules.slow_start_factor`.
@@ -177,8 +182,8 @@ class RMSpropWarmup(optimizer.GradientMethod):
 
     Raises:
         TypeError: A hyper-parameter is a boolean.
-        ValueError: One is negative or not finite, or ``mu1`` or ``mu2`` is not below 1. At the first update: ``eps``
-            is zero in the parameter's dtype.
+        ValueError: One is negative or not finite, or ``mu1`` or ``mu2`` is not below 1. At the
+            first update: ``eps`` is zero in the parameter's dtype.
     """
 
     def __init__(self, lr, alpha_sgd=1.0, alpha_rmsprop=0.0, mu1=0.9, mu2=0.99, eps=1e-8):

@@ -1,4 +1,4 @@
-"""The paper's two schedules: the transition from RMSprop to SGD, and the slow-start learning rate."""
+"""The paper's schedules: the transition from RMSprop to SGD, and the slow-start learning rate."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ _SLOW_START = ((40, 0.5), (70, 0.075), (85, 0.01), (float('inf'), 0.001))  # (un
 def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
     """Weight of the SGD term during the transition (S).
 
-    With u = 2 (epoch - beta_center) / beta_period, ``form='printed'`` is the formula as the paper prints it::
+    With u = 2 (epoch - beta_center) / beta_period, ``form='printed'`` is the formula as the paper
+    prints it::
 
         [A]  alpha_SGD = 1/2 exp(u)    epoch < beta_center
                          1/2 + u       epoch < beta_center + beta_period / 2
                          1             otherwise
 
-    The printed linear branch passes 1 at epoch 11.25 and reaches 1.5 just before epoch 12.5, then drops to 1; yet
-    the text says that the curve was chosen after the ELU, to be smooth. ``form='continuous'`` has 1/2 + u/2 there:
-    exactly (ELU(u) + 1) / 2, which is continuous with its derivative at ``beta_center`` and reaches 1 at
-    ``beta_center + beta_period / 2``. The default is what a reader with the paper in hand expects to find.
+    The printed linear branch passes 1 at epoch 11.25 and reaches 1.5 just before epoch 12.5, then
+    drops to 1; yet the text says that the curve was chosen after the ELU, to be smooth.
+    ``form='continuous'`` has 1/2 + u/2 there: exactly (ELU(u) + 1) / 2, which is continuous with
+    its derivative at ``beta_center`` and reaches 1 at ``beta_center + beta_period / 2``. The
+    default is what a reader with the paper in hand expects to find.
 
     Args:
         epoch (float or array): Fractional epochs, in the paper's 90.
@@ -53,8 +55,8 @@ def alpha_rmsprop(alpha_sgd, lr, lr_rmsprop=3e-4):
 
         [W4]  alpha_RMSprop = max(0, 1 - alpha_SGD) * eta_RMSprop / eta
 
-    so that the RMSprop term's step has the size eta_RMSprop whatever eta is. The floor at 0 keeps the printed form
-    of alpha_SGD, which exceeds 1, from turning the RMSprop term into ascent.
+    so that the RMSprop term's step has the size eta_RMSprop whatever eta is. The floor at 0 keeps
+    the printed form of alpha_SGD, which exceeds 1, from turning the RMSprop term into ascent.
 
     Args:
         alpha_sgd (float or array): From :func:`alpha_sgd`.
@@ -103,9 +105,10 @@ def slow_start_factor(epoch):
 class _Schedule(training.Extension):
     """Sets hyper-parameters from the fractional epoch at the start of each update.
 
-    Chainer runs extensions after an update. So the values for the first update are set by ``initialize``, which
-    also serves after a resume, and those for the next one after the observers have read what this one used: hence the
-    low priority. What an update used is reported from inside it, by an optimizer hook.
+    Chainer runs extensions after an update. So the values for the first update are set by
+    ``initialize``, which also serves after a resume, and those for the next one after the observers
+    have read what this one used: hence the low priority. What an update used is reported from
+    inside it, by an optimizer hook.
     """
 
     trigger = (1, 'iteration')
@@ -148,8 +151,9 @@ class _Schedule(training.Extension):
 class StepLearningRate(_Schedule):
     """The slow-start learning rate [L]: ``lr = base_learning_rate(B) * slow_start_factor(epoch)``.
 
-    ``epoch`` is fractional: updates done so far x total batch / images, at the start of the update, whatever the
-    iterator says. A run of E epochs maps its epoch e to 90 e / E. Each update reports ``lr``, the value it used.
+    ``epoch`` is fractional: updates done so far x total batch / images, at the start of the update,
+    whatever the iterator says. A run of E epochs maps its epoch e to 90 e / E. Each update reports
+    ``lr``, the value it used.
 
     Args:
         total_batch_size (int): B, images of all workers together in one iteration.
@@ -169,10 +173,11 @@ class StepLearningRate(_Schedule):
 
 
 class AlphaSGDSchedule(_Schedule):
-    """The transition [A]: sets ``alpha_sgd``, and ``alpha_rmsprop`` after [W4] with the learning rate then in force.
+    """The transition [A]: sets ``alpha_sgd``, and ``alpha_rmsprop`` after [W4] with the learning
+    rate then in force.
 
-    Runs after :class:`StepLearningRate`, whatever order they were added in. Each update reports ``alpha_sgd`` and
-    ``alpha_rmsprop``, the values it used.
+    Runs after :class:`StepLearningRate`, whatever order they were added in. Each update reports
+    ``alpha_sgd`` and ``alpha_rmsprop``, the values it used.
 
     Args:
         total_batch_size, n_images, epochs, optimizer: As in :class:`StepLearningRate`.
@@ -204,6 +209,4 @@ class AlphaSGDSchedule(_Schedule):
 
     def _set(self, optimizer, epoch):
         optimizer.alpha_sgd = alpha_sgd(epoch, *self._transition)
-        optimizer.alpha_rmsprop = alpha_rmsprop(
-            optimizer.alpha_sgd, optimizer.lr, self._lr_rmsprop
-        )
+        optimizer.alpha_rmsprop = alpha_rmsprop(optimizer.alpha_sgd, optimizer.lr, self._lr_rmsprop)

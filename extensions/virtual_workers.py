@@ -1,4 +1,4 @@
-"""A worker is not a process: P processes play the paper's n workers, n / P each, one after the other."""
+"""A worker is not a process: P processes play the paper's n workers, n / P each, in turn."""
 
 from __future__ import annotations
 
@@ -11,32 +11,37 @@ from chainer.training import extension
 class VirtualWorkersUpdater(training.Updater):
     """Updater that plays this process's share of the workers in every iteration.
 
-    Each worker has its own minibatch, normalizes it with that minibatch's own statistics, and its gradient is rounded to
-    the communicator's dtype on its own, exactly as if it were a process. Then follow one all-reduce and one update, so that
-    ``t`` rises by exactly one an iteration. Where n = P, the usual case, the loop has one turn.
+    Each worker has its own minibatch, normalizes it with that minibatch's own statistics, and its
+    gradient is rounded to the communicator's dtype on its own, exactly as if it were a process.
+    Then follow one all-reduce and one update, so that ``t`` rises by exactly one an iteration.
+    Where n = P, the usual case, the loop has one turn.
 
     Process r of P plays the workers r n / P to (r + 1) n / P - 1.
 
     The communicator's ``add_grad`` and ``mean_grad`` are used where it has them
-    (:class:`~extensions.half_precision.HalfPrecisionMpiCommunicator`): the mean is then independent of P, bit by bit. With
-    ChainerMN's own, such as ``pure_nccl``, each worker's gradient is rounded and added up in float32 on the device, and the mean
-    of the process's workers is what the communicator all-reduces.
+    (:class:`~extensions.half_precision.HalfPrecisionMpiCommunicator`): the mean is then independent
+    of P, bit by bit. With ChainerMN's own, such as ``pure_nccl``, each worker's gradient is rounded
+    and added up in float32 on the device, and the mean of the process's workers is what the
+    communicator all-reduces.
 
     Args:
-        batches (callable): ``batches(iteration, worker)`` returns that worker's minibatch, what ``converter`` takes. Nothing but
-            ``iteration`` needs to be saved to resume.
+        batches (callable): ``batches(iteration, worker)`` returns that worker's minibatch, what
+            ``converter`` takes. Nothing but ``iteration`` needs to be saved to resume.
         optimizer (~chainer.Optimizer): A plain one, not a multi-node optimizer.
-        loss_function (callable): Takes the converted minibatch and returns the scalar loss, averaged over it.
+        loss_function (callable): Takes the converted minibatch and returns the scalar loss,
+            averaged over it.
         comm (~chainermn.CommunicatorBase): The processes.
         n_workers (int): n, a multiple of the number of processes.
-        epoch_size (tuple of int): Total batch size and number of training images; an epoch is the iterations that it takes
-            to see as many images, a fraction included.
+        epoch_size (tuple of int): Total batch size and number of training images; an epoch is the
+            iterations that it takes to see as many images, a fraction included.
         converter (callable): Turns a minibatch into arrays on the model's device.
-        batch_statistics (~extensions.batch_statistics.AllreduceBatchStatistics): Is told of each worker's forward pass.
+        batch_statistics (~extensions.batch_statistics.AllreduceBatchStatistics): Is told of each
+            worker's forward pass.
 
     Attributes:
         iteration (int): Updates done.
-        losses (list): This process's losses since they were last cleared, an array of its workers' for each iteration.
+        losses (list): This process's losses since they were last cleared, an array of its workers'
+            for each iteration.
 
     Raises:
         ValueError: ``n_workers`` is not a multiple of the number of processes.
@@ -131,7 +136,7 @@ def workers_of(rank, n_processes, n_workers) -> range:
 
 
 class _LocalMean:
-    """Mean over a process's workers on the device, then over processes by a ChainerMN communicator."""
+    """Mean over a process's workers on the device, then over processes by ChainerMN."""
 
     def __init__(self, comm):
         self._comm = comm
@@ -158,7 +163,8 @@ class _LocalMean:
 class MeanTrainingLoss(training.Extension):
     """Reports ``main/loss``: the mean over the iterations since the last call and over all workers.
 
-    One message per call; the sum is in float64, iteration by iteration and in the order of the workers, whatever P is.
+    One message per call; the sum is in float64, iteration by iteration and in the order of the
+    workers, whatever P is.
 
     Args:
         comm (~chainermn.CommunicatorBase): The processes of a :class:`VirtualWorkersUpdater`.

@@ -1,4 +1,5 @@
-"""The 1,797 handwritten digits that come with the program: real images for a machine that has no others.
+"""The 1,797 handwritten digits that come with the program: real images for a machine that has no
+others.
 
 Provenance and licence (CC BY 4.0) stand in data/README.md.
 """
@@ -21,14 +22,15 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     """The data set as it was published.
 
     Returns:
-        tuple: Images, uint8 [1797, 8, 8] of values 0 to 16, ink on nothing, and labels, int32 [1797].
+        tuple: Images, uint8 [1797, 8, 8] of values 0 to 16, ink on nothing, and labels, int32
+            [1797].
     """
     table = np.loadtxt(_FILE, delimiter=',', dtype=np.float64).astype(np.uint8)
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int32)
 
 
 def split(n_images: int = 1797) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the 1,437 training and the 360 validation images, drawn at random once and for all."""
+    """Indices of the 1,437 training and the 360 validation images, drawn once and for all."""
     permutation = np.random.RandomState(0).permutation(n_images)
     return np.sort(permutation[_N_VALIDATION:]), np.sort(permutation[:_N_VALIDATION])
 
@@ -51,7 +53,7 @@ def write_image_folder(root) -> None:
         for digit in range(10):
             (unfinished / name / str(digit)).mkdir(parents=True)
         for i in indices:
-            enlarged = Image.fromarray(pixels[i]).resize((_SIDE, _SIDE), Image.BICUBIC)
+            enlarged = Image.fromarray(pixels[i]).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
             enlarged.save(unfinished / name / str(labels[i]) / f'{i:04d}.png')
     try:
         unfinished.rename(root)

@@ -7,7 +7,7 @@ import os
 import matplotlib
 
 matplotlib.use('Agg')  # ranks have no screen
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def curves(log: list, path: str):

@@ -17,12 +17,13 @@ _TRIES = 10
 
 
 class DataError(Exception):
-    """The images cannot be used; the message is one line that names the path, what is wrong and what helps."""
+    """The images cannot be used; the message names the path, what is wrong and what helps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """The listing of ROOT/CLASS/FILE: files sorted by class and name, whatever the file system's order.
+    """The listing of ROOT/CLASS/FILE: files sorted by class and name, whatever the file system's
+    order.
 
     Attributes:
         root (str): The folder.
@@ -40,7 +41,7 @@ class ImageFolder:
         return os.path.join(self.root, self.names[index])
 
     def pack(self) -> tuple:
-        """The listing as three strings and an array: quick to send, however many images there are."""
+        """The listing as three strings and an array: quick to send, however long it is."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
         files = '\0'.join(name.partition('/')[2] for name in self.names)
         return self.root, '\0'.join(self.classes), counts, files
@@ -68,7 +69,9 @@ def list_images(root) -> ImageFolder:
             f'image folder {root}: {error.strerror}; it must hold a folder of images for each class'
         ) from error
     if not classes:
-        raise DataError(f'image folder {root} has no class folders; images belong into {root}/CLASS/')
+        raise DataError(
+            f'image folder {root} has no class folders; images belong into {root}/CLASS/'
+        )
     names, counts = [], []
     for name in classes:
         files = sorted(
@@ -124,7 +127,8 @@ def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.RandomState
 
 
 def random_crop(size, rng, preprocessing) -> tuple[int, int, int, int]:
-    """A random box of an image (G): area uniform in [min_crop_area, 1], logarithm of the aspect ratio uniform.
+    """A random box of an image (G): area uniform in [min_crop_area, 1], logarithm of the aspect
+    ratio uniform.
 
     Where ten draws do not fit into the image, it is the largest centred square.
 
@@ -151,7 +155,8 @@ def random_crop(size, rng, preprocessing) -> tuple[int, int, int, int]:
 
 
 def train_image(path, rng, preprocessing) -> np.ndarray:
-    """Decodes an image for training: a random crop, resized with Pillow's antialiased bilinear filter, flipped or not.
+    """Decodes an image for training: a random crop, resized with Pillow's antialiased bilinear
+    filter, flipped or not.
 
     Returns:
         uint8 array [image_size, image_size, 3].
@@ -163,7 +168,7 @@ def train_image(path, rng, preprocessing) -> np.ndarray:
     box = random_crop(image.size, rng, preprocessing)
     side = preprocessing.image_size
     # Cropped first: with resize(box=...) the filter would see across the border of the crop.
-    pixels = np.asarray(image.crop(box).resize((side, side), Image.BILINEAR))
+    pixels = np.asarray(image.crop(box).resize((side, side), Image.Resampling.BILINEAR))
     if preprocessing.horizontal_flip and rng.randint(2):
         pixels = pixels[:, ::-1]
     return pixels
@@ -181,7 +186,7 @@ def validation_image(path, preprocessing) -> np.ndarray:
     image = _decode(path)
     shorter = min(image.size)
     width, height = (round(length * preprocessing.resize / shorter) for length in image.size)
-    image = image.resize((width, height), Image.BILINEAR)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     side = preprocessing.image_size
     left, upper = (width - side) // 2, (height - side) // 2
     return np.asarray(image.crop((left, upper, left + side, upper + side)))

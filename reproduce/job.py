@@ -1,4 +1,4 @@
-"""What makes many ranks one job: they agree on errors before the start, and fall together after it."""
+"""What makes many ranks one job: they agree on errors before the start, and fall together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _USER_ERRORS = (InputError, DataError, CommunicatorError)
 
 
 def on_every_rank(mpi_comm, function):
-    """Runs ``function`` on every rank. What it raises on any of them ends all: one line on the terminal, exit status 2.
+    """Runs ``function`` on every rank. What it raises on any of them ends all: one line on the
+    terminal, exit status 2.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
@@ -45,13 +46,14 @@ def on_every_rank(mpi_comm, function):
 
 
 def on_rank_zero(mpi_comm, function):
-    """Runs ``function`` on rank 0 alone and returns its result on every rank; errors as in :func:`on_every_rank`."""
+    """Runs ``function`` on rank 0 alone; its result and its errors are every rank's."""
     result = on_every_rank(mpi_comm, function if mpi_comm.rank == 0 else lambda: None)
     return mpi_comm.bcast(result)
 
 
 def abort_on_uncaught_exception():
-    """From now on an uncaught exception on any rank prints rank, host and traceback, and ends all ranks at once.
+    """From now on an uncaught exception on any rank prints rank, host and traceback, and ends all
+    ranks at once.
 
     Without it the other ranks would wait in their next collective for ever.
     """

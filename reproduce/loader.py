@@ -21,7 +21,8 @@ from reproduce import images
 
 
 def start_forkserver():
-    """Starts the server that forks loader processes; call it before anything imports ``mpi4py.MPI``.
+    """Starts the server that forks loader processes; call it before anything imports
+    ``mpi4py.MPI``.
 
     A process forked after MPI has opened InfiniBand can crash or hang.
     """
@@ -30,11 +31,15 @@ def start_forkserver():
 
 
 class _LoaderProcess(multiprocessing.context.ForkServerProcess):
-    """A process that does not import the main script, which would start MPI once more in each of them."""
+    """A process that does not import the main script: that would start MPI in each of them."""
 
     def start(self):
         main = sys.modules['__main__']
-        hidden = {name: main.__dict__.pop(name) for name in ('__file__', '__spec__') if name in main.__dict__}
+        hidden = {
+            name: main.__dict__.pop(name)
+            for name in ('__file__', '__spec__')
+            if name in main.__dict__
+        }
         main.__spec__ = None
         try:
             super().start()
@@ -49,15 +54,17 @@ class _Context(multiprocessing.context.ForkServerContext):
 class ImageLoader:
     """Minibatches of training and validation, decoded ahead by processes of its own.
 
-    Which images a training minibatch has, and how they are augmented, depends on nothing but the seed, the iteration and the worker:
-    not on the number of processes, nor on what was loaded before.
+    Which images a training minibatch has, and how they are augmented, depends on nothing but the
+    seed, the iteration and the worker: not on the number of processes, nor on what was loaded
+    before.
 
     Args:
         train, val (ImageFolder): The images.
         order (ImageOrder): Which images belong to a worker in an iteration.
         preprocessing (Preprocessing): What is done to each.
         seed (int): Of the augmentation.
-        workers (range): The workers whose minibatches will be asked for, in this order in every iteration.
+        workers (range): The workers whose minibatches will be asked for, in this order in every
+            iteration.
         n_processes (int): 0: the calling process decodes, when it is asked.
         prefetch (int): Minibatches that are decoded ahead; two per process by default.
 
@@ -66,7 +73,9 @@ class ImageLoader:
         RuntimeError: A loader process died; when the next minibatch is asked for.
     """
 
-    def __init__(self, train, val, order, preprocessing, seed, workers, n_processes=0, prefetch=None):
+    def __init__(
+        self, train, val, order, preprocessing, seed, workers, n_processes=0, prefetch=None
+    ):
         self._train, self._val, self._order = train, val, order
         self._arguments = (train, val, preprocessing, seed)
         self._workers = workers
@@ -93,9 +102,9 @@ class ImageLoader:
         return self._labelled(self._result(future), wanted)
 
     def validation_batches(self, start: int, stop: int, batch_size: int):
-        """Iterates over the validation images [start, stop): uint8 [b, H, W, 3], int32 labels [b]."""
+        """Iterates over validation images [start, stop): uint8 [b, H, W, 3], int32 labels [b]."""
         ranges = [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
-        pending = collections.deque()
+        pending: collections.deque = collections.deque()
         for position, indices in enumerate(ranges):
             if self._executor is None:
                 pixels = _LoadValidation(indices)(*self._arguments)
@@ -145,7 +154,8 @@ class ImageLoader:
 
     def _died(self):
         return RuntimeError(
-            'a process that loads images died (killed, or out of memory?); --loader-processes 0 does without'
+            'a process that loads images died (killed, or out of memory?); '
+            '--loader-processes 0 does without'
         )
 
     def _forget(self):

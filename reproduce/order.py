@@ -10,9 +10,10 @@ import numpy as np
 class ImageOrder:
     """Which images each worker sees in each iteration.
 
-    Every epoch is a new random permutation of the whole training set (G). Laid end to end they are one endless stream, and
-    image k of it belongs to iteration k // B, worker (k % B) // b, with b images per worker and B = n b. So a batch may straddle
-    epochs, each image comes once in each, and nothing needs to be scattered or saved.
+    Every epoch is a new random permutation of the whole training set (G). Laid end to end they are
+    one endless stream, and image k of it belongs to iteration k // B, worker (k % B) // b, with b
+    images per worker and B = n b. So a batch may straddle epochs, each image comes once in each,
+    and nothing needs to be scattered or saved.
 
     Args:
         n_images (int): Images of the training set.
@@ -30,10 +31,12 @@ class ImageOrder:
         self.total_batch_size = n_workers * local_batch_size
         if self.total_batch_size > n_images:
             raise ValueError(
-                f'the total batch of {self.total_batch_size} images is larger than the training set of {n_images}'
+                f'the total batch of {self.total_batch_size} images is larger than the '
+                f'training set of {n_images}'
             )
         # RandomState's stream is frozen for good; a Generator's may change with NumPy's version.
-        # A local batch touches two epochs at most, and so does the iteration of all the workers of a process.
+        # A local batch touches two epochs at most, and so does the iteration of all the workers of
+        # a process.
         self._permutation = functools.lru_cache(maxsize=2)(
             lambda epoch: np.random.RandomState([seed, epoch]).permutation(n_images)
         )

@@ -1,4 +1,4 @@
-"""What a person sees: the plan, the header, a progress line, a table of epochs, and the files of a finished run."""
+"""What a person sees: the plan, the header, progress, a table of epochs, the files of a run."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ def versions() -> dict:
 
 
 def plan(settings, n_images: int) -> str:
-    """The run as a table: n, b_local, the total batch and eta_base, then eta and the alphas at the start of each epoch.
+    """The run as a table: n, b_local, the total batch and eta_base, then eta and the alphas at the
+    start of each epoch.
 
-    Between the whole epochs stand the moments of the transition at which the printed form crosses 1 and jumps.
+    Between the whole epochs stand the moments of the transition at which the printed form crosses 1
+    and jumps.
 
     Args:
         settings (Settings): With ``workers`` known.
@@ -63,8 +65,8 @@ def plan(settings, n_images: int) -> str:
         f'{"total batch n b":24}{s.total_batch_size:,}',
         f'{"training images":24}{n_images:,}',
         f'{"eta_base":24}{s.lr_base:g}  (0.1 x {s.total_batch_size:,} / 256)',
-        f'{"iterations":24}{s.iterations(n_images):,}  ({per_epoch:.2f} an epoch, {s.epochs} epochs)',
-        f'{"alpha_SGD":24}{s.alpha_form} form, centre {s.beta_center:g}, period {s.beta_period:g} of 90 epochs',
+        f'{"iterations":24}{s.iterations(n_images):,}  ({per_epoch:.2f} x {s.epochs} epochs)',
+        f'{"alpha_SGD":24}{s.alpha_form}, centre {s.beta_center:g}, period {s.beta_period:g} of 90',
         '',
         f'{"epoch":>8} {"of 90":>8} {"eta":>10} {"alpha_sgd":>10} {"alpha_rmsprop":>14}',
     ]
@@ -78,8 +80,8 @@ def plan(settings, n_images: int) -> str:
         alpha_rmsprop = schedules.alpha_rmsprop(alpha, lr, s.lr_rmsprop)
         before = '<' if of_90 == moments[1] else ''
         lines.append(
-            f'{before + format(epoch, ".6g"):>8} {before + format(of_90, ".6g"):>8} {lr:>10.5g} {alpha:>10.5f} '
-            f'{alpha_rmsprop:>14.4e}'
+            f'{before + format(epoch, ".6g"):>8} {before + format(of_90, ".6g"):>8} '
+            f'{lr:>10.5g} {alpha:>10.5f} {alpha_rmsprop:>14.4e}'
         )
     return '\n'.join(lines)
 
@@ -92,10 +94,12 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
     if device.xp is not np:
         device_name = cuda.cupy.cuda.runtime.getDeviceProperties(device.device.id)['name'].decode()
     each = s.workers // comm.size
+    first_lr = s.lr_base * schedules.slow_start_factor(0)
     rows = {
-        'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, on {comm.inter_size:,} host(s), {device_name}',
+        'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, '
+        f'on {comm.inter_size:,} host(s), {device_name}',
         'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
-        'learning rate': f'base {s.lr_base:g}, first {s.lr_base * schedules.slow_start_factor(0):g}',
+        'learning rate': f'base {s.lr_base:g}, first {first_lr:g}',
         'all-reduce': f'{type(comm).__name__}, {s.allreduce_grad_dtype}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
         'training': f'{len(train.labels):,} images in {train.root}',
@@ -111,7 +115,8 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
 class Progress(training.Extension):
     """Prints a line with images/s and the time left, at most one in ``seconds``.
 
-    Always whole lines, never a line drawn over: what mpiexec gives a rank looks like a terminal even where it ends in a file.
+    Always whole lines, never a line drawn over: what mpiexec gives a rank looks like a terminal
+        even where it ends in a file.
     """
 
     trigger = (1, 'iteration')
@@ -135,7 +140,8 @@ class Progress(training.Extension):
         rate = (iteration - before) / (now - then)
         left = duration((self._n_iterations - iteration) / rate)
         print(
-            f'  iteration {iteration:,} of {self._n_iterations:,}, epoch {trainer.updater.epoch_detail:.2f}, '
+            f'  iteration {iteration:,} of {self._n_iterations:,}, '
+            f'epoch {trainer.updater.epoch_detail:.2f}, '
             f'{rate * self._total_batch_size:,.0f} images/s, {left} left',
             flush=True,
         )
@@ -164,9 +170,9 @@ class EpochTable(training.Extension):
 
 
 class Curves(training.Extension):
-    """Draws ``curves.png`` from the log, once a minute at most, so that a long run can be watched."""
+    """Draws ``curves.png`` once a minute at most, so that a long run can be watched."""
 
-    trigger = triggers.TimeTrigger(60)
+    trigger = triggers.TimeTrigger(60)  # type: ignore[assignment]
     priority = extension.PRIORITY_READER - 1
 
     def __init__(self, log_report):
@@ -202,7 +208,8 @@ def summarize(settings, comm, trainer, log) -> dict:
         log (list of dict): Of the LogReport.
 
     Returns:
-        dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the validations.
+        dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the
+            validations.
     """
     iterations = trainer.updater.iteration
     last = log[-1]

@@ -1,7 +1,7 @@
 """Every number of the experiment, in one place; letters say where it comes from.
 
-S a reading note of the paper, A its abstract, G Goyal et al. (arXiv:1706.02677), R what public re-implementations agree on,
-D arithmetic, P this project's own choice.
+S a reading note of the paper, A its abstract, G Goyal et al. (arXiv:1706.02677), R what public
+re-implementations agree on, D arithmetic, P this project's own choice.
 """
 
 from __future__ import annotations
@@ -9,23 +9,37 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import typing
-from typing import Optional
 
 from extensions import base_learning_rate
 
 
 class InputError(Exception):
-    """What the user gave cannot be run; the message is one line that says why, and what would work."""
+    """What the user gave cannot be run; the message says why in one line, and what would work."""
+
+
+_AT_LEAST_ONE = (
+    'workers',
+    'local_batch_size',
+    'epochs',
+    'width',
+    'image_size',
+    'resize',
+    'validation_batch_size',
+    'n_train_images',
+)
+_NOT_NEGATIVE = ('lr_rmsprop', 'mu1', 'mu2', 'eps', 'weight_decay', 'loader_processes', 'seed')
 
 
 def _setting(default, help, choices=None):
-    return dataclasses.field(default=default, metadata={'help': help, 'choices': choices})
+    kind = str if default is None else type(default)
+    metadata = {'help': help, 'choices': choices, 'kind': kind}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers, a batch of 32,768, 90 epochs.
+    """The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers, a batch of 32,768, 90
+    epochs.
 
     Raises:
         InputError: A value is out of its range; it is named.
@@ -33,7 +47,7 @@ class Settings:
 
     preset: str = _setting('paper', 'name of the set of values that the others start from')
 
-    workers: Optional[int] = _setting(
+    workers: int | None = _setting(
         1024, "the paper's n; a multiple of the processes, which play workers / processes each (S)"
     )
     local_batch_size: int = _setting(32, 'images of one worker in one iteration (S)')
@@ -63,10 +77,12 @@ class Settings:
     )
 
     width: int = _setting(64, 'channels after the first convolution')
-    stem: str = _setting('imagenet', 'first layers, for 224 or for 32 pixels', ('imagenet', 'cifar'))
+    stem: str = _setting(
+        'imagenet', 'first layers, for 224 or for 32 pixels', ('imagenet', 'cifar')
+    )
 
-    train_root: Optional[str] = _setting(None, 'folder of training images, CLASS/*.jpg')
-    val_root: Optional[str] = _setting(None, 'folder of validation images, CLASS/*.jpg')
+    train_root: str | None = _setting(None, 'folder of training images, CLASS/*.jpg')
+    val_root: str | None = _setting(None, 'folder of validation images, CLASS/*.jpg')
     n_train_images: int = _setting(
         1_281_167, 'training images that --dry-run counts with where there is no folder'
     )
@@ -75,7 +91,9 @@ class Settings:
     min_crop_area: float = _setting(0.08, 'smallest random crop, as a fraction of the area (G)')
     horizontal_flip: bool = _setting(True, 'flip half of the training images (G)')
     validation_batch_size: int = _setting(64, 'images at a time in validation (P)')
-    loader_processes: int = _setting(2, 'processes per rank that decode images; 0: the rank itself (P)')
+    loader_processes: int = _setting(
+        2, 'processes per rank that decode images; 0: the rank itself (P)'
+    )
 
     seed: int = _setting(0, 'of the initial values, the order of images and their augmentation (P)')
     out: str = _setting('results/paper', 'folder for everything that the run writes')
@@ -85,15 +103,14 @@ class Settings:
             value = getattr(self, field.name)
             choices = field.metadata['choices']
             if choices and value not in choices:
-                raise InputError(f'{_flag(field.name)} must be one of {", ".join(choices)}, not {value!r}')
-        at_least_one = (
-            'workers local_batch_size epochs width image_size resize validation_batch_size n_train_images'
-        )
-        for name in at_least_one.split():
+                raise InputError(
+                    f'{_flag(field.name)} must be one of {", ".join(choices)}, not {value!r}'
+                )
+        for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f'{_flag(name)} must be at least 1, not {value}')
-        for name in 'lr_rmsprop mu1 mu2 eps weight_decay loader_processes seed'.split():
+        for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f'{_flag(name)} must be finite and not negative, not {value}')
@@ -111,12 +128,13 @@ class Settings:
             raise InputError(f'--min-crop-area must be in (0, 1], not {self.min_crop_area}')
         if self.resize < self.image_size:
             raise InputError(
-                f'--resize {self.resize} is smaller than --image-size {self.image_size}: the centre crop '
-                'does not fit'
+                f'--resize {self.resize} is smaller than --image-size {self.image_size}: '
+                'the centre crop does not fit'
             )
 
     @property
     def total_batch_size(self) -> int:
+        assert self.workers is not None, 'parse() knows the number of processes'
         return self.workers * self.local_batch_size
 
     @property
@@ -129,14 +147,15 @@ class Settings:
 
 
 def paper() -> Settings:
-    """The paper's run: ResNet-50 on ImageNet, 1,024 workers x 32 images, 90 epochs; published: 74.9 % in 15 minutes on
-    1,024 P100 GPUs. Not run by this project. Fewer processes play the 1,024 workers in turn."""
+    """The paper's run: ResNet-50 on ImageNet, 1,024 workers x 32 images, 90 epochs; published: 74.9
+    % in 15 minutes on 1,024 P100 GPUs. Not run by this project. Fewer processes play the 1,024
+    workers in turn."""
     return Settings()
 
 
 def cifar10() -> Settings:
-    """CIFAR-10 from an image folder with a slim ResNet-50: the paper's schedules on a data set that one machine can
-    train on. 8 workers x 32 images unless told otherwise."""
+    """CIFAR-10 from an image folder with a slim ResNet-50: the paper's schedules on a data set that
+    one machine can train on. 8 workers x 32 images unless told otherwise."""
     return Settings(
         preset='cifar10',
         workers=8,
@@ -153,8 +172,9 @@ def cifar10() -> Settings:
 
 
 def smoke() -> Settings:
-    """1,437 handwritten digits that come with the program, a slim ResNet-50, one worker a process: everything that the
-    paper's run does, in about two minutes on two CPU cores; ends with a top-1 of 95 % or more."""
+    """1,437 handwritten digits that come with the program, a slim ResNet-50, one worker a process:
+    everything that the paper's run does, in about two minutes on two CPU cores; ends with a top-1
+    of 95 % or more."""
     return Settings(
         preset='smoke',
         workers=None,
@@ -184,7 +204,8 @@ def _flag(name: str) -> str:
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
     presets = '\n'.join(
-        f'  {name:8}  {" ".join((preset.__doc__ or "").split())}' for name, preset in PRESETS.items()
+        f'  {name:8}  {" ".join((preset.__doc__ or "").split())}'
+        for name, preset in PRESETS.items()
     )
     parser = _Parser(
         prog='reproduce/train.py',
@@ -194,14 +215,13 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    types = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
         options: dict = {'help': f'{field.metadata["help"]} [{field.default}]'.replace('%', '%%')}
-        kind = types[field.name]
+        kind = field.metadata['kind']
         if kind is bool:
             options['action'] = argparse.BooleanOptionalAction
         else:
-            options['type'] = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))
+            options['type'] = kind
             options['metavar'] = 'X' if not field.metadata['choices'] else None
             options['choices'] = field.metadata['choices']
         if field.name == 'preset':

@@ -12,25 +12,26 @@ Read from main() on: it tells the experiment in the paper's order.
 
 from reproduce import loader
 
-# Before anything imports MPI: a process that is forked off afterwards can crash or hang on InfiniBand.
+# Before anything imports MPI: a process that is forked off afterwards can crash or hang on
+# InfiniBand.
 loader.start_forkserver()
 
-import os  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import os
+import sys
+from pathlib import Path
 
-import extensions  # noqa: E402  isort: skip
-import chainer  # noqa: E402
-import chainer.functions as F  # noqa: E402
-from chainer.optimizer_hooks import WeightDecay  # noqa: E402
-from chainer.training import extensions as chainer_extensions  # noqa: E402
-from mpi4py import MPI  # noqa: E402
+import chainer
+import chainer.functions as F
+from chainer.optimizer_hooks import WeightDecay
+from chainer.training import extensions as chainer_extensions
+from mpi4py import MPI
 
-from extensions.virtual_workers import workers_of  # noqa: E402
-from reproduce import digits, images, job, report  # noqa: E402
-from reproduce.order import ImageOrder  # noqa: E402
-from reproduce.resnet50 import ResNet50  # noqa: E402
-from reproduce.settings import InputError, parse  # noqa: E402
+import extensions
+from extensions.virtual_workers import workers_of
+from reproduce import digits, images, job, report
+from reproduce.order import ImageOrder
+from reproduce.resnet50 import ResNet50
+from reproduce.settings import InputError, parse
 
 
 def main(argv=None):
@@ -85,7 +86,8 @@ def main(argv=None):
     for param in decayed_parameters(model):
         param.update_rule.add_hook(WeightDecay(settings.weight_decay))
 
-    # Batch normalization without moving averages: the last minibatch's statistics, averaged before each validation.
+    # Batch normalization without moving averages: the last minibatch's statistics, averaged before
+    # each validation.
     batch_statistics = extensions.AllreduceBatchStatistics(model, comm, settings.pooled_variance)
 
     def to_device(batch):
@@ -187,7 +189,8 @@ def count_images(settings) -> int:
 
 
 def prepare_data(settings, n_processes):
-    """Checks the settings against the data, makes the output folder, and lists the images; writes nothing before all else fits.
+    """Checks the settings against the data, makes the output folder, and lists the images; writes
+    nothing before all else fits.
 
     Returns:
         tuple: The packed listings of training and validation images.
@@ -203,8 +206,8 @@ def prepare_data(settings, n_processes):
     ships_data = settings.preset == 'smoke' and train_root is None
     if train_root is None and not ships_data:
         raise InputError(
-            'no images: give --train-root and --val-root, or set IMAGENET_ROOT to a folder with train and '
-            'val in it; "./run_mpi.sh smoke" runs without any'
+            'no images: give --train-root and --val-root, or set IMAGENET_ROOT to a folder with '
+            'train and val in it; "./run_mpi.sh smoke" runs without any'
         )
     if ships_data:
         check_total_batch(settings, len(digits.split()[0]))
@@ -224,8 +227,8 @@ def check_total_batch(settings, n_images):
     if settings.total_batch_size > n_images:
         raise InputError(
             f'the total batch of {settings.workers} workers x {settings.local_batch_size} images = '
-            f'{settings.total_batch_size} is larger than the training set of {n_images} images: choose fewer '
-            '--workers or a smaller --local-batch-size'
+            f'{settings.total_batch_size} is larger than the training set of {n_images} images: '
+            'choose fewer --workers or a smaller --local-batch-size'
         )
 
 
@@ -236,7 +239,9 @@ def make_output_folder(out):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f'--out {out} cannot be written: {error.strerror}; choose another folder') from error
+        raise InputError(
+            f'--out {out} cannot be written: {error.strerror}; choose another folder'
+        ) from error
 
 
 if __name__ == '__main__':

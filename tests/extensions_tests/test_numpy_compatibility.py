@@ -10,14 +10,12 @@ before = {name: getattr(np, name) for name in names}
 from extensions import numpy_compatibility
 changed = [name for name in names if getattr(np, name) is not before[name]]
 assert not changed, changed
-removed = 'bool int float complex object str float_ complex_ Inf NaN product cumproduct alltrue sometrue sctypes'
-missing = [name for name in removed.split() if not hasattr(np, name)]
-assert not missing, missing
-assert numpy_compatibility.restore_removed_names() == [], 'the second call added something'
-import chainer, chainermn
-assert np.sctypes['float'][1] is np.float32
-x = chainer.Variable(np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3))
-assert chainer.functions.resize_images(x, (4, 6)).shape == (1, 1, 4, 6)
+removed = 'bool int float complex object str float_ complex_ Inf NaN product cumproduct alltrue
+sometrue sctypes' missing = [name for name in removed.split() if not hasattr(np, name)] assert not
+missing, missing assert numpy_compatibility.restore_removed_names() == [], 'the second call added
+something' import chainer, chainermn assert np.sctypes['float'][1] is np.float32 x =
+chainer.Variable(np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)) assert
+chainer.functions.resize_images(x, (4, 6)).shape == (1, 1, 4, 6)
 """
 
 
@@ -27,6 +25,10 @@ def test_restores_what_chainer_needs_and_changes_nothing_else(root):
 
 def test_import_says_nothing(root):
     done = subprocess.run(
-        [sys.executable, '-c', 'import extensions'], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, '-c', 'import extensions'],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout + done.stderr == ''

@@ -56,8 +56,8 @@ def test_thousand_steps_follow_the_equations(dtype, shape, fixed):
         theta, m, delta = equations(
             theta, m, delta, g.astype(np.float64), *(getattr(optimizer, n) for n in HYPERPARAMETERS)
         )
-    # Each step rounds about ten times; m and delta forget the errors of old steps at the rates mu2 and mu1, 1 / (1 - mu) steps
-    # of them count, while theta keeps the errors of all.
+    # Each step rounds about ten times; m and delta forget the errors of old steps at the rates mu2
+    # and mu1, 1 / (1 - mu) steps of them count, while theta keeps the errors of all.
     rounding = np.finfo(dtype).eps
     for actual, expected, steps in [
         (link.p.update_rule.state['m'], m, 100),
@@ -121,7 +121,8 @@ def test_without_rmsprop_it_is_chainers_corrected_momentum_sgd():
 def test_without_sgd_and_momentum_it_is_chainers_rmsprop():
     start, rng = arrays((50,), 'float64')
     ours, peer = link_of(start), link_of(start)
-    # Chainer's lr is eta * alpha_rmsprop, and its eps stands outside the root too (eps_inside_sqrt=False).
+    # Chainer's lr is eta * alpha_rmsprop, and its eps stands outside the root too
+    # (eps_inside_sqrt=False).
     optimizer = RMSpropWarmup(0.5, alpha_sgd=0, alpha_rmsprop=0.02, mu1=0, eps=1e-2).setup(ours)
     chainers = optimizers.RMSprop(0.01, alpha=0.99, eps=1e-2).setup(peer)
     for _ in range(100):
@@ -196,7 +197,8 @@ def test_float16_with_float32_masters():
             theta, m, delta, g.astype(np.float64), 1e-4, 1.0, 0.1, 0.9, 0.99, 1e-8
         )
     assert link.p.update_rule.state['m'].dtype == np.float32
-    # Updates of 1e-4 vanish in float16 itself; from float32 masters the result is the rounded exact one.
+    # Updates of 1e-4 vanish in float16 itself; from float32 masters the result is the rounded exact
+    # one.
     assert np.mean(link.p.data == theta.astype('float16')) > 0.98
 
 

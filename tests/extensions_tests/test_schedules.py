@@ -36,7 +36,9 @@ def test_alpha_sgd_in_both_forms(epoch):
 
 def test_printed_is_the_default_and_arrays_go_through():
     epochs = np.array([[0.0, 8, 10], [11, 12, 12.5]])
-    np.testing.assert_array_equal(alpha_sgd(epochs), [[alpha_sgd(e) for e in row] for row in epochs])
+    np.testing.assert_array_equal(
+        alpha_sgd(epochs), [[alpha_sgd(e) for e in row] for row in epochs]
+    )
     assert alpha_sgd(12) == alpha_sgd(12, form='printed') != alpha_sgd(12, form='continuous')
 
 
@@ -57,7 +59,9 @@ def test_continuous_is_the_elu():
 
 
 def test_other_centre_and_period():
-    assert alpha_sgd(3, beta_center=4, beta_period=8) == pytest.approx(math.exp(-0.25) / 2, abs=1e-12)
+    assert alpha_sgd(3, beta_center=4, beta_period=8) == pytest.approx(
+        math.exp(-0.25) / 2, abs=1e-12
+    )
     assert alpha_sgd(5, beta_center=4, beta_period=8) == 0.75
     assert alpha_sgd(8, beta_center=4, beta_period=8) == 1
 
@@ -112,7 +116,9 @@ class Counter(chainer.training.Updater):
 
     def update(self):
         self.optimizer.target.p.grad = np.zeros(1)
-        self.used.append((self.optimizer.lr, self.optimizer.alpha_sgd, self.optimizer.alpha_rmsprop))
+        self.used.append(
+            (self.optimizer.lr, self.optimizer.alpha_sgd, self.optimizer.alpha_rmsprop)
+        )
         self.optimizer.update()
         self.iteration += 1
 

@@ -6,7 +6,7 @@ import pytest
 
 PROGRAMS = Path(__file__).parent / 'programs'
 sys.path.insert(0, str(PROGRAMS))
-from tests_common import gradients  # noqa: E402
+from tests_common import gradients
 
 pytestmark = pytest.mark.mpi
 
@@ -17,7 +17,9 @@ def mean_of(n_workers, dtype):
     for name, first in gradients(0).items():
         if first is not None:
             with np.errstate(over='ignore'):
-                sent = [gradients(w)[name].astype(dtype).astype(np.float64) for w in range(n_workers)]
+                sent = [
+                    gradients(w)[name].astype(dtype).astype(np.float64) for w in range(n_workers)
+                ]
             result[name] = (np.sum(sent, axis=0) / n_workers).astype(dtype).astype(np.float32)
     return result
 
@@ -48,7 +50,8 @@ def test_mean_equals_float64_reference(mpirun, tmp_path, processes, each, dtype,
             assert actual[name].dtype == np.float32
             if dtype == 'float16':  # exact: no tolerance
                 np.testing.assert_array_equal(actual[name], expected[name])
-                # array_equal takes -0 for 0; a sum of negative zeros and one worker's -0 keep their sign.
+                # array_equal takes -0 for 0; a sum of negative zeros and one worker's -0 keep their
+                # sign.
                 np.testing.assert_array_equal(np.signbit(actual[name]), np.signbit(expected[name]))
             else:  # the order of the additions is free
                 np.testing.assert_allclose(actual[name], expected[name], rtol=1e-7)

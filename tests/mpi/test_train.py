@@ -57,7 +57,9 @@ def test_smoke_run_reaches_95_percent(train, tmp_path):
     assert {'conv1/W', 'fc/b', 'bn1/avg_mean'} < set(np.load(out / 'model.npz').files)
     last_line = done.stdout.strip().splitlines()[-1]
     assert last_line == f'top-1 {summary["top1"]:.2%}; results in {out}'
-    assert done.stdout.count('top-1  seconds') == done.stdout.count('total batch') == 1  # rank 0 alone
+    assert (
+        done.stdout.count('top-1  seconds') == done.stdout.count('total batch') == 1
+    )  # rank 0 alone
     assert re.search(r'iteration \d+ of \d+, epoch .* images/s, .* left', done.stdout)
 
 
@@ -84,14 +86,25 @@ def test_image_folder_and_explicit_options(train, image_folders, tmp_path):
     done = train(
         2,
         *'--preset cifar10 --workers 2 --local-batch-size 3 --epochs 2 --width 4 --seed 7'.split(),
-        *('--train-root', image_folders / 'train', '--val-root', image_folders / 'val', '--out', out),
+        *(
+            '--train-root',
+            image_folders / 'train',
+            '--val-root',
+            image_folders / 'val',
+            '--out',
+            out,
+        ),
         *'--communicator naive --allreduce-grad-dtype float32 --alpha-form continuous'.split(),
     )
     assert done.returncode == 0, done.stdout
     assert summary_of(out)['validation_images'] == 10
     assert summary_of(out)['iterations'] == 6
     settings = json.loads((out / 'settings.json').read_text())
-    assert (settings['seed'], settings['stem'], settings['alpha_form']) == (7, 'cifar', 'continuous')
+    assert (settings['seed'], settings['stem'], settings['alpha_form']) == (
+        7,
+        'cifar',
+        'continuous',
+    )
     assert 'NaiveCommunicator, float32' in done.stdout
 
 
@@ -106,7 +119,13 @@ def test_dry_run_shows_the_papers_numbers(train, tmp_path):
     alpha.update({'12': '1.30000', '<12.5': '1.50000', '12.5': '1.00000'})
     for epoch, expected in alpha.items():
         assert rows[epoch][1] == expected, epoch
-    for epoch, lr in (('0', '6.4'), ('39', '6.4'), ('40', '0.96'), ('70', '0.128'), ('85', '0.0128')):
+    for epoch, lr in (
+        ('0', '6.4'),
+        ('39', '6.4'),
+        ('40', '0.96'),
+        ('70', '0.128'),
+        ('85', '0.0128'),
+    ):
         assert rows[epoch][0] == lr
     assert float(rows['0'][2]) == pytest.approx((1 - 0.0091578) * 3e-4 / 6.4, rel=1e-4)
     assert not (tmp_path / 'out').exists()
@@ -126,9 +145,17 @@ BAD = {
     'other classes': (2, ['--train-root', '{top}/train', '--val-root', '{bad}/val'], 'horse'),
     'no val root': (2, ['--train-root', '{top}/train'], '--val-root'),
     'no data': (2, [], './run_mpi.sh smoke'),
-    'workers': (2, [*SMOKE, '--workers', '3'], '3 workers cannot be spread evenly over 2 processes'),
+    'workers': (
+        2,
+        [*SMOKE, '--workers', '3'],
+        '3 workers cannot be spread evenly over 2 processes',
+    ),
     'no workers': (2, [*SMOKE, '--workers', '0'], '--workers must be at least 1, not 0'),
-    'batch': (2, [*SMOKE, '--local-batch-size', '719'], '1438 is larger than the training set of 1437'),
+    'batch': (
+        2,
+        [*SMOKE, '--local-batch-size', '719'],
+        '1438 is larger than the training set of 1437',
+    ),
     'preset': (2, ['--preset', 'imagenet'], "'imagenet'"),
     'option': (2, [*SMOKE, '--batchsize', '3'], '--batchsize'),
     'number': (2, [*SMOKE, '--epochs', 'ten'], "'ten'"),

@@ -67,7 +67,8 @@ def test_crop_has_the_distribution_of_the_paper():
     areas, aspects = widths * heights / 1e6, widths / heights
     assert 0.079 < areas.min() < 0.09 and areas.max() > 0.95
     assert 0.745 < aspects.min() < 0.755 and 1.325 < aspects.max() < 1.34
-    # Below 3/4 of the area every aspect ratio fits: there the draws are uniform, whatever was drawn again.
+    # Below 3/4 of the area every aspect ratio fits: there the draws are uniform, whatever was drawn
+    # again.
     small = areas[areas < 0.74]
     assert np.mean(small) == pytest.approx((0.08 + 0.74) / 2, abs=0.01)
     assert np.mean(np.log(aspects[areas < 0.74])) == pytest.approx(0, abs=0.01)
@@ -121,7 +122,8 @@ def test_validation_image_is_the_centre(tmp_path, size):
     Image.fromarray(picture(*size)).save(path)
     actual = images.validation_image(path, Preprocessing(image_size=32, resize=40))
     assert actual.shape == (32, 32, 3)
-    # Red is proportional to x, green to y: their mean is the picture's centre, their slope the scale.
+    # Red is proportional to x, green to y: their mean is the picture's centre, their slope the
+    # scale.
     shorter = min(size)
     for channel, axis, length in ((0, 1, size[0]), (1, 0, size[1])):
         line = actual[..., channel].astype(float).mean(axis=1 - axis)
@@ -133,9 +135,11 @@ def test_validation_image_is_the_centre(tmp_path, size):
 def test_every_kind_of_file_becomes_8_bit_rgb(tmp_path):
     rgb = Image.fromarray(picture())
     grey = rgb.convert('L')
-    sixteen = Image.fromarray((np.asarray(grey).astype(np.uint16) * 257))
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     half_transparent = rgb.convert('RGBA')
-    half_transparent.putalpha(Image.fromarray(np.repeat([[0] * 25 + [255] * 25], 40, 0).astype(np.uint8)))
+    half_transparent.putalpha(
+        Image.fromarray(np.repeat([[0] * 25 + [255] * 25], 40, 0).astype(np.uint8))
+    )
     files = {
         'rgb.png': rgb,
         'grey.png': grey,
@@ -198,9 +202,13 @@ def test_real_imagenet_files(root, tmp_path):
     if not sample.exists():
         pytest.skip('no sample of ImageNet beside the repository')
     with zipfile.ZipFile(sample) as archive:
-        names = [name for name in archive.namelist() if name.lower().endswith(('.jpeg', '.jpg'))][:20]
+        names = [name for name in archive.namelist() if name.lower().endswith(('.jpeg', '.jpg'))][
+            :20
+        ]
         archive.extractall(tmp_path, names)
     for name in names:
-        train = images.train_image(tmp_path / name, images.augmentation_rng(0, 0, 0), Preprocessing())
+        train = images.train_image(
+            tmp_path / name, images.augmentation_rng(0, 0, 0), Preprocessing()
+        )
         val = images.validation_image(tmp_path / name, Preprocessing())
         assert train.shape == val.shape == (224, 224, 3)

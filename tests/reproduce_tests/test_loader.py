@@ -21,13 +21,17 @@ def folder(tmp_path_factory):
     for name in 'abc':
         (top / name).mkdir()
         for i in range(7):
-            Image.fromarray(rng.randint(0, 256, (30, 40, 3), np.uint8)).save(top / name / f'{i}.png')
+            Image.fromarray(rng.randint(0, 256, (30, 40, 3), np.uint8)).save(
+                top / name / f'{i}.png'
+            )
     return images.list_images(top)
 
 
 def loader_of(folder, n_processes, workers=range(2), **options):
     order = ImageOrder(len(folder.labels), 2, 4, seed=1)
-    return loader.ImageLoader(folder, folder, order, PREPROCESSING, 1, workers, n_processes, **options)
+    return loader.ImageLoader(
+        folder, folder, order, PREPROCESSING, 1, workers, n_processes, **options
+    )
 
 
 def test_batches_are_what_the_order_and_the_augmentation_say(folder):
@@ -86,9 +90,9 @@ def test_a_broken_file_is_named(tmp_path, n_processes):
         (tmp_path / name).mkdir()
         for i in range(4):
             (tmp_path / name / f'{i}.png').write_bytes(b'nothing')
-    with loader_of(images.list_images(tmp_path), n_processes) as broken:
-        with pytest.raises(images.DataError, match=r'[ab]/\d.png cannot be decoded'):
-            broken.train_batch(0, 0)
+    message = pytest.raises(images.DataError, match=r'[ab]/\d.png cannot be decoded')
+    with loader_of(images.list_images(tmp_path), n_processes) as broken, message:
+        broken.train_batch(0, 0)
 
 
 SCRIPT = """

@@ -5,7 +5,8 @@ import numpy as np
 
 
 def gradients(worker):
-    """A worker's gradients: odd sizes, no element, no dimension, float16's subnormals, negative zero, near overflow."""
+    """A worker's gradients: odd sizes, no element, no dimension, float16's subnormals, negative
+    zero, near overflow."""
     rng = np.random.RandomState(worker + 1)
     scale = 10.0 ** rng.uniform(-8, 2, size=1001)
     return {

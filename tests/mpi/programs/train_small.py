@@ -1,4 +1,5 @@
-"""Trains a small network with virtual workers and saves everything: train_small.py OUT WORKERS COMMUNICATOR DTYPE POOLED."""
+"""Trains a small network with virtual workers and saves everything: train_small.py OUT WORKERS
+COMMUNICATOR DTYPE POOLED."""
 
 import sys
 
@@ -7,7 +8,6 @@ import chainer
 import chainer.functions as F
 import numpy as np
 from chainer.training import extensions as chainer_extensions
-
 from tests_common import BATCH, IMAGES, VALIDATION, Network, minibatch, validation_set
 
 out, n_workers, name, dtype, pooled = sys.argv[1:6]
@@ -29,7 +29,9 @@ updater = extensions.VirtualWorkersUpdater(
 )
 x, t = validation_set()
 evaluator = extensions.ExactEvaluator(
-    lambda start, stop: ((x[i : min(i + 4, stop)], t[i : min(i + 4, stop)]) for i in range(start, stop, 4)),
+    lambda start, stop: (
+        (x[i : min(i + 4, stop)], t[i : min(i + 4, stop)]) for i in range(start, stop, 4)
+    ),
     model,
     comm,
     VALIDATION,
@@ -44,7 +46,9 @@ log = chainer_extensions.LogReport(filename=None)
 trainer.extend(log)
 trainer.run()
 rule_states = {
-    f'{kind}{n}': p.update_rule.state[kind] for n, p in model.namedparams() for kind in ('m', 'delta')
+    f'{kind}{n}': p.update_rule.state[kind]
+    for n, p in model.namedparams()
+    for kind in ('m', 'delta')
 }
 np.savez(
     f'{out}/{comm.rank}.npz',
