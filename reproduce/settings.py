@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import textwrap
 
 from extensions import base_learning_rate
 
@@ -183,7 +184,7 @@ def smoke() -> Settings:
         n_train_images=1437,
         image_size=32,
         resize=32,
-        min_crop_area=0.5,
+        min_crop_area=0.8,
         horizontal_flip=False,
         loader_processes=1,
         out='results/smoke',
@@ -204,7 +205,12 @@ def _flag(name: str) -> str:
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
     presets = '\n'.join(
-        f'  {name:8}  {" ".join((preset.__doc__ or "").split())}'
+        textwrap.fill(
+            ' '.join((preset.__doc__ or '').split()),
+            width=80,
+            initial_indent=f'  {name:9}',
+            subsequent_indent=' ' * 11,
+        )
         for name, preset in PRESETS.items()
     )
     parser = _Parser(
