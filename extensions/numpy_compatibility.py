@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ _REMOVED = {
 }
 
 
-def _stub(name):
+def _stub(name) -> Any:
     module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
     sys.modules[name] = module
     return module
@@ -61,9 +62,10 @@ def restore_removed_names() -> list[str]:
                 added.append(name)
     if importlib.util.find_spec('numpy.distutils') is None:
         # Chainer asks it for the BLAS on macOS only, but imports it everywhere.
-        np.distutils = _stub('numpy.distutils')  # type: ignore[attr-defined]
-        np.distutils.system_info = _stub('numpy.distutils.system_info')
-        np.distutils.system_info.get_info = lambda name: {}  # type: ignore
+        distutils = _stub('numpy.distutils')
+        distutils.system_info = _stub('numpy.distutils.system_info')
+        distutils.system_info.get_info = lambda name: {}
+        setattr(np, 'distutils', distutils)  # noqa: B010  (mypy knows that NumPy has none)
         added.append('distutils')
     return added
 

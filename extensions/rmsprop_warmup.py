@@ -14,13 +14,13 @@ from chainer.backends import cuda
 _BLOCK = 16384
 
 _UPDATE_GPU = """
-    m = mu2 * m + (1 - mu2) * grad * grad;
+    m = mu2 * m + (1 - mu2) * grad * grad;  // [W1]
     T scale = alpha_sgd;
     if (alpha_rmsprop != 0) {
         scale += alpha_rmsprop / (sqrt(m) + eps);
     }
-    delta = mu1 * delta - scale * grad;
-    param += lr * delta;
+    delta = mu1 * delta - scale * grad;  // [W2]
+    param += lr * delta;  // [W3]
 """
 
 

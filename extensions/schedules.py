@@ -149,7 +149,7 @@ class _Schedule(training.Extension):
 
 
 class StepLearningRate(_Schedule):
-    """The slow-start learning rate [L]: ``lr = base_learning_rate(B) * slow_start_factor(epoch)``.
+    """The slow-start learning rate: ``lr = base_learning_rate(B) * slow_start_factor(epoch)``.
 
     ``epoch`` is fractional: updates done so far x total batch / images, at the start of the update,
     whatever the iterator says. A run of E epochs maps its epoch e to 90 e / E. Each update reports
@@ -173,8 +173,7 @@ class StepLearningRate(_Schedule):
 
 
 class AlphaSGDSchedule(_Schedule):
-    """The transition [A]: sets ``alpha_sgd``, and ``alpha_rmsprop`` after [W4] with the learning
-    rate then in force.
+    """The transition: sets ``alpha_sgd``, and with it ``alpha_rmsprop`` for the present ``lr``.
 
     Runs after :class:`StepLearningRate`, whatever order they were added in. Each update reports
     ``alpha_sgd`` and ``alpha_rmsprop``, the values it used.

@@ -72,17 +72,17 @@ def plan(settings, n_images: int) -> str:
     ]
     scale = s.epochs / schedules.PAPER_EPOCHS
     end = s.beta_center + s.beta_period / 2
-    moments = [s.beta_center + s.beta_period / 4, np.nextafter(end, 0), end]
-    for epoch in sorted({*range(s.epochs), *(m * scale for m in moments if m * scale < s.epochs)}):
-        of_90 = epoch / scale
+    just_before = np.nextafter(end, 0)
+    moments = {s.beta_center + s.beta_period / 4, just_before, end}
+    whole = {epoch / scale for epoch in range(s.epochs)}
+    for of_90 in sorted(whole | {m for m in moments if 0 <= m < schedules.PAPER_EPOCHS}):
         lr = s.lr_base * schedules.slow_start_factor(of_90)
         alpha = schedules.alpha_sgd(of_90, s.beta_center, s.beta_period, s.alpha_form)
         alpha_rmsprop = schedules.alpha_rmsprop(alpha, lr, s.lr_rmsprop)
-        before = '<' if of_90 == moments[1] else ''
-        lines.append(
-            f'{before + format(epoch, ".6g"):>8} {before + format(of_90, ".6g"):>8} '
-            f'{lr:>10.5g} {alpha:>10.5f} {alpha_rmsprop:>14.4e}'
+        epoch, of_90 = (
+            ('<' if of_90 == just_before else '') + format(e, '.6g') for e in (of_90 * scale, of_90)
         )
+        lines.append(f'{epoch:>8} {of_90:>8} {lr:>10.5g} {alpha:>10.5f} {alpha_rmsprop:>14.4e}')
     return '\n'.join(lines)
 
 
@@ -175,12 +175,13 @@ class Curves(training.Extension):
     trigger = triggers.TimeTrigger(60)  # type: ignore[assignment]
     priority = extension.PRIORITY_READER - 1
 
-    def __init__(self, log_report):
+    def __init__(self, settings, log_report):
+        self._settings = settings
         self._log_report = log_report
 
     def __call__(self, trainer):
         if self._log_report.log:
-            figures.curves(self._log_report.log, os.path.join(trainer.out, 'curves.png'))
+            figures.curves(self._log_report.log, self._settings, trainer.out)
 
 
 def duration(seconds: float) -> str:
@@ -229,7 +230,7 @@ def summarize(settings, comm, trainer, log) -> dict:
         'versions': versions(),
     }
     _write_json(summary, os.path.join(settings.out, 'summary.json'))
-    figures.curves(log, os.path.join(settings.out, 'curves.png'))
+    figures.curves(log, settings, settings.out)
     return summary
 
 

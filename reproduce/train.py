@@ -141,7 +141,7 @@ def main(argv=None):
         trainer.extend(log_report)
         trainer.extend(report.Progress(settings.total_batch_size, n_iterations))
         trainer.extend(report.EpochTable(log_report))
-        trainer.extend(report.Curves(log_report))
+        trainer.extend(report.Curves(settings, log_report))
 
     with batches:
         trainer.run(show_loop_exception_msg=False)
