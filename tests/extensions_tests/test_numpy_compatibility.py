@@ -10,12 +10,15 @@ before = {name: getattr(np, name) for name in names}
 from extensions import numpy_compatibility
 changed = [name for name in names if getattr(np, name) is not before[name]]
 assert not changed, changed
-removed = 'bool int float complex object str float_ complex_ Inf NaN product cumproduct alltrue
-sometrue sctypes' missing = [name for name in removed.split() if not hasattr(np, name)] assert not
-missing, missing assert numpy_compatibility.restore_removed_names() == [], 'the second call added
-something' import chainer, chainermn assert np.sctypes['float'][1] is np.float32 x =
-chainer.Variable(np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)) assert
-chainer.functions.resize_images(x, (4, 6)).shape == (1, 1, 4, 6)
+removed = 'bool int float complex object str float_ complex_ Inf NaN product cumproduct alltrue'
+removed += ' sometrue sctypes'
+missing = [name for name in removed.split() if not hasattr(np, name)]
+assert not missing, missing
+assert numpy_compatibility.restore_removed_names() == [], 'the second call added something'
+import chainer, chainermn
+assert np.sctypes['float'][1] is np.float32
+x = chainer.Variable(np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3))
+assert chainer.functions.resize_images(x, (4, 6)).shape == (1, 1, 4, 6)
 """
 
 

@@ -14,7 +14,7 @@ from extensions import (
     slow_start_factor,
 )
 
-TABLE = {  # epoch: printed, continuous
+TABLE = {  # [A] epoch: printed, continuous
     0: (math.exp(-4) / 2, math.exp(-4) / 2),
     8: (math.exp(-0.8) / 2, math.exp(-0.8) / 2),
     10: (0.5, 0.5),
@@ -148,7 +148,7 @@ def counting_trainer(tmp_path, n_iterations, start=0, batch=32768, images=128116
 
 
 def expected_sequence(start, stop, batch=32768, images=1281167, epochs=90, form='printed'):
-    """(lr, alpha_sgd, alpha_rmsprop) of each update, written out from the paper."""
+    """(lr, alpha_sgd, alpha_rmsprop) of each update: [L], [A] and [W4], written out from the paper."""
     sequence = []
     for iteration in range(start, stop):
         epoch = iteration * batch / images * 90 / epochs

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.mpi
 
 
 def mean_of(n_workers, dtype):
-    """The mean of the gradients as they are on the wire, in float64, rounded once."""
+    """[H]: the mean of the gradients as they are on the wire, in float64, rounded once."""
     result = {}
     for name, first in gradients(0).items():
         if first is not None:
