@@ -148,7 +148,7 @@ def counting_trainer(tmp_path, n_iterations, start=0, batch=32768, images=128116
 
 
 def expected_sequence(start, stop, batch=32768, images=1281167, epochs=90, form='printed'):
-    """(lr, alpha_sgd, alpha_rmsprop) of each update: [L], [A] and [W4], written out from the paper."""
+    """(lr, alpha_sgd, alpha_rmsprop) of each update: [L], [A], [W4], written out from the paper."""
     sequence = []
     for iteration in range(start, stop):
         epoch = iteration * batch / images * 90 / epochs

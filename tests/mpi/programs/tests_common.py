@@ -55,3 +55,9 @@ def validation_set():
     rng = np.random.RandomState(99)
     x = rng.standard_normal((VALIDATION, 5)) + 2
     return x.astype(np.float32), rng.randint(7, size=VALIDATION).astype(np.int32)
+
+
+def images_of(rank, step, channels):
+    """Images [4, channels, 2, 3] whose mean and spread are the rank's own."""
+    rng = np.random.RandomState([rank, step, channels])
+    return (rng.standard_normal((4, channels, 2, 3)) * (1 + rank) + 3 * rank).astype(np.float32)

@@ -1,0 +1,71 @@
+import chainer
+import numpy as np
+import pytest
+
+from extensions import ExactEvaluator, create_communicator
+from extensions.evaluation import shard
+
+
+@pytest.fixture
+def comm():
+    return create_communicator('mpi')
+
+
+def evaluator_of(logits, labels, comm, batch=4, n_images=None):
+    table = np.asarray(logits, np.float32)
+
+    def batches(start, stop):
+        for i in range(start, stop, batch):
+            indices = np.arange(i, min(i + batch, stop))
+            yield indices, np.asarray(labels, np.int32)[indices]
+
+    def predictor(indices):
+        assert not chainer.config.train and not chainer.config.enable_backprop
+        return chainer.Variable(table[indices])
+
+    return ExactEvaluator(batches, predictor, comm, n_images or len(labels))
+
+
+def test_equal_to_a_plain_loop(comm):
+    rng = np.random.RandomState(0)
+    logits, labels = rng.standard_normal((37, 9)), rng.randint(9, size=37)
+    result = evaluator_of(logits, labels, comm).evaluate()
+    logits = logits.astype(np.float32).astype(np.float64)
+    top1 = sum(row.argmax() == t for row, t in zip(logits, labels))
+    top5 = sum(t in np.argsort(-row)[:5] for row, t in zip(logits, labels))
+    losses = [np.log(np.exp(row).sum()) - row[t] for row, t in zip(logits, labels)]
+    assert result['images'] == 37
+    assert result['main/accuracy'] == top1 / 37
+    assert result['main/top5_accuracy'] == top5 / 37
+    assert result['main/loss'] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_of_equal_logits_the_first_class_wins_as_in_argmax(comm):
+    result = evaluator_of(np.zeros((3, 8)), [0, 4, 5], comm).evaluate()
+    assert result['main/accuracy'] == pytest.approx(1 / 3)
+    assert result['main/top5_accuracy'] == pytest.approx(2 / 3)
+
+
+def test_nan_is_never_correct(comm):
+    result = evaluator_of(np.full((4, 8), np.nan), [0, 1, 2, 3], comm).evaluate()
+    assert result['main/accuracy'] == result['main/top5_accuracy'] == 0
+
+
+def test_fewer_than_five_classes(comm):
+    assert evaluator_of(np.eye(3), [1, 2, 0], comm).evaluate()['main/top5_accuracy'] == 1
+
+
+def test_missing_images_are_noticed(comm):
+    evaluator = evaluator_of(np.zeros((6, 3)), [0] * 6, comm, n_images=6)
+    evaluator._batches = lambda start, stop: [(np.arange(4), np.zeros(4, np.int32))]
+    with pytest.raises(RuntimeError, match='evaluated 4 images of its 6'):
+        evaluator.evaluate()
+
+
+@pytest.mark.parametrize('n_images, size', [(50_000, 1024), (360, 7), (3, 5), (0, 2)])
+def test_shards_are_each_image_once(n_images, size):
+    shards = [shard(rank, size, n_images) for rank in range(size)]
+    seen = [i for start, stop in shards for i in range(start, stop)]
+    assert seen == list(range(n_images))
+    lengths = [stop - start for start, stop in shards]
+    assert max(lengths) - min(lengths) <= 1
