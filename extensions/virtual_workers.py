@@ -40,8 +40,8 @@ class VirtualWorkersUpdater(training.Updater):
 
     Attributes:
         iteration (int): Updates done.
-        losses (list): This process's losses since they were last cleared, an array of its workers'
-            for each iteration.
+        losses (list): An array of this process's workers' losses for each iteration since the list
+            was last cleared; kept for :class:`MeanTrainingLoss`, None without it.
 
     Raises:
         ValueError: ``n_workers`` is not a multiple of the number of processes.
@@ -60,7 +60,7 @@ class VirtualWorkersUpdater(training.Updater):
     ):
         self.workers = workers_of(comm.rank, comm.size, n_workers)
         self.iteration = 0
-        self.losses = []
+        self.losses = None
         self._batches = batches
         self._optimizer = optimizer
         self._loss_function = loss_function
@@ -68,7 +68,7 @@ class VirtualWorkersUpdater(training.Updater):
         self._total_batch_size, self._n_images = epoch_size
         self._converter = converter
         self._batch_statistics = batch_statistics if len(self.workers) > 1 else None
-        self._gradients = comm if hasattr(comm, 'add_grad') else _LocalMean(comm)
+        self._gradients = comm if hasattr(comm, 'add_grad') else _LocalMean(comm, len(self.workers))
 
     @property
     def epoch(self):
@@ -116,7 +116,8 @@ class VirtualWorkersUpdater(training.Updater):
         self._gradients.mean_grad(model)
         self._optimizer.update()
         self.iteration += 1
-        self.losses.append(chainer.backend.get_array_module(losses[0]).stack(losses))
+        if self.losses is not None:
+            self.losses.append(chainer.backend.get_array_module(losses[0]).stack(losses))
 
     def serialize(self, serializer):
         self._optimizer.serialize(serializer['optimizer:main'])
@@ -136,27 +137,30 @@ def workers_of(rank, n_processes, n_workers) -> range:
 
 
 class _LocalMean:
-    """Mean over a process's workers on the device, then over processes by ChainerMN."""
+    """Mean over a process's workers on the device, then over processes by ChainerMN.
 
-    def __init__(self, comm):
+    Of one worker alone it is the gradient itself, which the communicator rounds when it packs it.
+    """
+
+    def __init__(self, comm, n_workers):
         self._comm = comm
+        self._n_workers = n_workers
         self._dtype = getattr(comm, 'allreduce_grad_dtype', None) or np.dtype(np.float32)
         self._sums = {}
-        self._n_added = 0
 
     def add_grad(self, model):
-        self._n_added += 1
+        if self._n_workers == 1:
+            return
         for name, param in model.namedparams():
-            if param.grad is None:
-                continue
-            rounded = param.grad.astype(self._dtype).astype(np.float32)
-            self._sums[name] = rounded if self._n_added == 1 else self._sums[name] + rounded
+            if param.grad is not None:
+                rounded = param.grad.astype(self._dtype).astype(np.float32)
+                self._sums[name] = self._sums[name] + rounded if name in self._sums else rounded
 
     def mean_grad(self, model):
         for name, param in model.namedparams():
-            if param.grad is not None:
-                param.grad[...] = self._sums[name] / self._n_added
-        self._n_added = 0
+            if name in self._sums:
+                param.grad[...] = self._sums[name] / self._n_workers
+        self._sums.clear()
         self._comm.multi_node_mean_grad(model)
 
 
@@ -175,6 +179,9 @@ class MeanTrainingLoss(training.Extension):
 
     def __init__(self, comm):
         self._comm = comm
+
+    def initialize(self, trainer):
+        trainer.updater.losses = []
 
     def __call__(self, trainer):
         losses = trainer.updater.losses
