@@ -1,3 +1,7 @@
+import ctypes
+import shutil
+import subprocess
+
 import chainer
 import numpy as np
 import pytest
@@ -5,7 +9,7 @@ from chainer import optimizers
 from chainer.optimizer_hooks import WeightDecay
 
 import extensions
-from extensions import RMSpropWarmup, RMSpropWarmupRule
+from extensions import RMSpropWarmup, RMSpropWarmupRule, rmsprop_warmup
 
 HYPERPARAMETERS = ('lr', 'alpha_sgd', 'alpha_rmsprop', 'mu1', 'mu2', 'eps')
 
@@ -239,3 +243,55 @@ def test_state_is_saved_and_loaded(tmp_path):
 def test_package_exports_the_public_names():
     for name in extensions.__all__:
         assert hasattr(extensions, name)
+
+
+C_PROGRAM = """
+#include <math.h>
+typedef %s T;
+void update(long n, const T *grad_, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2, T eps,
+            T *param_, T *m_, T *delta_) {
+    for (long i = 0; i < n; i++) {
+        T grad = grad_[i], param = param_[i], m = m_[i], delta = delta_[i];
+        %s
+        param_[i] = param, m_[i] = m, delta_[i] = delta;
+    }
+}
+"""
+
+
+@pytest.mark.parametrize('alpha_rmsprop', [0.0, 0.3])
+@pytest.mark.parametrize('dtype, c_type', [('float32', 'float'), ('float64', 'double')])
+def test_body_of_the_cuda_kernel_run_on_the_host(tmp_path, dtype, c_type, alpha_rmsprop):
+    """The kernel's text as it stands, through the host's C compiler, against the equations."""
+    compiler = shutil.which('cc')
+    if compiler is None:
+        pytest.skip('no C compiler')
+    source, library = tmp_path / 'update.c', tmp_path / 'update.so'
+    source.write_text(C_PROGRAM % (c_type, rmsprop_warmup._UPDATE_GPU))
+    subprocess.run(
+        [compiler, '-O1', '-ffp-contract=off', '-shared', '-fPIC', source, '-o', library, '-lm'],
+        check=True,
+    )
+    scalar = {'float': ctypes.c_float, 'double': ctypes.c_double}[c_type]
+    update = ctypes.CDLL(str(library)).update
+    rng = np.random.RandomState(0)
+    tiny = float(np.finfo(dtype).tiny)
+    grad = np.concatenate([rng.standard_normal(997), [0.0, -0.0, tiny / 8, 1e15, -1e15]])
+    state = [rng.standard_normal(1002), rng.uniform(size=1002) ** 4, rng.standard_normal(1002)]
+    state[1][-5:] = 0
+    grad, *state = (np.asarray(array, dtype) for array in (grad, *state))
+    scalars = (0.1, 0.7, alpha_rmsprop, 0.9, 0.99, 1e-8)
+    theta, m, delta = equations(
+        *(a.astype(np.float64) for a in (*state, grad)), *(float(scalar(s).value) for s in scalars)
+    )
+    pointer = ctypes.POINTER(scalar)
+    update(
+        ctypes.c_long(len(grad)),
+        grad.ctypes.data_as(pointer),
+        *map(scalar, scalars),
+        *(array.ctypes.data_as(pointer) for array in state),
+    )
+    for actual, expected in zip(state, (theta, m, delta)):
+        # 1 - mu2 in float32 is off by 6 of its roundings; nothing else amplifies.
+        scale = np.abs(expected) + (1 if expected is not m else 0)
+        assert np.max(np.abs(actual - expected) / (scale + tiny)) < 20 * np.finfo(dtype).eps
