@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The paper's run as a Slurm job: sbatch hostfiles/slurm.sh, from the folder that has run_mpi.sh.
+# Set up .venv first, on a host of the same kind: EXTRAS=gpu ./run_mpi.sh python --version
+#SBATCH --job-name=resnet50-32k
+#SBATCH --nodes=128
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=2
+#SBATCH --exclusive
+#SBATCH --time=01:00:00
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+: "${IMAGENET_ROOT:?is the folder with train and val; it must be readable on every host}"
+
+hostfile=$(mktemp "$PWD/hosts-$SLURM_JOB_ID-XXXX")
+trap 'rm -f "$hostfile"' EXIT
+scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots=8/' >"$hostfile"
+
+./run_mpi.sh -n 1024 --hostfile "$hostfile" --map-by ppr:4:package --bind-to package -- \
+    --out "results/paper-$SLURM_JOB_ID"
