@@ -20,13 +20,13 @@ import os
 import sys
 from pathlib import Path
 
+import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
 import chainer
 import chainer.functions as F
 from chainer.optimizer_hooks import WeightDecay
 from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
-import extensions
 from extensions.virtual_workers import workers_of
 from reproduce import digits, images, job, report
 from reproduce.order import ImageOrder
