@@ -1,0 +1,282 @@
+"""run_mpi.sh: what it asks of Python, pip and mpiexec, written down by fakes; real installations."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+FAKE_PYTHON = """#!/bin/bash
+# Answers as a Python whose venv and pip only write down what they were asked.
+if [[ $1 == -ISc ]]; then
+    [[ -z $FAKE_TOO_OLD ]] || exit 1
+    "{python}" "$@" | sed "s|^\\([0-9a-f]*\\) .*|\\1 {fake}|"
+    exit
+fi
+if [[ $1 == -c && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
+echo "$*" >>"$FAKE_LOG"
+case "$1 $2" in
+    "-m venv")
+        mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"
+        touch "${{@: -1}}/pyvenv.cfg" ;;
+    "-m pip") exit ${{FAKE_PIP_STATUS:-0}} ;;
+esac
+"""
+FAKE_MPIEXEC = """#!/bin/bash
+if [[ $1 == --version ]]; then echo "{version}"; exit; fi
+printf '%s\\n' "$@"
+env | grep -E '^(OMP|OPENBLAS|MKL)_NUM_THREADS=' | sort
+exit ${{FAKE_STATUS:-0}}
+"""
+
+
+class Tree:
+    """What run_mpi.sh needs, in a folder with spaces, with a fake Python and a fake mpiexec."""
+
+    def __init__(self, top, root, version='mpiexec (Open MPI) 5.0.11'):
+        self.path = top / 'a folder'
+        self.path.mkdir()
+        for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
+            shutil.copy(root / name, self.path)
+        (top / 'bin').mkdir()
+        self.python = self.executable(
+            top / 'python', FAKE_PYTHON.format(python=sys.executable, fake=top / 'python')
+        )
+        self.mpiexec = self.executable(
+            top / 'bin' / 'mpiexec', FAKE_MPIEXEC.format(version=version)
+        )
+        self.executable(top / 'bin' / 'mpicc', '#!/bin/bash\n')
+        self.log = top / 'log'
+
+    @staticmethod
+    def executable(path, text):
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def run(self, *arguments, **variables):
+        environment = {
+            'PATH': '/usr/local/bin:/usr/bin:/bin',
+            'HOME': os.environ.get('HOME', '/'),
+            'PYTHON': str(self.python),
+            'MPIEXEC': str(self.mpiexec),
+            'FAKE_LOG': str(self.log),
+            **variables,
+        }
+        environment = {name: value for name, value in environment.items() if value is not None}
+        command = ['/bin/bash', str(self.path / 'run_mpi.sh'), *map(str, arguments)]
+        return subprocess.run(
+            command,
+            env=environment,
+            cwd='/',
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self):
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture
+def tree(tmp_path, root):
+    return Tree(tmp_path, root)
+
+
+def only_error(done):
+    errors = [line for line in done.stderr.splitlines() if not line.startswith('Setting up')]
+    assert done.returncode == 1 and len(errors) == 1 and errors[0].startswith('error: '), done
+    return errors[0]
+
+
+def test_no_python(tree, tmp_path):
+    tools = tmp_path / 'tools'
+    tools.mkdir()
+    for name in ('dirname', 'sed', 'head', 'ls', 'mkdir', 'touch', 'cat'):
+        (tools / name).symlink_to(shutil.which(name))
+    done = tree.run('smoke', PATH=str(tools), PYTHON=None, MPIEXEC=None)
+    assert 'no Python 3.9 to 3.13 found: install one' in only_error(done)
+    assert not (tree.path / '.venv').exists()
+
+
+def test_python_of_another_version(tree):
+    done = tree.run('smoke', FAKE_TOO_OLD='1')
+    assert f'PYTHON={tree.python} is not a Python 3.9 to 3.13' in only_error(done)
+
+
+def test_python_without_venv(tree):
+    assert 'has no venv module: install it' in only_error(tree.run('smoke', FAKE_NO_VENV='1'))
+    assert tree.calls() == []
+
+
+def test_no_network(tree):
+    message = only_error(tree.run('smoke', FAKE_PIP_STATUS='1'))
+    assert 'pip could not install the packages' in message and f'{tree.path}/.venv.log' in message
+    assert len(tree.calls()) == 2  # venv, and pip once
+    tree.run('smoke')
+    assert len(tree.calls()) > 4, 'a failed installation was taken for a complete one'
+
+
+def test_installs_once_and_again_when_something_changed(tree):
+    first = tree.run('smoke')
+    assert first.returncode == 0 and 'Setting up' in first.stderr
+    installation = tree.calls()
+    assert installation[0].startswith('-m venv --clear')
+    assert 'setuptools wheel' in installation[1] and '-c constraints.txt' in installation[1]
+    assert '--no-binary mpi4py' in installation[2]
+    assert '--no-build-isolation -e .[test]' in installation[3] and len(installation) == 4
+    start = time.monotonic()
+    again = tree.run('smoke')
+    assert time.monotonic() - start < 1
+    assert tree.calls() == installation and 'Setting up' not in again.stderr
+    for name in ('constraints.txt', 'setup.py'):
+        with (tree.path / name).open('a') as file:
+            file.write('# changed\n')
+        assert 'Setting up' in tree.run('smoke').stderr
+    assert len(tree.calls()) == 3 * len(installation)
+
+
+def test_without_mpiexec_the_wheel_brings_it(tree):
+    tree.run('python', MPIEXEC=None)
+    assert '.[test,mpi]' in tree.calls()[2] and not any('mpi4py' in call for call in tree.calls())
+
+
+def test_broken_environment_is_made_anew(tree):
+    tree.run('smoke')
+    (tree.path / '.venv' / 'bin' / 'python').unlink()
+    assert 'Setting up' in tree.run('smoke').stderr
+
+
+def test_a_folder_that_is_something_else_is_not_emptied(tree, tmp_path):
+    mine = tmp_path / 'mine'
+    mine.mkdir()
+    (mine / 'thesis').write_text('')
+    assert 'is not a virtual environment' in only_error(tree.run('smoke', VENV=str(mine)))
+    assert (mine / 'thesis').exists()
+
+
+def job(tree, *arguments, **variables):
+    done = tree.run(*arguments, **variables)
+    return done, done.stdout.splitlines()
+
+
+def test_smoke(tree):
+    done, words = job(tree, 'smoke', '--seed', '3')
+    assert words[:2] == ['-n', '2']
+    program = words.index(f'{tree.path}/reproduce/train.py')
+    assert words[program - 1] == f'{tree.path}/.venv/bin/python'
+    assert words[program + 1 : program + 5] == ['--preset', 'smoke', '--seed', '3']
+    assert words[-3:] == ['MKL_NUM_THREADS=1', 'OMP_NUM_THREADS=1', 'OPENBLAS_NUM_THREADS=1']
+    printed = done.stderr.strip().splitlines()[-1]
+    assert 'OMP_NUM_THREADS=1' in printed and printed.endswith('--preset smoke --seed 3')
+    again = subprocess.run(['/bin/bash', '-c', printed], capture_output=True, text=True, check=True)
+    assert again.stdout == done.stdout, 'the printed command does not do the same'
+
+
+def test_smoke_on_more_ranks_than_there_can_be_cores(tree):
+    _, words = job(tree, '-n', '5000', 'smoke')
+    assert words[:2] == ['-n', '5000'] and ':OVERSUBSCRIBE' in words
+    assert ':OVERSUBSCRIBE' not in job(tree, '-n', '1', 'smoke')[1]
+
+
+def test_the_papers_run(tree):
+    arguments = (
+        '-n 1024 --hostfile hostfiles/mn1 -- --preset paper --train-root T --val-root'.split()
+    )
+    _, words = job(tree, *arguments, 'a b', NCCL_DEBUG='INFO', SECRET='x', IMAGENET_ROOT='/i')
+    assert words[:4] == ['-n', '1024', '--hostfile', 'hostfiles/mn1']
+    passed = {words[i + 1] for i, word in enumerate(words) if word == '-x'}
+    assert {'NCCL_DEBUG', 'IMAGENET_ROOT', 'PATH', 'OMP_NUM_THREADS'} <= passed
+    assert 'SECRET' not in passed
+    assert ':OVERSUBSCRIBE' not in words and '--bind-to' not in words
+    program = words.index(f'{tree.path}/reproduce/train.py')
+    assert words[
+        program + 1 : program + 7
+    ] == '--preset paper --train-root T --val-root'.split() + ['a b']
+
+
+def test_threads_that_the_user_chose(tree):
+    _, words = job(tree, 'smoke', OMP_NUM_THREADS='4')
+    assert 'OMP_NUM_THREADS=4' in words and 'OPENBLAS_NUM_THREADS=1' in words
+
+
+@pytest.mark.parametrize('status', ['0', '2', '37'])
+def test_status_of_the_job_is_returned(tree, status):
+    assert tree.run('smoke', FAKE_STATUS=status).returncode == int(status)
+
+
+def test_another_mpi_gets_no_options_of_open_mpi(tmp_path, root):
+    tree = Tree(tmp_path, root, version='HYDRA build details: Version: 4.2')
+    _, words = job(tree, '-n', '5000', 'smoke')
+    assert words[:3] == ['-n', '5000', f'{tree.path}/.venv/bin/python']
+
+
+def test_mpiexec_that_is_none(tree):
+    message = only_error(tree.run('smoke', MPIEXEC='/nowhere/mpiexec'))
+    assert 'MPIEXEC=/nowhere/mpiexec is not a command' in message
+    (tree.mpiexec.parent / 'mpicc').unlink()
+    assert 'no mpicc beside' in only_error(tree.run('smoke'))
+
+
+def test_options_without_dashes(tree):
+    assert "come after '--'" in only_error(tree.run('-n', '2'))
+
+
+@pytest.mark.parametrize('arguments', [[], ['--help']])
+def test_help_installs_nothing(tree, arguments):
+    done = tree.run(*arguments)
+    assert done.returncode == 0 and './run_mpi.sh smoke' in done.stdout
+    assert tree.calls() == [] and not (tree.path / '.venv').exists()
+
+
+def test_hostfiles(root, tmp_path):
+    hosts = [
+        line.split()
+        for line in (root / 'hostfiles' / 'mn1').read_text().splitlines()
+        if line[0] != '#'
+    ]
+    assert len({name for name, _ in hosts}) == 128 and {slots for _, slots in hosts} == {'slots=8'}
+    command = "sed -i 's/^mn1-/node/' hostfiles/mn1"
+    assert command in (root / 'hostfiles' / 'README.md').read_text()
+    (tmp_path / 'hostfiles').mkdir()
+    shutil.copy(root / 'hostfiles' / 'mn1', tmp_path / 'hostfiles')
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert 'node001 slots=8' in (tmp_path / 'hostfiles' / 'mn1').read_text().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seconds', [1.5, 5])
+def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds):
+    """Really installs, is killed half-way with all its children, and really installs again."""
+    here = tmp_path / 'a folder'
+    here.mkdir()
+    for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
+        shutil.copy(root / name, here)
+    for name in ('extensions', 'reproduce'):
+        shutil.copytree(root / name, here / name, ignore=shutil.ignore_patterns('__pycache__'))
+    environment = {**os.environ, 'PYTHON': sys.executable}
+    for name in ('MPIEXEC', 'VENV', 'EXTRAS'):
+        environment.pop(name, None)
+    command = [
+        '/bin/bash',
+        here / 'run_mpi.sh',
+        'python',
+        '-c',
+        'import extensions; print("works")',
+    ]
+    first = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert 'works' not in first.communicate()[0], 'installed before it could be interrupted'
+    second = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert second.returncode == 0 and second.stdout == 'works\n', second
+    third = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert third.stderr == ''
