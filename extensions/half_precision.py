@@ -191,7 +191,7 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
 
     def _pack(self, params):
         size = sum(param.data.size for param in params)
-        chunk = -(-size // self.size)  # each rank sums one chunk; the last is padded with zeros
+        chunk = -(-size // self.size)  # each rank sums one chunk; nobody reads the padding
         self._wire = _buffer(self._wire, chunk * self.size, self.allreduce_grad_dtype)
         start = 0
         with np.errstate(over='ignore'):  # beyond 65,504 is inf, as on the paper's wire
@@ -199,7 +199,6 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
                 stop = start + param.data.size
                 self._wire[start:stop] = 0 if param.grad is None else param.grad.reshape(-1)
                 start = stop
-        self._wire[start:] = 0
 
     def _allreduce_mean(self):
         partial = self._wire if self._n_added == 1 else self._sum

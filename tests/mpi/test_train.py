@@ -81,6 +81,19 @@ def test_same_bits_on_1_2_and_3_processes(train, tmp_path):
             np.testing.assert_array_equal(model[name], models[0][name], err_msg=name)
 
 
+def test_all_ranks_start_from_rank_zeros_values(train, mpirun, root, tmp_path):
+    models = []
+    options = '--preset smoke --workers 2 --local-batch-size 256 --epochs 1 --width 4'.split()
+    program = root / 'tests' / 'mpi' / 'programs' / 'train_with_own_start.py'
+    for run in (train, lambda n, *rest: mpirun(n, program, *rest)):
+        out = tmp_path / str(len(models))
+        done = run(2, *options, '--out', out)
+        assert done.returncode == 0, done.stdout
+        models.append(np.load(out / 'model.npz'))
+    for name in models[0].files:
+        np.testing.assert_array_equal(models[0][name], models[1][name], err_msg=name)
+
+
 def test_image_folder_and_explicit_options(train, image_folders, tmp_path):
     out = tmp_path / 'out'
     done = train(

@@ -1,10 +1,15 @@
 """What train.py does without mpiexec, on every Python."""
 
+import json
 import subprocess
 import sys
 
 import chainer
+import numpy as np
+import pytest
+from PIL import Image
 
+from reproduce import train
 from reproduce.resnet50 import ResNet50
 from reproduce.train import decayed_parameters
 
@@ -34,3 +39,80 @@ def test_exemption_goes_by_type_and_not_by_name():
         gamma=chainer.links.Linear(2, 2), other=chainer.links.BatchNormalization(2)
     )
     assert {param.name for param in decayed_parameters(model)} == {'W', 'b'}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """16 training and 6 validation images of two classes."""
+    top = tmp_path_factory.mktemp('images')
+    rng = np.random.RandomState(0)
+    for split, count in (('train', 8), ('val', 3)):
+        for name in ('cat', 'dog'):
+            (top / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 256, (10, 12, 3)).repeat(4, 0).repeat(4, 1)
+                Image.fromarray(pixels.astype(np.uint8)).save(top / split / name / f'{i}.png')
+    return top
+
+
+@pytest.fixture
+def trained(folders, tmp_path, monkeypatch):
+    """Trains in this process; returns the final model and the last entry of the log."""
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+
+    def run(*options):
+        out = tmp_path / f'run{len(list(tmp_path.iterdir()))}'
+        train.main(
+            [
+                *'--preset cifar10 --workers 2 --local-batch-size 4 --epochs 4 --width 2'.split(),
+                *'--image-size 16 --resize 20 --stem imagenet --loader-processes 0'.split(),
+                *('--train-root', str(folders / 'train'), '--val-root', str(folders / 'val')),
+                *('--out', str(out)),
+                *options,
+            ]
+        )
+        return dict(np.load(out / 'model.npz')), json.loads((out / 'log').read_text())[-1]
+
+    return run
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_every_option_reaches_the_training(trained):
+    """8 updates at the epochs 0, 11.25, 22.5, ... of 90, so that one lies in the transition."""
+    model, log = trained()
+    again, _ = trained()
+    assert same(model, again)
+    for options in (
+        '--workers 1',
+        '--local-batch-size 3',
+        '--epochs 5',
+        '--alpha-form continuous',
+        '--beta-center 12',
+        '--beta-period 4',
+        '--lr-rmsprop 1e-3',
+        '--mu1 0.8',
+        '--mu2 0.9',
+        '--eps 1e-3',
+        '--weight-decay 1e-2',
+        '--allreduce-grad-dtype float32',
+        '--width 3',
+        '--stem cifar',
+        '--image-size 20',
+        '--min-crop-area 0.9',
+        '--no-horizontal-flip',
+        '--seed 1',
+    ):
+        other, _ = trained(*options.split())
+        assert not same(model, other), f'{options} changes nothing'
+    pooled, _ = trained('--pooled-variance')
+    for name in model:
+        assert np.array_equal(model[name], pooled[name]) == (not name.endswith('avg_var')), name
+    _, other = trained('--resize', '24')
+    assert other['validation/main/loss'] != log['validation/main/loss']
+    for options in ('--validation-batch-size 4', '--loader-processes 1'):
+        other, _ = trained(*options.split())
+        assert same(model, other), options

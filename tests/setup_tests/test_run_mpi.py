@@ -1,4 +1,4 @@
-"""run_mpi.sh: what it asks of Python, pip and mpiexec, written down by fakes; real installations."""
+"""run_mpi.sh: what it asks of Python, pip and mpiexec, noted by fakes; real installations."""
 
 import os
 import shutil

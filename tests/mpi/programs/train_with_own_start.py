@@ -1,0 +1,15 @@
+"""train.py with other initial values on each rank: only a broadcast makes them the same."""
+
+import sys
+
+from reproduce import train  # first: it starts the loader's server before MPI
+
+ResNet50 = train.ResNet50
+
+
+def with_own_seed(n_classes, width, stem, seed):
+    return ResNet50(n_classes, width, stem, seed + train.MPI.COMM_WORLD.rank)
+
+
+train.ResNet50 = with_own_seed
+train.main(sys.argv[1:])
