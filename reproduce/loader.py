@@ -115,17 +115,17 @@ class ImageLoader:
                 pixels = self._result(pending.popleft())
             yield pixels, self._val.labels[indices.start : indices.stop]
 
-    def close(self):
-        """Ends the loader processes."""
+    def close(self, wait=True):
+        """Ends the loader processes; ``wait=False`` returns at once."""
         self._forget()
         if self._executor is not None:
-            self._executor.shutdown()
+            self._executor.shutdown(wait)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        self.close()
+    def __exit__(self, kind, *error):
+        self.close(wait=kind is None)  # an error must not wait for a process that hangs
 
     def _load_train(self, wanted):
         return _LoadTrain(*self._order(*wanted))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from reproduce import train
 from reproduce.resnet50 import ResNet50
+from reproduce.settings import InputError, parse
 from reproduce.train import decayed_parameters
 
 
@@ -39,6 +40,21 @@ def test_exemption_goes_by_type_and_not_by_name():
         gamma=chainer.links.Linear(2, 2), other=chainer.links.BatchNormalization(2)
     )
     assert {param.name for param in decayed_parameters(model)} == {'W', 'b'}
+
+
+def settings_of(*options):
+    return parse(list(options), 1)[0]
+
+
+def test_folders_come_from_options_or_from_the_environment(monkeypatch):
+    monkeypatch.delenv('IMAGENET_ROOT', raising=False)
+    assert train.roots(settings_of()) == (None, None)
+    monkeypatch.setenv('IMAGENET_ROOT', '/data/imagenet')
+    assert train.roots(settings_of()) == ('/data/imagenet/train', '/data/imagenet/val')
+    assert train.roots(settings_of('--train-root', 'a', '--val-root', 'b')) == ('a', 'b')
+    assert train.roots(settings_of('--preset', 'smoke')) == (None, None)
+    with pytest.raises(InputError, match='--train-root and --val-root go together'):
+        train.roots(settings_of('--val-root', 'b'))
 
 
 @pytest.fixture(scope='module')
