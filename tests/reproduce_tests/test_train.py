@@ -102,6 +102,11 @@ def test_every_option_reaches_the_training(trained):
     model, log = trained()
     again, _ = trained()
     assert same(model, again)
+    # The last update is at epoch 78.75 of 90.
+    assert log['lr'] == pytest.approx(0.1 * 8 / 256 * 0.01)
+    assert (log['alpha_sgd'], log['alpha_rmsprop']) == (1, 0)
+    start = ResNet50(2, 2, 'imagenet', seed=0).conv1.W.array
+    assert np.corrcoef(model['conv1/W'].ravel(), start.ravel())[0, 1] > 0.9
     for options in (
         '--workers 1',
         '--local-batch-size 3',
@@ -124,6 +129,8 @@ def test_every_option_reaches_the_training(trained):
     ):
         other, _ = trained(*options.split())
         assert not same(model, other), f'{options} changes nothing'
+    start = ResNet50(2, 2, 'imagenet', seed=1).conv1.W.array
+    assert np.corrcoef(other['conv1/W'].ravel(), start.ravel())[0, 1] > 0.9
     pooled, _ = trained('--pooled-variance')
     for name in model:
         assert np.array_equal(model[name], pooled[name]) == (not name.endswith('avg_var')), name
