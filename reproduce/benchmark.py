@@ -1,0 +1,173 @@
+"""Measures the parts side by side with their peers: quote the ratios, not the milliseconds.
+
+python -m reproduce.benchmark update          the update rule on ResNet-50's parameters, one core
+python -m reproduce.benchmark statistics      the all-reduce of BN statistics on 16 ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+_THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+
+
+def side_by_side(candidates, repeat, synchronize=lambda: None) -> dict:
+    """Times functions in turn, A B C A B C ...: a machine whose speed drifts hits all alike.
+
+    Args:
+        candidates (dict): Name to function.
+        repeat (int): Rounds that count; one more comes first.
+        synchronize (callable): Called before each measurement.
+
+    Returns:
+        dict: Name to the list of seconds.
+    """
+    seconds: dict = {name: [] for name in candidates}
+    for round_ in range(repeat + 1):
+        for name, function in candidates.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            if round_ > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(title, seconds, ours) -> dict:
+    """Prints medians, and the median over the rounds of the ratio ours / peer.
+
+    Returns:
+        dict: The same, for JSON.
+    """
+    print(title)
+    print(f'{"":44}{"ms":>9}  {"ours / it":>9}')
+    result = {}
+    for name, values in seconds.items():
+        ratio = float(np.median(np.divide(seconds[ours], values)))
+        median = float(np.median(values))
+        result[name] = {'median_seconds': median, 'ratio_of_ours': ratio}
+        print(f'{name:44}{1000 * median:>9.2f}  {ratio:>9.2f}')
+    return result
+
+
+def update(repeat: int) -> dict:
+    """The update rule against moving its seven streams, and against Chainer's optimizers."""
+    import extensions  # isort: skip
+    from chainer import optimizers
+
+    from reproduce.resnet50 import ResNet50
+
+    rng = np.random.RandomState(0)
+
+    def update_of(optimizer):
+        model = ResNet50(seed=0)
+        for param in model.params():
+            param.grad = rng.standard_normal(param.shape).astype(np.float32) * 1e-3
+        return optimizer.setup(model).update
+
+    n = ResNet50(seed=0).count_params()
+    streams = {name: np.ones(n, np.float32) for name in ('param', 'grad', 'm', 'delta')}
+    plain = {name: array.copy() for name, array in streams.items()}
+    block = 65536
+    scratch = np.empty(block, np.float32)
+
+    def move_seven_streams():
+        for start in range(0, n, block):
+            for name, stream in streams.items():
+                part = stream[start : start + block]
+                np.copyto(scratch[: len(part)], part)
+                if name != 'grad':
+                    np.copyto(part, scratch[: len(part)])
+
+    def plain_statements():
+        p = plain
+        p['m'] = 0.99 * p['m'] + (1 - 0.99) * p['grad'] ** 2
+        p['delta'] = 0.9 * p['delta'] - (0.5 + 0.1 / (np.sqrt(p['m']) + 1e-8)) * p['grad']
+        p['param'] += 0.1 * p['delta']
+
+    ours = 'RMSpropWarmup'
+    candidates = {
+        ours: update_of(extensions.RMSpropWarmup(0.1, 0.5, 0.1)),
+        'the same, alpha_rmsprop = 0': update_of(extensions.RMSpropWarmup(0.1)),
+        'moving the seven streams': move_seven_streams,
+        'plain NumPy statements': plain_statements,
+        'chainer.optimizers.RMSprop': update_of(optimizers.RMSprop()),
+        'chainer.optimizers.CorrectedMomentumSGD': update_of(optimizers.CorrectedMomentumSGD()),
+    }
+    return table(f'update of {n:,} float32 parameters', side_by_side(candidates, repeat), ours)
+
+
+def statistics(repeat: int) -> dict | None:
+    """The all-reduce of ResNet-50's BN statistics against ChainerMN's ``AllreducePersistent``."""
+    import extensions  # isort: skip
+    from chainermn.extensions import AllreducePersistent
+    from mpi4py import MPI
+
+    from reproduce.resnet50 import ResNet50
+
+    comm = extensions.create_communicator('naive', 'float32')
+    model = ResNet50(seed=0)
+    ours = 'AllreduceBatchStatistics'
+    candidates = {
+        ours: extensions.AllreduceBatchStatistics(model, comm),
+        'chainermn AllreducePersistent': AllreducePersistent(model, comm),
+    }
+    seconds = side_by_side(candidates, repeat, comm.mpi_comm.Barrier)
+    slowest = {name: np.array(values) for name, values in seconds.items()}
+    for values in slowest.values():
+        comm.mpi_comm.Allreduce(MPI.IN_PLACE, values, MPI.MAX)
+    if comm.rank > 0:
+        return None
+    title = (
+        f'BN statistics of ResNet-50, {comm.size} ranks on {comm.inter_size} host(s), slowest rank'
+    )
+    return table(title, slowest, ours)
+
+
+def start_ranks(n: int, arguments) -> int:
+    """Runs this program under mpiexec; returns its exit status."""
+    beside = Path(sys.executable).parent / 'mpiexec'
+    mpiexec = os.environ.get('MPIEXEC') or (str(beside) if beside.exists() else 'mpiexec')
+    environment = {
+        'PRTE_MCA_rmaps_default_mapping_policy': ':oversubscribe',
+        'OMPI_MCA_rmaps_base_oversubscribe': '1',  # the same for Open MPI 4
+        **os.environ,
+    }
+    command = [mpiexec, '-n', str(n), sys.executable, '-m', 'reproduce.benchmark', *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog='python -m reproduce.benchmark',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('what', choices=('update', 'statistics'))
+    parser.add_argument('--ranks', type=int, default=16, help='of statistics [16]')
+    parser.add_argument('--repeat', type=int, default=15, help='rounds that count [15]')
+    parser.add_argument('--json', metavar='FILE', help='write the figures there too')
+    options = parser.parse_args()
+    for name in _THREADS:
+        os.environ.setdefault(name, '1')
+    is_rank = any(name in os.environ for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'))
+    if options.what == 'statistics' and not is_rank:
+        sys.exit(start_ranks(options.ranks, sys.argv[1:]))
+    result = update(options.repeat) if options.what == 'update' else statistics(options.repeat)
+    if result is not None and options.json:
+        content = {'benchmark': options.what, 'machine': platform.platform(), 'figures': result}
+        content['python'], content['numpy'] = platform.python_version(), np.__version__
+        Path(options.json).write_text(json.dumps(content, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,45 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from reproduce import benchmark
+
+
+def test_functions_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in 'ab'}
+    seconds = benchmark.side_by_side(candidates, repeat=2)
+    assert ''.join(calls) == 'ababab'
+    assert {name: len(values) for name, values in seconds.items()} == {'a': 2, 'b': 2}
+
+
+def test_ratio_is_the_median_of_the_rounds(capsys):
+    result = benchmark.table('title', {'ours': [1.0, 2.0, 9.0], 'peer': [2.0, 2.0, 3.0]}, 'ours')
+    assert result['peer'] == {'median_seconds': 2.0, 'ratio_of_ours': 1.0}
+    assert result['ours'] == {'median_seconds': 2.0, 'ratio_of_ours': 1.0}
+    assert 'title' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    'what, peer', [('update', 'RMSprop'), ('statistics', 'AllreducePersistent')]
+)
+def test_commands_print_and_write_their_ratios(root, tmp_path, what, peer):
+    file = tmp_path / 'figures.json'
+    command = [sys.executable, '-m', 'reproduce.benchmark', what, '--repeat', '1', '--ranks', '2']
+    done = subprocess.run(
+        [*command, '--json', file],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    figures = json.loads(file.read_text())['figures']
+    name = next(name for name in figures if peer in name)
+    assert figures[name]['median_seconds'] > 0
+    assert f'{figures[name]["ratio_of_ours"]:.2f}' in done.stdout
+    assert what != 'statistics' or ', 2 ranks on 1 host(s)' in done.stdout
