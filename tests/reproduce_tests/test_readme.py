@@ -31,6 +31,15 @@ def docstrings_of(path):
     return [docstring for docstring in map(ast.get_docstring, nodes) if docstring]
 
 
+def test_links_lead_where_their_text_says():
+    links = re.findall(r'\[`([\w/.]+)(?::\w+)?`\]\(([^)]*)\)', README)
+    assert len(links) > 15
+    for text, target in links:
+        assert text == target
+    for target in re.findall(r'\]\((?!https?:)([^)]*)\)', README):
+        assert (ROOT / target).exists(), target
+
+
 def test_the_table_has_all_tags():
     assert TAGS == ['[W1]', '[W2]', '[W3]', '[W4]', '[A]', '[L]', '[B]', '[H]']
     assert len(POINTERS) > 15
@@ -47,7 +56,7 @@ def test_every_pointer_resolves(path, name):
 def test_every_tag_stands_in_one_docstring_on_a_code_line_and_in_a_test(tag):
     in_docstrings = [path.name for path in SOURCES for d in docstrings_of(path) if tag in d]
     row = next(row for row in ROWS if tag in row)
-    code, test = (cell.strip().strip('`') for cell in row.split('|')[3:5])
+    code, test = re.findall(r'`(\S+\.py\S*)`', row)
     assert in_docstrings == [Path(code.split(':')[0]).name]
     on_code_lines = [
         line
