@@ -14,6 +14,10 @@ from reproduce.settings import InputError
 _USER_ERRORS = (InputError, DataError, CommunicatorError)
 
 
+class AgreedExit(SystemExit):
+    """All ranks leave together, so that nobody waits for anybody."""
+
+
 def on_every_rank(mpi_comm, function):
     """Runs ``function`` on every rank. What it raises on any of them ends all: one line on the
     terminal, exit status 2.
@@ -26,7 +30,7 @@ def on_every_rank(mpi_comm, function):
         What ``function`` returned on this rank.
 
     Raises:
-        SystemExit: On every rank, if it raised an error of the user's, or SystemExit, on any.
+        AgreedExit: On every rank, if it raised an error of the user's, or SystemExit, on any.
     """
     result, ending = None, None
     try:
@@ -41,7 +45,7 @@ def on_every_rank(mpi_comm, function):
             status, message = ending
             if message and rank == mpi_comm.rank:
                 print(message, file=sys.stderr, flush=True)
-            sys.exit(status)
+            raise AgreedExit(status)
     return result
 
 
@@ -51,17 +55,20 @@ def on_rank_zero(mpi_comm, function):
     return mpi_comm.bcast(result)
 
 
-def abort_on_uncaught_exception():
-    """From now on an uncaught exception on any rank prints rank, host and traceback, and ends all
-    ranks at once.
+def run(main):
+    """Runs ``main()``. Whatever ends it early on any rank prints rank, host and traceback, and ends
+    all ranks at once.
 
-    Without it the other ranks would wait in their next collective for ever.
+    Without it the other ranks would wait in their next collective for ever; also after a
+    ``sys.exit`` on one rank, which would itself wait for them in MPI's finalization.
     """
-
-    def abort(kind, value, trace):
-        lines = ''.join(traceback.format_exception(kind, value, trace))
+    try:
+        main()
+    except AgreedExit:
+        raise
+    except BaseException as error:
         rank, host = MPI.COMM_WORLD.rank, MPI.Get_processor_name()
-        print(f'{lines}error: rank {rank} on {host} failed: {value!r}', file=sys.stderr, flush=True)
+        message = f'error: rank {rank} on {host} failed: {error!r}'
+        print(f'{traceback.format_exc()}{message}', file=sys.stderr, flush=True)
         MPI.COMM_WORLD.Abort(1)
-
-    sys.excepthook = abort
+        raise

@@ -35,7 +35,6 @@ from reproduce.settings import InputError, parse
 
 
 def main(argv=None):
-    job.abort_on_uncaught_exception()
     mpi = MPI.COMM_WORLD
     arguments = sys.argv[1:] if argv is None else argv
     settings, dry_run = job.on_rank_zero(mpi, lambda: parse(arguments, mpi.size, __doc__))
@@ -245,4 +244,4 @@ def make_output_folder(out):
 
 
 if __name__ == '__main__':
-    main()
+    job.run(main)

@@ -213,6 +213,17 @@ def test_output_folder_that_cannot_be_written(train, tmp_path):
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
+@pytest.mark.parametrize('how', ['raise', 'exit', 'interrupt', '_exit'])
+def test_however_a_rank_ends_the_others_do_not_wait(mpirun, root, tmp_path, how):
+    program = root / 'tests' / 'mpi' / 'programs' / 'train_that_fails.py'
+    options = '--preset smoke --local-batch-size 8 --epochs 50 --width 4'.split()
+    done = mpirun(2, program, how, *options, '--out', tmp_path / 'out', timeout=40)
+    assert done.returncode != 0
+    if how != '_exit':  # which leaves no time to say anything; mpiexec names the rank
+        assert re.search(r'^error: rank 1 on \S+ failed: ', done.stdout, re.MULTILINE)
+        assert done.stdout.count('Traceback') == 1
+
+
 def test_a_rank_that_fails_takes_the_job_down(train, image_folders, tmp_path):
     """A broken image of the second half of the validation images is met by rank 1 alone."""
     broken = tmp_path / 'val'

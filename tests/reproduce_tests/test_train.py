@@ -72,9 +72,8 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def trained(folders, tmp_path, monkeypatch):
+def trained(folders, tmp_path):
     """Trains in this process; returns the final model and the last entry of the log."""
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
 
     def run(*options):
         out = tmp_path / f'run{len(list(tmp_path.iterdir()))}'

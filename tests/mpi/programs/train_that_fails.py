@@ -1,0 +1,25 @@
+"""train.py, but rank 1 ends in the third update, in the way that the first argument names."""
+
+import os
+import sys
+
+from reproduce import train  # first: it starts the loader's server before MPI
+
+how = sys.argv.pop(1)
+update = train.extensions.VirtualWorkersUpdater.update
+
+
+def failing_update(self):
+    if self.iteration == 2 and train.MPI.COMM_WORLD.rank == 1:
+        if how == 'raise':
+            raise KeyError('on purpose')
+        if how == 'exit':
+            sys.exit(3)
+        if how == 'interrupt':
+            raise KeyboardInterrupt
+        os._exit(3)
+    update(self)
+
+
+train.extensions.VirtualWorkersUpdater.update = failing_update
+train.job.run(train.main)
