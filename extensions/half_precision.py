@@ -10,7 +10,7 @@ from chainermn.communicators import mpi_communicator_base
 from mpi4py import MPI
 
 _DTYPES = ('float16', 'float32', 'float64')
-NAMES = ('auto', 'mpi', 'pure_nccl', 'naive', 'flat')
+NAMES = ('auto', 'mpi', 'pure_nccl', 'naive')
 
 # Elements that are summed at a time: a block of float64 partial sums stays in a core's second-level
 # cache.
@@ -29,8 +29,8 @@ def create_communicator(name='auto', allreduce_grad_dtype='float16', mpi_comm=No
     Args:
         name (str): ``'pure_nccl'`` is the paper's way: ChainerMN's communicator, NCCL's sum of
             float16. ``'mpi'`` is :class:`HalfPrecisionMpiCommunicator`, for CPUs. ``'auto'`` is the
-            first where every rank has a GPU and NCCL, else the second. ``'naive'`` and ``'flat'``
-            are ChainerMN's float32 communicators.
+            first where every rank has a GPU and NCCL, else the second. ``'naive'`` is ChainerMN's
+            float32 communicator for CPUs.
         allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'`` on the
             wire.
         mpi_comm (mpi4py.MPI.Comm): ``MPI.COMM_WORLD`` by default.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import traceback
-
-from mpi4py import MPI
 
 from extensions import CommunicatorError
+from reproduce.abort import abort
 from reproduce.images import DataError
 from reproduce.settings import InputError
 
@@ -67,8 +65,5 @@ def run(main):
     except AgreedExit:
         raise
     except BaseException as error:
-        rank, host = MPI.COMM_WORLD.rank, MPI.Get_processor_name()
-        message = f'error: rank {rank} on {host} failed: {error!r}'
-        print(f'{traceback.format_exc()}{message}', file=sys.stderr, flush=True)
-        MPI.COMM_WORLD.Abort(1)
+        abort(error)
         raise

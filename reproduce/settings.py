@@ -71,7 +71,7 @@ class Settings:
     communicator: str = _setting(
         'auto',
         'pure_nccl on GPUs, mpi on CPUs; auto chooses',
-        ('auto', 'mpi', 'pure_nccl', 'naive', 'flat'),
+        ('auto', 'mpi', 'pure_nccl', 'naive'),
     )
     allreduce_grad_dtype: str = _setting(
         'float16', 'type of the gradients on the wire (S)', ('float16', 'float32', 'float64')
@@ -115,6 +115,8 @@ class Settings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f'{_flag(name)} must be finite and not negative, not {value}')
+        if self.eps == 0:  # a gradient of exactly 0 would be 0 / 0
+            raise InputError('--eps must be above 0')
         for name in ('mu1', 'mu2'):
             if getattr(self, name) >= 1:
                 raise InputError(f'{_flag(name)} must be below 1, not {getattr(self, name)}')

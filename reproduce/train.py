@@ -16,6 +16,11 @@ from reproduce import loader
 # InfiniBand.
 loader.start_forkserver()
 
+from reproduce import abort
+
+if __name__ == '__main__':
+    abort.on_uncaught_exception()  # before the imports below, which can fail on one host alone
+
 import os
 import sys
 from pathlib import Path
@@ -39,7 +44,7 @@ def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
     settings, dry_run = job.on_rank_zero(mpi, lambda: parse(arguments, mpi.size, __doc__))
     if dry_run:
-        job.on_rank_zero(mpi, lambda: print(report.plan(settings, count_images(settings))))
+        job.on_rank_zero(mpi, lambda: print_plan(settings))
         return
 
     # Half-precision all-reduce: gradients are float16 on the wire, float32 everywhere else.
@@ -179,6 +184,12 @@ def roots(settings):
         root = Path(os.environ['IMAGENET_ROOT'])
         return str(root / 'train'), str(root / 'val')
     return settings.train_root, settings.val_root
+
+
+def print_plan(settings):
+    n_images = count_images(settings)
+    check_total_batch(settings, n_images)
+    print(report.plan(settings, n_images))
 
 
 def count_images(settings) -> int:

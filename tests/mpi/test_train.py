@@ -1,6 +1,7 @@
 """The program as users start it: mpiexec, options, files, and every kind of bad input."""
 
 import json
+import os
 import re
 import time
 
@@ -158,6 +159,7 @@ BAD = {
     'other classes': (2, ['--train-root', '{top}/train', '--val-root', '{bad}/val'], 'dog'),
     'no val root': (2, ['--train-root', '{top}/train'], '--val-root'),
     'no data': (2, [], './run_mpi.sh smoke'),
+    'dry run': (2, [*SMOKE, '--local-batch-size', '719', '--dry-run'], '1438 is larger than'),
     'workers': (
         2,
         [*SMOKE, '--workers', '3'],
@@ -222,6 +224,22 @@ def test_however_a_rank_ends_the_others_do_not_wait(mpirun, root, tmp_path, how)
     if how != '_exit':  # which leaves no time to say anything; mpiexec names the rank
         assert re.search(r'^error: rank 1 on \S+ failed: ', done.stdout, re.MULTILINE)
         assert done.stdout.count('Traceback') == 1
+
+
+def test_an_import_that_fails_on_one_rank_ends_the_job(train, root, tmp_path):
+    """A package that is broken on one host: matplotlib cannot be imported on rank 1."""
+    (tmp_path / 'matplotlib.py').write_text(
+        'import os, sys\n'
+        "if os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n"
+        "    raise ImportError('broken on this host')\n"
+        'sys.path.remove(os.path.dirname(__file__))\n'
+        "del sys.modules['matplotlib']\n"
+        'import matplotlib\n'
+    )
+    path = f'{tmp_path}{os.pathsep}{root}'
+    done = train(2, *SMOKE, '--out', tmp_path / 'out', timeout=40, PYTHONPATH=path)
+    assert done.returncode not in (0, 2)
+    assert re.search(r'^error: rank 1 on \S+ failed: ImportError', done.stdout, re.MULTILINE)
 
 
 def test_a_rank_that_fails_takes_the_job_down(train, image_folders, tmp_path):

@@ -79,6 +79,16 @@ def test_crop_has_the_distribution_of_the_paper():
     assert np.mean(centres) == pytest.approx(500, abs=5)
 
 
+def test_crop_lies_anywhere():
+    rngs = (np.random.RandomState(i) for i in range(4000))
+    boxes = np.array([images.random_crop((1000, 1000), rng, Preprocessing()) for rng in rngs])
+    room = 1000 - (boxes[:, 2:] - boxes[:, :2])
+    wide = room.min(axis=1) > 50
+    place = boxes[wide, :2] / room[wide]
+    np.testing.assert_allclose(place.mean(axis=0), 0.5, atol=0.03)
+    np.testing.assert_allclose(place.std(axis=0), 12**-0.5, atol=0.03)
+
+
 def test_crop_of_a_long_strip_falls_back_to_the_centre():
     box = images.random_crop((1000, 10), np.random.RandomState(0), Preprocessing(min_crop_area=0.9))
     assert box == (495, 0, 505, 10)

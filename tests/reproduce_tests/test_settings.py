@@ -79,6 +79,7 @@ def test_every_setting_has_an_option_that_beats_the_preset(preset, name):
         ({'mu1': 1.0}, '--mu1 must be below 1'),
         ({'mu2': 1.0}, '--mu2 must be below 1'),
         ({'eps': float('nan')}, '--eps'),
+        ({'eps': 0.0}, '--eps must be above 0'),
         ({'weight_decay': -1e-4}, '--weight-decay'),
         ({'seed': 2**32}, '--seed'),
         ({'seed': -1}, '--seed'),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import train
+from reproduce import images, train
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
 from reproduce.train import decayed_parameters
@@ -138,3 +138,42 @@ def test_every_option_reaches_the_training(trained):
     for options in ('--validation-batch-size 4', '--loader-processes 1'):
         other, _ = trained(*options.split())
         assert same(model, other), options
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_what_main_hands_to_the_trainer(folders, tmp_path, monkeypatch):
+    """Which parameters decay, by how much, and which pixels the network sees."""
+
+    def stop(trainer, **_):
+        raise Stopped(trainer)
+
+    monkeypatch.setattr(chainer.training.Trainer, 'run', stop)
+    with pytest.raises(Stopped) as stopped:
+        train.main(
+            [
+                *'--preset cifar10 --workers 2 --local-batch-size 3 --width 2 --seed 5'.split(),
+                *'--weight-decay 0.003 --loader-processes 0'.split(),
+                *('--train-root', str(folders / 'train'), '--val-root', str(folders / 'val')),
+                *('--out', str(tmp_path / 'out')),
+            ]
+        )
+    updater = stopped.value.args[0].updater
+    for name, param in updater.get_optimizer('main').target.namedparams():
+        param.grad = np.zeros_like(param.data)
+        param.data[...] = 2
+        param.update()
+        decay = 0 if name.endswith(('/gamma', '/beta')) else 0.003 * 2
+        np.testing.assert_allclose(param.grad, decay, rtol=1e-6, err_msg=name)
+    x, t = updater._converter(updater._batches(4, 1))
+    for k in range(3):
+        epoch, place = divmod(4 * 6 + 3 + k, 16)
+        index = np.random.RandomState([5, epoch]).permutation(16)[place]
+        path = folders / 'train' / ('cat', 'dog')[index // 8] / f'{index % 8}.png'
+        rng = np.random.RandomState([5, epoch, index])
+        pixels = images.train_image(path, rng, images.Preprocessing(32, 32, 0.25))
+        expected = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        np.testing.assert_allclose(x[k], expected.transpose(2, 0, 1), rtol=1e-4, atol=1e-5)
+        assert t[k] == index // 8
