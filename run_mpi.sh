@@ -85,14 +85,17 @@ install() {
     if [[ -n $(ls -A "$venv" 2>/dev/null) && ! -e $venv/pyvenv.cfg && ! -e $log ]]; then
         fail "$venv is not a virtual environment: set VENV= to a folder that may be overwritten"
     fi
+    local extras='test,mpi' mpicc
+    if [[ -n $MPIEXEC ]]; then
+        extras='test' mpicc=$(dirname "$mpiexec")/mpicc
+        [[ -x $mpicc ]] || fail "no mpicc beside $mpiexec: install that MPI's development package (Debian, Ubuntu: libopenmpi-dev)"
+    fi
     echo "Setting up $venv (first time, or something changed; about a minute) ..." >&2
     : >"$log"
     # Always from scratch: pip cannot mend a package that a killed pip left half-written.
     if [[ -e $stamp ]]; then printf 'incomplete\n%s\n' "$EXTRAS" >"$stamp"; fi
     "$base" -m venv --clear "$venv" >>"$log" 2>&1 || fail "$base cannot make $venv; see $log"
     printf 'incomplete\n%s\n' "$EXTRAS" >"$stamp"
-    local extras='test,mpi'
-    if [[ -n $MPIEXEC ]]; then extras='test'; fi
     # Chainer's setup.py imports pkg_resources, which the isolated builds of pip lack: hence setuptools first, and no
     # isolation. An mpi4py from pip's cache may be of another MPI.
     if ! (cd "$here" && pip_install setuptools wheel &&
@@ -121,8 +124,8 @@ find_mpi() {
     mpiexec=$venv/bin/mpiexec open_mpi=1
     if [[ -z $MPIEXEC ]]; then return; fi
     mpiexec=$(type -P "$MPIEXEC") || fail "MPIEXEC=$MPIEXEC is not a command"
-    mpicc=$(dirname "$mpiexec")/mpicc
-    [[ -x $mpicc ]] || fail "no mpicc beside $mpiexec: install the MPI's development package (Debian, Ubuntu: libopenmpi-dev)"
+    [[ $mpiexec == /* ]] || mpiexec=$PWD/$mpiexec
+    export MPIEXEC=$mpiexec
     mpi_version=$("$mpiexec" --version 2>&1) || fail "'$mpiexec --version' fails: set MPIEXEC= to an mpiexec that works"
     # Open MPI up to release 4 calls itself OpenRTE there.
     if [[ ! $mpi_version =~ Open\ ?MPI|OpenRTE ]]; then open_mpi=''; fi
@@ -184,11 +187,11 @@ start_job() {
                 esac
             done
         else
-            # Open MPI refuses more ranks than cores ...
+            # Open MPI refuses more ranks than cores.
             if [[ -z $places && $n =~ ^[0-9]+$ ]] && ((n > $(count_cores))); then options+=(--map-by :OVERSUBSCRIBE); fi
-            # ... and ties one or two ranks to a core each, which a rank's image loaders would have to share.
-            if [[ -z $binding ]]; then options+=(--bind-to none); fi
         fi
+        # It ties one or two ranks to a core each, which a rank's image loaders would have to share.
+        if [[ -z $binding && (-z $hosts || $n == [12]) ]]; then options+=(--bind-to none); fi
     fi
     local command=("$mpiexec" "${options[@]}" "$venv/bin/python" "${program[@]}" "$@")
     { printf '%q ' "${settings[@]}" "${command[@]}" && echo; } >&2

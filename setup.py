@@ -30,7 +30,7 @@ setup(
         'mpi4py',
         'numpy',
         'Pillow',
-        'setuptools<81',  # Chainer imports pkg_resources when it runs
+        'setuptools<74',  # Chainer imports pkg_resources, NumPy 1.23 distutils.msvccompiler
     ],
     extras_require={
         'gpu': GPU,

@@ -12,8 +12,8 @@ import pytest
 FAKE_PYTHON = """#!/bin/bash
 # Answers as a Python whose venv and pip only write down what they were asked.
 if [[ $1 == -ISc ]]; then
-    [[ -z $FAKE_TOO_OLD ]] || exit 1
-    "{python}" "$@" | sed "s|^\\([0-9a-f]*\\) .*|\\1 {fake}|"
+    version="import sys; sys.version_info = (${{FAKE_VERSION:-3, 11}})"
+    "{python}" "$1" "$version"$'\n'"$2" "${{@:3}}" | sed "s|^\\([0-9a-f]*\\) .*|\\1 {fake}|"
     exit
 fi
 if [[ $1 == -c && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
@@ -22,12 +22,13 @@ case "$1 $2" in
     "-m venv")
         mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"
         touch "${{@: -1}}/pyvenv.cfg" ;;
-    "-m pip") exit ${{FAKE_PIP_STATUS:-0}} ;;
+    "-m pip") sleep "${{FAKE_PIP_SECONDS:-0}}"; exit ${{FAKE_PIP_STATUS:-0}} ;;
 esac
 """
 FAKE_MPIEXEC = """#!/bin/bash
 if [[ $1 == --version ]]; then echo "{version}"; exit; fi
 printf '%s\\n' "$@"
+[[ -z $FAKE_LOG ]] || env >"$FAKE_LOG.env"
 env | grep -E '^(OMP|OPENBLAS|MKL)_NUM_THREADS=' | sort
 exit ${{FAKE_STATUS:-0}}
 """
@@ -57,7 +58,7 @@ class Tree:
         path.chmod(0o755)
         return path
 
-    def run(self, *arguments, **variables):
+    def start(self, *arguments, **variables):
         environment = {
             'PATH': '/usr/local/bin:/usr/bin:/bin',
             'HOME': os.environ.get('HOME', '/'),
@@ -68,15 +69,24 @@ class Tree:
         }
         environment = {name: value for name, value in environment.items() if value is not None}
         command = ['/bin/bash', str(self.path / 'run_mpi.sh'), *map(str, arguments)]
-        return subprocess.run(
+        return subprocess.Popen(
             command,
             env=environment,
             cwd='/',
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
-            check=False,
         )
+
+    def run(self, *arguments, **variables):
+        process = self.start(*arguments, **variables)
+        stdout, stderr = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def environment(self):
+        """What the fake mpiexec was started with."""
+        lines = (self.path.parent / 'log.env').read_text().splitlines()
+        return dict(line.split('=', 1) for line in lines if '=' in line)
 
     def calls(self):
         return self.log.read_text().splitlines() if self.log.exists() else []
@@ -103,9 +113,15 @@ def test_no_python(tree, tmp_path):
     assert not (tree.path / '.venv').exists()
 
 
-def test_python_of_another_version(tree):
-    done = tree.run('smoke', FAKE_TOO_OLD='1')
+@pytest.mark.parametrize('version', ['3, 8', '3, 14'])
+def test_python_of_another_version(tree, version):
+    done = tree.run('smoke', FAKE_VERSION=version)
     assert f'PYTHON={tree.python} is not a Python 3.9 to 3.13' in only_error(done)
+
+
+@pytest.mark.parametrize('version', ['3, 9', '3, 13'])
+def test_oldest_and_newest_python(tree, version):
+    assert tree.run('smoke', FAKE_VERSION=version).returncode == 0
 
 
 def test_python_without_venv(tree):
@@ -151,6 +167,39 @@ def test_broken_environment_is_made_anew(tree):
     assert 'Setting up' in tree.run('smoke').stderr
 
 
+def test_a_copy_of_the_folder_does_not_run_the_originals_code(tree, tmp_path):
+    tree.run('smoke')
+    shutil.copytree(tree.path, tmp_path / 'copy')
+    tree.path = tmp_path / 'copy'
+    assert 'Setting up' in tree.run('smoke').stderr
+
+
+def test_another_mpi_is_another_environment(tree):
+    tree.run('smoke')
+    tree.mpiexec.write_text(FAKE_MPIEXEC.format(version='mpiexec (OpenRTE) 4.1.4'))
+    assert 'Setting up' in tree.run('smoke').stderr
+
+
+def test_extras_are_remembered(tree):
+    tree.run('smoke', EXTRAS='gpu')
+    assert tree.calls()[-1].endswith('-e .[test,gpu]')
+    assert 'Setting up' not in tree.run('smoke').stderr
+    (tree.path / 'setup.py').write_text('')
+    tree.run('smoke', FAKE_PIP_STATUS='1')
+    tree.run('smoke')
+    assert tree.calls()[-1].endswith('-e .[test,gpu]'), 'a failed installation forgot the extras'
+    tree.run('smoke', EXTRAS='')
+    assert tree.calls()[-1].endswith('-e .[test]')
+
+
+@pytest.mark.skipif(not shutil.which('flock'), reason='needs flock')
+def test_two_starts_install_once(tree):
+    both = [tree.start('smoke', FAKE_PIP_SECONDS='0.3') for _ in range(2)]
+    done = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum('Setting up' in stderr for _, stderr in done) == 1 and len(tree.calls()) == 4
+
+
 def test_a_folder_that_is_something_else_is_not_emptied(tree, tmp_path):
     mine = tmp_path / 'mine'
     mine.mkdir()
@@ -181,6 +230,48 @@ def test_smoke_on_more_ranks_than_there_can_be_cores(tree):
     _, words = job(tree, '-n', '5000', 'smoke')
     assert words[:2] == ['-n', '5000'] and ':OVERSUBSCRIBE' in words
     assert ':OVERSUBSCRIBE' not in job(tree, '-n', '1', 'smoke')[1]
+
+
+def test_threads_are_not_taken_for_cores(tree):
+    tools = tree.path.parent / 'tools'
+    tools.mkdir()
+    tree.executable(tools / 'nproc', '#!/bin/bash\necho ${OMP_NUM_THREADS:-8}\n')
+    tree.executable(
+        tools / 'lscpu', '#!/bin/bash\nprintf "%s\\n" 0,0 0,0 1,0 1,0 2,0 2,0 3,0 3,0\n'
+    )
+    path = f'{tools}:/usr/bin:/bin'
+    assert ':OVERSUBSCRIBE' not in job(tree, '-n', '4', 'smoke', PATH=path)[1]
+    assert ':OVERSUBSCRIBE' in job(tree, '-n', '5', 'smoke', PATH=path)[1]
+
+
+def test_binding(tree):
+    """Open MPI's own for two ranks is one core each, which image loaders would have to share."""
+    for arguments in ['-n 2 -- -h', '-n 4 -- -h', '-n 2 --host a,b -- -h']:
+        assert '--bind-to\nnone' in tree.run(*arguments.split()).stdout, arguments
+    words = job(tree, *'-n 2 --bind-to core -- -h'.split())[1]
+    assert words.count('--bind-to') == 1 and 'none' not in words
+
+
+def test_root(tree):
+    is_root = os.getuid() == 0
+    assert ('--allow-run-as-root' in job(tree, 'smoke')[1]) == is_root
+    assert ('OMPI_ALLOW_RUN_AS_ROOT_CONFIRM' in tree.environment()) == is_root
+
+
+def test_one_process_unless_said(tree):
+    assert job(tree, '--', '--dry-run')[1][:2] == ['-n', '1']
+    assert '-n' not in job(tree, '--host', 'a,b', '--', '--dry-run')[1]
+
+
+def test_environment_of_the_job(tree):
+    tree.run('smoke')
+    libraries = tree.path / '.venv/lib/python3.11/site-packages/nvidia/nccl/lib'
+    libraries.mkdir(parents=True)
+    printed = tree.run('smoke', LD_LIBRARY_PATH='/mine').stderr
+    environment = tree.environment()
+    assert environment['PATH'].startswith(f'{tree.path}/.venv/bin:')
+    assert environment['LD_LIBRARY_PATH'] == f'{libraries}:/mine'
+    assert 'LD_LIBRARY_PATH=' in printed
 
 
 def test_the_papers_run(tree):
@@ -218,8 +309,16 @@ def test_another_mpi_gets_no_options_of_open_mpi(tmp_path, root):
 def test_mpiexec_that_is_none(tree):
     message = only_error(tree.run('smoke', MPIEXEC='/nowhere/mpiexec'))
     assert 'MPIEXEC=/nowhere/mpiexec is not a command' in message
-    (tree.mpiexec.parent / 'mpicc').unlink()
+
+
+def test_mpicc_is_needed_to_install_only(tree):
+    mpicc = tree.mpiexec.parent / 'mpicc'
+    mpicc.rename(tree.mpiexec.parent / 'away')
     assert 'no mpicc beside' in only_error(tree.run('smoke'))
+    (tree.mpiexec.parent / 'away').rename(mpicc)
+    assert tree.run('smoke').returncode == 0
+    mpicc.unlink()
+    assert tree.run('smoke').returncode == 0
 
 
 def test_options_without_dashes(tree):
