@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import chainer
 import numpy as np
 from chainer import links, training
@@ -10,12 +12,13 @@ from chainer.training import extension
 from mpi4py import MPI
 
 
-class _CountPerChannel(chainer.LinkHook):
-    """Notes how many values per channel a BatchNormalization saw in its last forward pass."""
+class _NoteCount(chainer.LinkHook):
+    """Notes how many values per channel normalized a BatchNormalization's last minibatch."""
 
     def forward_postprocess(self, args):
-        x = args.args[0]
-        args.link.last_count = x.size // args.link.avg_mean.size
+        if chainer.config.train:
+            x = args.args[0] if args.args else args.kwargs['x']
+            args.link.last_count = x.size // args.link.avg_mean.size
 
 
 class AllreduceBatchStatistics(training.Extension):
@@ -29,8 +32,12 @@ class AllreduceBatchStatistics(training.Extension):
     minibatches instead, as ``np.var`` defines it.
 
     All links travel in one all-reduce of float64, through host memory, so that no CUDA-aware MPI is
-    needed. All ranks hold the same bits afterwards. It runs before the evaluator and before any
-    snapshot, whatever order they were added in.
+    needed. All ranks hold the same bits afterwards, and a second call changes none. The sums of
+    float32 statistics are exact unless a worker's is 2**26 times smaller than another's, hence
+    independent of how the workers are spread over processes.
+
+    It runs before the evaluator and before any snapshot that is triggered by the same iteration,
+    whatever order they were added in: give it a ``trigger`` that fires whenever one of theirs does.
 
     A process that plays several workers calls :meth:`add_worker` after the forward pass of each
     one, and :meth:`clear` before the first of an iteration, as
@@ -46,8 +53,8 @@ class AllreduceBatchStatistics(training.Extension):
         pooled_variance (bool): See above.
 
     Raises:
-        ValueError: A BatchNormalization has a ``decay`` other than 0, or has no statistics yet; it
-            is named.
+        ValueError: A BatchNormalization has a ``decay`` other than 0, or no size yet, because no
+            minibatch went through it; it is named.
     """
 
     trigger = (1, 'epoch')
@@ -69,25 +76,26 @@ class AllreduceBatchStatistics(training.Extension):
         self._pooled_variance = pooled_variance
         if pooled_variance:
             for _, link in self._links:
-                link.add_hook(_CountPerChannel(), 'CountPerChannel')
+                link.last_count = None
+                link.add_hook(_NoteCount(), 'AllreduceBatchStatistics')
+        self._buffers = []
         self.clear()
 
     def clear(self):
         """Forgets the workers added so far."""
         self._n_workers = 0
-        self._sum = None
 
     def add_worker(self):
         """Adds the statistics of the minibatch that the model has just seen."""
         if not self._links:
             return
-        xp = chainer.backend.get_array_module(self._arrays()[0])
-        flat = xp.concatenate(self._arrays()).astype(np.float64)
-        if self._pooled_variance:
-            mean, var = xp.split(flat, 2)
-            biased = xp.asarray(self._biased_fraction())
-            flat = xp.concatenate([mean, var * biased + mean**2])
-        self._sum = flat if self._sum is None else self._sum + flat
+        self._gather()
+        for channels, buffer in self._buffers:
+            statistics = self._pooled(buffer, channels) if self._pooled_variance else buffer
+            if self._n_workers == 0:
+                self._sum[:, channels] = statistics
+            else:
+                self._sum[:, channels] += statistics
         self._n_workers += 1
 
     def __call__(self, trainer=None):
@@ -95,34 +103,70 @@ class AllreduceBatchStatistics(training.Extension):
             return
         if self._n_workers == 0:
             self.add_worker()
-        total = np.ascontiguousarray(cuda.to_cpu(self._sum))
+        total = cuda.to_cpu(self._sum)
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, total, MPI.SUM)  # [B]
-        total /= self._n_workers * self._comm.size
+        n_workers = self._n_workers * self._comm.size
         self.clear()
         if self._pooled_variance:
-            mean, square = np.split(total, 2)
-            total = np.concatenate([mean, square - mean**2])
-        self._write(total)
+            mean, square = total
+            square -= mean**2 / n_workers
+            for _, link in self._links:
+                link.last_count = None
+        xp = chainer.backend.get_array_module(self._sum)
+        for channels, buffer in self._buffers:
+            xp.multiply(
+                xp.asarray(total[:, channels]), 1 / n_workers, out=buffer, casting='same_kind'
+            )
 
-    def _arrays(self):
+    def _gather(self):
+        """Moves the links' statistics into a buffer [2, channels] for each dtype, and leaves views.
+
+        From then on the links write there themselves. Arrays that the links have got since, on
+        another device for instance, are moved again.
+        """
         for name, link in self._links:
             if link.avg_mean is None:
                 raise ValueError(f'{name} has no statistics yet: no minibatch went through it')
-        return [link.avg_mean for _, link in self._links] + [
-            link.avg_var for _, link in self._links
-        ]
+        bases = {id(base) for _, link in self._links for base in _bases(link)}
+        if bases == {id(buffer) for _, buffer in self._buffers}:
+            return
+        self._links.sort(key=lambda item: item[1].avg_mean.dtype.name)
+        self._buffers, stop = [], 0
+        for _, group in itertools.groupby(self._links, lambda item: item[1].avg_mean.dtype):
+            buffer = _move([link for _, link in group])
+            start, stop = stop, stop + buffer.shape[1]
+            self._buffers.append((slice(start, stop), buffer))
+        with chainer.using_device(chainer.backend.get_device_from_array(buffer)):
+            self._sum = chainer.backend.get_array_module(buffer).empty((2, stop), np.float64)
 
-    def _write(self, flat):
-        arrays = self._arrays()
-        flat = chainer.backend.get_array_module(arrays[0]).asarray(flat)
-        start = 0
-        for array in arrays:
-            array[...] = flat[start : start + array.size].reshape(array.shape)
-            start += array.size
+    def _pooled(self, buffer, channels):
+        """Means and mean squares: from Chainer's unbiased variance, m / (m - 1) of the biased.
 
-    def _biased_fraction(self):
-        """(m - 1) / m of each channel: from Chainer's unbiased variance to the biased."""
-        count = np.concatenate(
-            [np.full(link.avg_mean.size, link.last_count, np.float64) for _, link in self._links]
-        )
-        return np.maximum(count - 1, 1) / count
+        What :meth:`__call__` wrote, or a snapshot that was loaded, is biased already.
+        """
+        counts = [np.full(link.avg_mean.size, link.last_count or 1) for _, link in self._links]
+        count = np.concatenate(counts)[channels]
+        biased = np.maximum(count - 1, 1) / count
+        xp = chainer.backend.get_array_module(buffer)
+        mean, var = buffer.astype(np.float64)
+        return xp.stack([mean, var * xp.asarray(biased) + mean**2])
+
+
+def _bases(link):
+    return link.avg_mean.base, link.avg_var.base
+
+
+def _move(links_):
+    device = chainer.backend.get_device_from_array(links_[0].avg_mean)
+    channels = sum(link.avg_mean.size for link in links_)
+    with chainer.using_device(device):
+        buffer = device.xp.empty((2, channels), links_[0].avg_mean.dtype)
+    start = 0
+    for link in links_:
+        stop = start + link.avg_mean.size
+        for name, row in zip(('avg_mean', 'avg_var'), buffer):
+            view = row[start:stop].reshape(link.avg_mean.shape)
+            view[...] = getattr(link, name)
+            setattr(link, name, view)
+        start = stop
+    return buffer

@@ -55,7 +55,7 @@ def table(title, seconds, ours) -> dict:
         ratio = float(np.median(np.divide(seconds[ours], values)))
         median = float(np.median(values))
         result[name] = {'median_seconds': median, 'ratio_of_ours': ratio}
-        print(f'{name:44}{1000 * median:>9.2f}  {ratio:>9.2f}')
+        print(f'{name:44}{1000 * median:>9.2f}  {ratio:>9.3f}')
     return result
 
 
@@ -142,6 +142,8 @@ def start_ranks(n: int, arguments) -> int:
         'OMPI_MCA_rmaps_base_oversubscribe': '1',  # the same for Open MPI 4
         **os.environ,
     }
+    if os.geteuid() == 0:
+        environment.update(OMPI_ALLOW_RUN_AS_ROOT='1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM='1')
     command = [mpiexec, '-n', str(n), sys.executable, '-m', 'reproduce.benchmark', *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 

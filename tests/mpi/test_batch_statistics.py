@@ -60,10 +60,102 @@ def test_moving_averages_are_refused_by_name():
     assert 'good' not in str(raised.value)
 
 
-def test_a_link_that_saw_nothing_is_named():
+def test_a_link_without_size_is_named():
     model = chainer.Chain(unused=L.BatchNormalization(axis=(0, 2, 3), decay=0))
     with pytest.raises(ValueError, match='/unused has no statistics yet'):
         AllreduceBatchStatistics(model, create_communicator('mpi'))()
+
+
+@pytest.mark.parametrize('pooled', [False, True])
+def test_of_one_worker_nothing_changes_but_the_pooled_variance_is_the_biased_one(pooled):
+    x = images_of(0, 0, 5)
+    model = chainer.Chain(
+        single=L.BatchNormalization(5, decay=0, dtype=np.float32),
+        half=L.BatchNormalization(5, decay=0, dtype=np.float16),
+        planes=L.BatchNormalization(axis=0, decay=0),  # statistics [5, height, width]
+    )
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'), pooled)
+    model.single(x=x)
+    model.half(x.astype(np.float16))
+    model.planes(x)
+    before = {
+        (name, kind): getattr(link, kind).copy()
+        for name, link in model.namedlinks(skipself=True)
+        for kind in ('avg_mean', 'avg_var')
+    }
+    for _ in range(2):  # the second call changes nothing either
+        statistics()
+        for (name, kind), array in before.items():
+            m = x.shape[0] if name == '/planes' else x[:, 0].size
+            expected = array
+            if pooled and kind == 'avg_var':
+                expected = (array.astype(np.float64) * (m - 1) / m).astype(array.dtype)
+            actual = getattr(model[name[1:]], kind)
+            assert actual.dtype == array.dtype and actual.shape == array.shape
+            if pooled:  # E[x**2] - E[x]**2 in float64
+                tolerance = 1e-7 if array.dtype == np.float32 else 1e-3
+                np.testing.assert_allclose(actual, expected, rtol=tolerance)
+            else:
+                np.testing.assert_array_equal(actual, expected)
+
+
+def test_pooled_variance_of_one_value_per_channel_is_zero():
+    model = chainer.Chain(bn=L.BatchNormalization(3, decay=0))
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'), pooled_variance=True)
+    model.bn(np.ones((1, 3), np.float32))
+    statistics()
+    np.testing.assert_array_equal(model.bn.avg_var, np.zeros(3))
+
+
+def test_an_evaluation_in_between_changes_nothing():
+    model = chainer.Chain(bn=L.BatchNormalization(5, decay=0))
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'), pooled_variance=True)
+    x = images_of(0, 0, 5)
+    model.bn(x)
+    with chainer.using_config('train', False):
+        model.bn(x[:1])
+    statistics()
+    np.testing.assert_allclose(model.bn.avg_var, x.var(axis=(0, 2, 3)), rtol=1e-5)
+
+
+def test_statistics_that_were_loaded_or_replaced_since_are_the_ones_that_count(tmp_path):
+    model = chainer.Chain(bn=L.BatchNormalization(5, decay=0))
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'))
+    model.bn(images_of(0, 0, 5))
+    statistics()
+    chainer.serializers.save_npz(tmp_path / 'model.npz', model)
+    saved = model.bn.avg_mean.copy()
+    model.bn(images_of(0, 1, 5))
+    chainer.serializers.load_npz(tmp_path / 'model.npz', model)
+    statistics()
+    np.testing.assert_array_equal(model.bn.avg_mean, saved)
+    model.bn.avg_mean = np.full(5, 2.0, np.float32)  # what moving to another device does
+    statistics()
+    np.testing.assert_array_equal(model.bn.avg_mean, np.full(5, 2.0))
+    model.bn(images_of(0, 1, 5))
+    statistics()
+    expected = images_of(0, 1, 5).mean(axis=(0, 2, 3))
+    np.testing.assert_allclose(model.bn.avg_mean, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('pooled', [False, True])
+def test_workers_of_one_process(pooled):
+    model = chainer.Chain(bn=L.BatchNormalization(5, decay=0))
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'), pooled)
+    batches = [images_of(worker, 0, 5) for worker in range(3)]
+    for _ in range(2):
+        statistics.clear()
+        for batch in batches:
+            model.bn(batch)
+            statistics.add_worker()
+    statistics()
+    axes = (0, 2, 3)
+    mean = np.mean([b.mean(axis=axes, dtype=float) for b in batches], axis=0)
+    var = np.mean([b.var(axis=axes, dtype=float, ddof=1) for b in batches], axis=0)
+    if pooled:
+        var = np.concatenate(batches).var(axis=axes, dtype=float)
+    np.testing.assert_allclose(model.bn.avg_mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.bn.avg_var, var, rtol=1e-5)
 
 
 def test_a_model_without_batch_normalization_is_left_alone():
