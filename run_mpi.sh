@@ -51,9 +51,10 @@ fingerprint() {
 import hashlib, os, sys
 if not (3, 9) <= sys.version_info[:2] <= (3, 13):
     sys.exit(1)
-parts = [open(path).read() for path in sys.argv[1:3]] + sys.argv[3:] + [sys.version, sys.base_prefix]
+parts = [open(path).read() for path in sys.argv[1:5]] + sys.argv[5:] + [sys.version, sys.base_prefix]
 print(hashlib.sha256(repr(parts).encode()).hexdigest(), os.path.realpath(sys.executable))
-' "$here/constraints.txt" "$here/setup.py" "$here" "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
+' "$here"/{constraints.txt,setup.py,extensions/kernels.c,extensions/rmsprop_warmup_element.h} "$here" \
+        "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
 }
 
 # Is .venv complete and up to date? Sets `wanted` and `base`, the Python to make it with. Candidates are run, not only

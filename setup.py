@@ -1,4 +1,6 @@
-from setuptools import setup
+import hashlib
+
+from setuptools import Extension, setup
 
 # CUDA 12 with the last CuPy that still binds cuDNN (14 removed it) and the last cuDNN that it binds
 # (8.9). The libraries come as wheels too: only NVIDIA's driver has to be on the machine.
@@ -16,6 +18,23 @@ GPU = [
     'nvidia-nvjitlink-cu12',
 ]
 
+# The CPU's inner loops, optional: without a compiler NumPy does them, slower, with the same bits.
+# extensions/kernels.py loads them, and compares the digest with that of the sources beside it.
+SOURCES = ['extensions/kernels.c', 'extensions/rmsprop_warmup_element.h']
+KERNELS = Extension(
+    'extensions._kernels',
+    SOURCES[:1],
+    depends=SOURCES[1:],
+    define_macros=[
+        (
+            'SOURCE_DIGEST',
+            '"%s"' % hashlib.sha256(b''.join(open(s, 'rb').read() for s in SOURCES)).hexdigest(),
+        )
+    ],
+    extra_compile_args=['-O3', '-ffp-contract=off', '-fno-math-errno'],
+    optional=True,
+)
+
 setup(
     name='extremely-large-minibatch-sgd',
     version='0.1.0',
@@ -23,7 +42,8 @@ setup(
     license='MIT',
     python_requires='>=3.9,<3.14',
     packages=['extensions', 'reproduce'],
-    package_data={'reproduce': ['data/*.gz']},
+    ext_modules=[KERNELS],
+    package_data={'extensions': ['*.c', '*.h'], 'reproduce': ['data/*']},
     install_requires=[
         'chainer==7.8.1',
         'matplotlib',

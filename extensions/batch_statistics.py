@@ -105,18 +105,16 @@ class AllreduceBatchStatistics(training.Extension):
             self.add_worker()
         total = cuda.to_cpu(self._sum)
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, total, MPI.SUM)  # [B]
-        n_workers = self._n_workers * self._comm.size
+        total *= 1 / (self._n_workers * self._comm.size)
         self.clear()
         if self._pooled_variance:
             mean, square = total
-            square -= mean**2 / n_workers
+            square -= mean**2
             for _, link in self._links:
                 link.last_count = None
         xp = chainer.backend.get_array_module(self._sum)
         for channels, buffer in self._buffers:
-            xp.multiply(
-                xp.asarray(total[:, channels]), 1 / n_workers, out=buffer, casting='same_kind'
-            )
+            buffer[...] = xp.asarray(total[:, channels])
 
     def _gather(self):
         """Moves the links' statistics into a buffer [2, channels] for each dtype, and leaves views.

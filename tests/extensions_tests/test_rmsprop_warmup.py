@@ -9,7 +9,7 @@ from chainer import optimizers
 from chainer.optimizer_hooks import WeightDecay
 
 import extensions
-from extensions import RMSpropWarmup, RMSpropWarmupRule, rmsprop_warmup
+from extensions import RMSpropWarmup, RMSpropWarmupRule, kernels, rmsprop_warmup
 
 HYPERPARAMETERS = ('lr', 'alpha_sgd', 'alpha_rmsprop', 'mu1', 'mu2', 'eps')
 
@@ -28,11 +28,24 @@ def link_of(array):
     return link
 
 
+def dtype_of(value, dtype):
+    return np.dtype(dtype).type(value)
+
+
 def arrays(shape, dtype, seed=0):
     rng = np.random.RandomState(seed)
     return np.asarray(rng.standard_normal(shape), dtype), rng
 
 
+@pytest.fixture(params=['C', 'NumPy'])
+def arithmetic(request, monkeypatch):
+    if request.param == 'NumPy':
+        monkeypatch.setattr(kernels, 'library', None)
+    elif kernels.library is None:
+        pytest.skip('no C compiler when the project was installed')
+
+
+@pytest.mark.usefixtures('arithmetic')
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
 @pytest.mark.parametrize('shape', [(), (0,), (1,), (2, 3, 5), (65536,), (150001,)])
 @pytest.mark.parametrize(
@@ -71,6 +84,40 @@ def test_thousand_steps_follow_the_equations(dtype, shape, fixed):
         scale = np.max(np.abs(expected), initial=1e-3)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=3 * rounding * steps * scale)
     assert link.p.dtype == dtype and optimizer.t == n_steps
+
+
+@pytest.mark.skipif(kernels.library is None, reason='no C compiler at the installation')
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_c_and_numpy_give_the_same_bits(monkeypatch, dtype):
+    limits = np.finfo(dtype)
+    odd = [0, -0.0, limits.tiny, limits.tiny / 8, limits.max, -limits.max, 1e15, np.inf, np.nan]
+    start, rng = arrays((100003,), dtype)
+    start[: len(odd)] = odd
+    gradients = [rng.standard_normal(start.shape).astype(dtype) for _ in range(6)]
+    for i, g in enumerate(gradients):
+        g *= dtype_of(10.0 ** rng.randint(-20, 10), dtype)
+        g[i : i + len(odd)] = odd
+    results = []
+    for library in (kernels.library, None):
+        monkeypatch.setattr(kernels, 'library', library)
+        link = link_of(start)
+        optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.3).setup(link)
+        with np.errstate(all='ignore'):
+            for step, g in enumerate(gradients):
+                link.p.grad = g
+                optimizer.alpha_rmsprop = 0.3 * (step % 2)
+                optimizer.update()
+        state = link.p.update_rule.state
+        results.append((link.p.array, state['m'], state['delta']))
+    for c, numpys in zip(*results):
+        np.testing.assert_array_equal(np.isnan(c), np.isnan(numpys))
+        c[np.isnan(c)] = numpys[np.isnan(numpys)] = 0  # a NaN's sign and payload have no meaning
+        np.testing.assert_array_equal(c.view(np.uint8), numpys.view(np.uint8))
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernels, 'source_digest', lambda: 'another')
+    assert kernels._load() is None
 
 
 def test_layouts_other_than_c_order():
@@ -246,10 +293,10 @@ def test_package_exports_the_public_names():
 
 
 C_PROGRAM = """
-#include <math.h>
+#include <tgmath.h>
 typedef %s T;
-void update(long n, const T *grad_, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2, T eps,
-            T *param_, T *m_, T *delta_) {
+void update(long n, const T *grad_, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2,
+            T one_minus_mu2, T eps, T *param_, T *m_, T *delta_) {
     for (long i = 0; i < n; i++) {
         T grad = grad_[i], param = param_[i], m = m_[i], delta = delta_[i];
         %s
@@ -267,7 +314,7 @@ def test_body_of_the_cuda_kernel_run_on_the_host(tmp_path, dtype, c_type, alpha_
     if compiler is None:
         pytest.skip('no C compiler')
     source, library = tmp_path / 'update.c', tmp_path / 'update.so'
-    source.write_text(C_PROGRAM % (c_type, rmsprop_warmup._UPDATE_GPU))
+    source.write_text(C_PROGRAM % (c_type, rmsprop_warmup.ELEMENT))
     subprocess.run(
         [compiler, '-O1', '-ffp-contract=off', '-shared', '-fPIC', source, '-o', library, '-lm'],
         check=True,
@@ -280,9 +327,9 @@ def test_body_of_the_cuda_kernel_run_on_the_host(tmp_path, dtype, c_type, alpha_
     state = [rng.standard_normal(1002), rng.uniform(size=1002) ** 4, rng.standard_normal(1002)]
     state[1][-5:] = 0
     grad, *state = (np.asarray(array, dtype) for array in (grad, *state))
-    scalars = (0.1, 0.7, alpha_rmsprop, 0.9, 0.99, 1e-8)
+    scalars = (0.1, 0.7, alpha_rmsprop, 0.9, 0.99, 1 - 0.99, 1e-8)
     theta, m, delta = equations(
-        *(a.astype(np.float64) for a in (*state, grad)), *(float(scalar(s).value) for s in scalars)
+        *(a.astype(np.float64) for a in (*state, grad)), *scalars[:5], scalars[6]
     )
     pointer = ctypes.POINTER(scalar)
     update(
@@ -292,6 +339,5 @@ def test_body_of_the_cuda_kernel_run_on_the_host(tmp_path, dtype, c_type, alpha_
         *(array.ctypes.data_as(pointer) for array in state),
     )
     for actual, expected in zip(state, (theta, m, delta)):
-        # 1 - mu2 in float32 is off by 6 of its roundings; nothing else amplifies.
         scale = np.abs(expected) + (1 if expected is not m else 0)
         assert np.max(np.abs(actual - expected) / (scale + tiny)) < 20 * np.finfo(dtype).eps
