@@ -1,4 +1,5 @@
 import hashlib
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -21,16 +22,12 @@ GPU = [
 # The CPU's inner loops, optional: without a compiler NumPy does them, slower, with the same bits.
 # extensions/kernels.py loads them, and compares the digest with that of the sources beside it.
 SOURCES = ['extensions/kernels.c', 'extensions/rmsprop_warmup_element.h']
+DIGEST = hashlib.sha256(b''.join(Path(source).read_bytes() for source in SOURCES)).hexdigest()
 KERNELS = Extension(
     'extensions._kernels',
     SOURCES[:1],
     depends=SOURCES[1:],
-    define_macros=[
-        (
-            'SOURCE_DIGEST',
-            '"%s"' % hashlib.sha256(b''.join(open(s, 'rb').read() for s in SOURCES)).hexdigest(),
-        )
-    ],
+    define_macros=[('SOURCE_DIGEST', f'"{DIGEST}"')],
     extra_compile_args=['-O3', '-ffp-contract=off', '-fno-math-errno'],
     optional=True,
 )

@@ -12,12 +12,18 @@ from chainer.backends import cuda
 
 from extensions import kernels
 
-# Elements per block of the update by NumPy: its four streams and the scratch, 5 x 256 KiB in float32,
-# stay in a core's second-level cache. A quarter of it spends 15 % of the time on calls.
+# Elements per block of the update by NumPy: its four streams and the scratch, 5 x 256 KiB in
+# float32, stay in a core's second-level cache. A quarter of it spends 15 % of the time on calls.
 _BLOCK = 65536
 
-# One element of the update, as C and CUDA compile it.
+# One element of the update, as C and CUDA compile it, and the CUDA kernel's arguments.
 ELEMENT = Path(__file__).with_name('rmsprop_warmup_element.h').read_text()
+KERNEL = (
+    'T grad, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2, T one_minus_mu2, T eps',
+    'T param, T m, T delta',
+    ELEMENT,
+    'rmsprop_warmup',
+)
 
 
 def _check_hyperparameters(**values: float) -> None:
@@ -145,12 +151,7 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
     def update_core_gpu(self, param):
         if param.grad is None:
             return
-        cuda.elementwise(
-            'T grad, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2, T one_minus_mu2, T eps',
-            'T param, T m, T delta',
-            ELEMENT,
-            'rmsprop_warmup',
-        )(
+        cuda.elementwise(*KERNEL)(
             param.grad,
             *self._hyperparameters(param.dtype),
             param.data,

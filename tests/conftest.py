@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import extensions  # noqa: F401  isort: skip  (it makes Chainer importable on NumPy 2)
+import chainer
 import pytest
-
-import extensions  # noqa: F401  (before any test imports Chainer: makes that possible on NumPy 2)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,3 +64,27 @@ def mpirun():
 @pytest.fixture
 def root():
     return ROOT
+
+
+@pytest.fixture
+def gpu():
+    """The first GPU, made the current device; without one the test is skipped."""
+    cuda = chainer.backends.cuda
+    try:
+        # cuda.available alone tells only that the CUDA libraries are there.
+        found = cuda.available and cuda.cupy.cuda.runtime.getDeviceCount() > 0
+    except cuda.cupy.cuda.runtime.CUDARuntimeError:
+        found = False
+    if not found:
+        pytest.skip('needs a GPU')
+    device = chainer.get_device('@cupy:0')
+    device.use()
+    return device
+
+
+@pytest.fixture(params=['CPU', pytest.param('GPU', marks=pytest.mark.gpu)])
+def device(request):
+    """The CPU, then the GPU where there is one."""
+    return (
+        request.getfixturevalue('gpu') if request.param == 'GPU' else chainer.get_device('@numpy')
+    )

@@ -133,6 +133,29 @@ def test_layouts_other_than_c_order():
     np.testing.assert_array_equal(plain.p.array, transposed.p.array)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_a_model_that_moves_between_devices_takes_its_state_along(device, dtype):
+    start, rng = arrays((1001,), dtype)
+    link = link_of(start)
+    optimizer = RMSpropWarmup(0.1, 0.7, 0.3).setup(link)
+    theta, m, delta = start.astype(np.float64), 0.0, 0.0
+    for place in ['@numpy', device, device, '@numpy', device]:
+        link.to_device(place)
+        g = rng.standard_normal(1001).astype(dtype)
+        link.p.grad = link.device.send(g)
+        optimizer.update()
+        theta, m, delta = equations(
+            theta, m, delta, g.astype(np.float64), 0.1, 0.7, 0.3, 0.9, 0.99, 1e-8
+        )
+    state = link.p.update_rule.state
+    rounding = np.finfo(dtype).eps
+    for actual, expected in ((link.p.array, theta), (state['m'], m), (state['delta'], delta)):
+        assert chainer.backend.get_device_from_array(actual) == device
+        actual = chainer.get_device('@numpy').send(actual)
+        scale = np.max(np.abs(expected))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=30 * rounding * scale)
+
+
 def test_rmsprop_term_has_the_gain_of_the_momentum():
     # A constant gradient of 0.5: m -> g**2, Delta -> -(alpha_rmsprop / (|g| + eps)) g / (1 - mu1).
     link = link_of(np.zeros(1))
@@ -233,16 +256,17 @@ def test_missing_gradient_and_disabled_rule_change_nothing():
     assert optimizer.t == 1
 
 
-def test_float16_with_float32_masters():
+def test_float16_with_float32_masters(device):
     start, rng = arrays((100,), 'float16')
     link = link_of(start)
+    link.to_device(device)
     optimizer = RMSpropWarmup(1e-4, alpha_rmsprop=0.1)
     optimizer.use_fp32_update()
     optimizer.setup(link)
     theta, m, delta = start.astype(np.float64), 0.0, 0.0
     for _ in range(50):
         g = rng.standard_normal(100).astype('float16')
-        link.p.grad = g
+        link.p.grad = device.send(g)
         optimizer.update()
         theta, m, delta = equations(
             theta, m, delta, g.astype(np.float64), 1e-4, 1.0, 0.1, 0.9, 0.99, 1e-8
@@ -250,6 +274,7 @@ def test_float16_with_float32_masters():
     assert link.p.update_rule.state['m'].dtype == np.float32
     # Updates of 1e-4 vanish in float16 itself; from float32 masters the result is the rounded exact
     # one.
+    link.to_device('@numpy')
     assert np.mean(link.p.data == theta.astype('float16')) > 0.98
 
 

@@ -67,19 +67,20 @@ def test_a_link_without_size_is_named():
 
 
 @pytest.mark.parametrize('pooled', [False, True])
-def test_of_one_worker_nothing_changes_but_the_pooled_variance_is_the_biased_one(pooled):
-    x = images_of(0, 0, 5)
+def test_of_one_worker_nothing_changes_but_the_pooled_variance_is_the_biased_one(device, pooled):
+    x = device.send(images_of(0, 0, 5))
     model = chainer.Chain(
         single=L.BatchNormalization(5, decay=0, dtype=np.float32),
         half=L.BatchNormalization(5, decay=0, dtype=np.float16),
         planes=L.BatchNormalization(axis=0, decay=0),  # statistics [5, height, width]
     )
+    model.to_device(device)
     statistics = AllreduceBatchStatistics(model, create_communicator('mpi'), pooled)
     model.single(x=x)
     model.half(x.astype(np.float16))
     model.planes(x)
     before = {
-        (name, kind): getattr(link, kind).copy()
+        (name, kind): chainer.backends.cuda.to_cpu(getattr(link, kind)).copy()
         for name, link in model.namedlinks(skipself=True)
         for kind in ('avg_mean', 'avg_var')
     }
@@ -90,7 +91,7 @@ def test_of_one_worker_nothing_changes_but_the_pooled_variance_is_the_biased_one
             expected = array
             if pooled and kind == 'avg_var':
                 expected = (array.astype(np.float64) * (m - 1) / m).astype(array.dtype)
-            actual = getattr(model[name[1:]], kind)
+            actual = chainer.backends.cuda.to_cpu(getattr(model[name[1:]], kind))
             assert actual.dtype == array.dtype and actual.shape == array.shape
             if pooled:  # E[x**2] - E[x]**2 in float64
                 tolerance = 1e-7 if array.dtype == np.float32 else 1e-3

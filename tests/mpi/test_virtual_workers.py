@@ -101,10 +101,7 @@ def cross_entropy(y, t):
     return -np.mean(np.log(q[np.arange(len(t)), t])), (q - one_hot) / len(t)
 
 
-@pytest.mark.parametrize('processes', [1, 3])
-@pytest.mark.parametrize('pooled', [False, True])
-def test_run_equals_the_equations_in_float64(train, processes, pooled):
-    result = train(processes, pooled='pooled' if pooled else 'mean')[0]
+def assert_follows_the_equations(result, pooled):
     p, m, delta, log = reference(pooled=pooled)
     # A gradient that float32 puts on the other side of a rounding border differs by one float16
     # step, 1e-3 of its value, and RMSprop enlarges that where m is small: the tolerance is that of
@@ -119,6 +116,19 @@ def test_run_equals_the_equations_in_float64(train, processes, pooled):
     assert list(result['images']) == [VALIDATION] * 2
     for key in ('loss', 'validation_loss', 'accuracy', 'top5'):
         np.testing.assert_allclose(result[key], [entry[key] for entry in log], rtol=2e-3)
+
+
+@pytest.mark.parametrize('processes', [1, 3])
+@pytest.mark.parametrize('pooled', [False, True])
+def test_run_equals_the_equations_in_float64(train, processes, pooled):
+    assert_follows_the_equations(train(processes, pooled='pooled' if pooled else 'mean')[0], pooled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('pooled', [False, True])
+def test_run_on_a_gpu_equals_the_equations_in_float64(train, gpu, pooled):
+    result = train(1, communicator='pure_nccl', pooled='pooled' if pooled else 'mean')[0]
+    assert_follows_the_equations(result, pooled)
 
 
 def test_statistics_are_those_of_the_last_minibatches(train):

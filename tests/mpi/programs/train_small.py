@@ -14,6 +14,8 @@ out, n_workers, name, dtype, pooled = sys.argv[1:6]
 n_workers = int(n_workers)
 comm = extensions.create_communicator(name, dtype)
 model = Network(seed=comm.rank)  # different on every rank: the broadcast must matter
+device = extensions.device_of(comm)
+model.to_device(device)
 comm.bcast_data(model)
 optimizer = extensions.RMSpropWarmup(0.1).setup(model)
 statistics = extensions.AllreduceBatchStatistics(model, comm, pooled_variance=pooled == 'pooled')
@@ -25,6 +27,7 @@ updater = extensions.VirtualWorkersUpdater(
     comm,
     n_workers,
     epoch_size,
+    converter=device.send,
     batch_statistics=statistics,
 )
 x, t = validation_set()
@@ -35,6 +38,7 @@ evaluator = extensions.ExactEvaluator(
     model,
     comm,
     VALIDATION,
+    converter=device.send,
 )
 trainer = chainer.training.Trainer(updater, (7, 'iteration'), out)
 trainer.extend(evaluator)  # the wrong way round, on purpose
@@ -45,8 +49,9 @@ trainer.extend(extensions.AlphaSGDSchedule(*epoch_size, epochs=2))
 log = chainer_extensions.LogReport(filename=None)
 trainer.extend(log)
 trainer.run()
+model.to_device('@numpy')
 rule_states = {
-    f'{kind}{n}': p.update_rule.state[kind]
+    f'{kind}{n}': chainer.backends.cuda.to_cpu(p.update_rule.state[kind])
     for n, p in model.namedparams()
     for kind in ('m', 'delta')
 }
