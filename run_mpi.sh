@@ -48,13 +48,14 @@ log=$venv.log
 # it: a copy of the project with its .venv would otherwise run the original's code.
 fingerprint() {
     "$1" -ISc '
-import hashlib, os, sys
+import glob, hashlib, os, sys
 if not (3, 9) <= sys.version_info[:2] <= (3, 13):
     sys.exit(1)
-parts = [open(path).read() for path in sys.argv[1:5]] + sys.argv[5:] + [sys.version, sys.base_prefix]
+here, *others = sys.argv[1:]
+sources = [here + "/constraints.txt", here + "/setup.py", *sorted(glob.glob(here + "/extensions/*.[ch]"))]
+parts = [open(path).read() for path in sources] + [here, *others, sys.version, sys.base_prefix]
 print(hashlib.sha256(repr(parts).encode()).hexdigest(), os.path.realpath(sys.executable))
-' "$here"/{constraints.txt,setup.py,extensions/kernels.c,extensions/rmsprop_warmup_element.h} "$here" \
-        "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
+' "$here" "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
 }
 
 # Is .venv complete and up to date? Sets `wanted` and `base`, the Python to make it with. Candidates are run, not only

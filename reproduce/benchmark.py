@@ -64,6 +64,7 @@ def update(repeat: int) -> dict:
     import extensions  # isort: skip
     from chainer import optimizers
 
+    from extensions import kernels
     from reproduce.resnet50 import ResNet50
 
     rng = np.random.RandomState(0)
@@ -94,9 +95,17 @@ def update(repeat: int) -> dict:
         p['delta'] = 0.9 * p['delta'] - (0.5 + 0.1 / (np.sqrt(p['m']) + 1e-8)) * p['grad']
         p['param'] += 0.1 * p['delta']
 
-    ours = 'RMSpropWarmup'
+    update_in_blocks = update_of(extensions.RMSpropWarmup(0.1, 0.5, 0.1))
+
+    def without_c():
+        library, kernels.library = kernels.library, None
+        update_in_blocks()
+        kernels.library = library
+
+    ours = f'RMSpropWarmup, {"C" if kernels.library else "NumPy: no C compiler at installation"}'
     candidates = {
         ours: update_of(extensions.RMSpropWarmup(0.1, 0.5, 0.1)),
+        'the same, NumPy in blocks': without_c,
         'the same, alpha_rmsprop = 0': update_of(extensions.RMSpropWarmup(0.1)),
         'moving the seven streams': move_seven_streams,
         'plain NumPy statements': plain_statements,

@@ -16,7 +16,7 @@ from chainer.backends import cuda
 from chainer.training import extension, triggers
 from mpi4py import MPI
 
-from extensions import device_of, schedules
+from extensions import device_of, kernels, schedules
 from reproduce import figures
 
 _COLUMNS = (  # title, key in the log, format
@@ -101,6 +101,7 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
         'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
         'learning rate': f'base {s.lr_base:g}, first {first_lr:g}',
         'all-reduce': f'{type(comm).__name__}, {s.allreduce_grad_dtype}',
+        'update': f'RMSpropWarmup, {arithmetic_of(device)}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
         'training': f'{len(train.labels):,} images in {train.root}',
         'validation': f'{len(val.labels):,} images in {val.root}',
@@ -110,6 +111,12 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
         'output': s.out,
     }
     return '\n'.join(f'{title:14}{text}' for title, text in rows.items())
+
+
+def arithmetic_of(device) -> str:
+    if device.xp is not np:
+        return 'CUDA'
+    return 'compiled C' if kernels.library else 'NumPy (no C compiler when it was installed)'
 
 
 class Progress(training.Extension):

@@ -41,5 +41,5 @@ def test_commands_print_and_write_their_ratios(root, tmp_path, what, peer):
     figures = json.loads(file.read_text())['figures']
     name = next(name for name in figures if peer in name)
     assert figures[name]['median_seconds'] > 0
-    assert f'{figures[name]["ratio_of_ours"]:.2f}' in done.stdout
+    assert f'{figures[name]["ratio_of_ours"]:.3f}' in done.stdout
     assert what != 'statistics' or ', 2 ranks on 1 host(s)' in done.stdout

@@ -348,16 +348,19 @@ def test_hostfiles(root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seconds', [1, 3])
-def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds):
-    """Really installs, is killed half-way with all its children, and really installs again."""
+@pytest.mark.parametrize('seconds, compiler', [(1, 'cc'), (3, 'false')])
+def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds, compiler):
+    """Really installs, is killed half-way with all its children, and really installs again, with and
+    without a C compiler."""
     here = tmp_path / 'a folder'
     here.mkdir()
     for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
         shutil.copy(root / name, here)
     for name in ('extensions', 'reproduce'):
-        shutil.copytree(root / name, here / name, ignore=shutil.ignore_patterns('__pycache__'))
-    environment = {**os.environ, 'PYTHON': sys.executable}
+        shutil.copytree(
+            root / name, here / name, ignore=shutil.ignore_patterns('__pycache__', '*.so')
+        )
+    environment = {**os.environ, 'PYTHON': sys.executable, 'CC': compiler}
     for name in ('MPIEXEC', 'VENV', 'EXTRAS'):
         environment.pop(name, None)
     command = [
@@ -365,7 +368,7 @@ def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds):
         here / 'run_mpi.sh',
         'python',
         '-c',
-        'import extensions; print("works")',
+        'from extensions import kernels; print("works", kernels.library is not None)',
     ]
     first = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True
@@ -373,9 +376,10 @@ def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds):
     time.sleep(seconds)
     os.killpg(first.pid, signal.SIGKILL)
     assert 'works' not in first.communicate()[0], 'installed before it could be interrupted'
+    compiled = compiler == 'cc' and shutil.which('cc') is not None
     second = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
-    assert second.returncode == 0 and second.stdout == 'works\n', second
+    assert second.returncode == 0 and second.stdout == f'works {compiled}\n', second
     third = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert third.stderr == ''
