@@ -371,15 +371,22 @@ def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds, comp
         'from extensions import kernels; print("works", kernels.library is not None)',
     ]
     first = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=here,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     time.sleep(seconds)
     os.killpg(first.pid, signal.SIGKILL)
     assert 'works' not in first.communicate()[0], 'installed before it could be interrupted'
     compiled = compiler == 'cc' and shutil.which('cc') is not None
     second = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=here, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert second.returncode == 0 and second.stdout == f'works {compiled}\n', second
-    third = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    third = subprocess.run(
+        command, cwd=here, env=environment, capture_output=True, text=True, check=True
+    )
     assert third.stderr == ''
