@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ KERNEL = (
 
 def _check_hyperparameters(**values: float) -> None:
     for name, value in values.items():
-        if isinstance(value, bool):
-            raise TypeError(f'{name} must be a number, not the boolean {value}')
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+            raise TypeError(f'{name} must be a number, not {value!r}')
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f'{name} must be finite and not negative, not {value}')
         if name in ('mu1', 'mu2') and value >= 1:
@@ -188,7 +189,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
         eps (float): Added to the root, outside of it; 1e-8 (R).
 
     Raises:
-        TypeError: A hyper-parameter is a boolean.
+        TypeError: A hyper-parameter is not a number, a boolean for instance.
         ValueError: One is negative or not finite, or ``mu1`` or ``mu2`` is not below 1. At the
             first update: ``eps`` is zero in the parameter's dtype.
     """

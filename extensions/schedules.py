@@ -126,9 +126,12 @@ class _Schedule(training.Extension):
         self._optimizer = optimizer
 
     def initialize(self, trainer):
-        optimizer = self._optimizer_of(trainer)
-        optimizer.add_hook(self._report, f'{self.default_name}_report', timing='post')
+        self._reporting = self._optimizer_of(trainer)
+        self._reporting.add_hook(self._report, self._hook_name, timing='post')
         self(trainer)
+
+    def finalize(self):
+        self._reporting.remove_hook(self._hook_name)
 
     def __call__(self, trainer):
         self._set(self._optimizer_of(trainer), self.paper_epoch(trainer.updater.iteration))
@@ -137,6 +140,10 @@ class _Schedule(training.Extension):
         """Epoch of the paper's 90 at which the update after ``iteration`` updates starts."""
         images = iteration * self._total_batch_size
         return images * PAPER_EPOCHS / (self._n_images * self._epochs)
+
+    @property
+    def _hook_name(self):
+        return f'{self.default_name}_report'
 
     def _optimizer_of(self, trainer):
         return self._optimizer or trainer.updater.get_optimizer('main')

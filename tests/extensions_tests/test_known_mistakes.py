@@ -83,8 +83,8 @@ MISTAKES = {
     ),
     'a boolean taken for a number': (
         RULE,
-        'if isinstance(value, bool):',
-        'if False:',
+        'isinstance(value, (bool, np.bool_)) or',
+        '',
         f'{RULE_TESTS}::test_impossible_hyperparameters_are_errors',
     ),
     'no hook for weight decay': (

@@ -221,7 +221,7 @@ def test_every_hyperparameter_reaches_the_rule(name):
 
 
 @pytest.mark.parametrize('name', HYPERPARAMETERS)
-@pytest.mark.parametrize('value', [-0.1, float('nan'), float('inf'), True])
+@pytest.mark.parametrize('value', [-0.1, float('nan'), float('inf'), True, np.True_, '1'])
 def test_impossible_hyperparameters_are_errors(name, value):
     for optimizer in (RMSpropWarmup, RMSpropWarmupRule):
         with pytest.raises((ValueError, TypeError), match=name):
@@ -254,6 +254,17 @@ def test_missing_gradient_and_disabled_rule_change_nothing():
     np.testing.assert_array_equal(link.disabled.data, start)
     np.testing.assert_array_equal(link.p.data, start)
     assert optimizer.t == 1
+
+
+def test_a_parameter_that_gets_its_size_later_starts_then():
+    link = chainer.links.Linear(None, 1, nobias=True, initialW=np.ones((1, 2)))
+    optimizer = RMSpropWarmup(0.5).setup(link)
+    link.cleargrads()
+    optimizer.update()
+    link(np.zeros((1, 2), np.float32))
+    link.W.grad = np.full((1, 2), 2, np.float32)
+    optimizer.update()
+    np.testing.assert_array_equal(link.W.array, [[0, 0]])
 
 
 def test_float16_with_float32_masters(device):

@@ -182,6 +182,29 @@ def test_a_resumed_run_continues_the_sequence(tmp_path):
     np.testing.assert_allclose(updater.used, expected_sequence(400, 520), rtol=1e-12, atol=1e-15)
 
 
+def test_an_optimizer_can_serve_two_trainers_one_after_the_other(tmp_path):
+    first, updater, _ = counting_trainer(tmp_path, 3)
+    first.run()
+    second, its_updater, _ = counting_trainer(tmp_path, 6, start=3)
+    its_updater.optimizer = updater.optimizer
+    second.run()
+    expected = expected_sequence(0, 6)
+    used = [*updater.used, *its_updater.used]
+    np.testing.assert_allclose(used, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_schedules_of_another_than_the_main_optimizer(tmp_path):
+    trainer, updater, _ = counting_trainer(tmp_path, 2)
+    other = RMSpropWarmup(0.1).setup(chainer.Link())
+    for schedule in (StepLearningRate, AlphaSGDSchedule):
+        trainer.extend(schedule(64, 1437, optimizer=other), name=f'other {schedule.__name__}')
+    trainer.run()
+    [*_, (lr, alpha_sgd, alpha_rmsprop)] = expected_sequence(0, 3, batch=64, images=1437)
+    assert other.lr == pytest.approx(lr) and other.alpha_sgd == pytest.approx(alpha_sgd)
+    assert other.alpha_rmsprop == pytest.approx(alpha_rmsprop)
+    np.testing.assert_allclose(updater.used, expected_sequence(0, 2), rtol=1e-12)
+
+
 def test_fewer_epochs_stretch_the_schedules(tmp_path):
     trainer, updater, _ = counting_trainer(tmp_path, 225, batch=64, images=1437, epochs=10)
     trainer.run()

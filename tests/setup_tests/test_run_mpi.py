@@ -350,8 +350,8 @@ def test_hostfiles(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('seconds, compiler', [(1, 'cc'), (3, 'false')])
 def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds, compiler):
-    """Really installs, is killed half-way with all its children, and really installs again, with and
-    without a C compiler."""
+    """Really installs, is killed half-way with all its children, and really installs again; with a
+    C compiler and without."""
     here = tmp_path / 'a folder'
     here.mkdir()
     for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
