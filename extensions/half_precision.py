@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import chainer
 import chainermn
 import numpy as np
@@ -42,12 +44,10 @@ def create_communicator(name='auto', allreduce_grad_dtype='float16', mpi_comm=No
         CommunicatorError: On every rank alike: an unknown name or dtype, a GPU communicator without
             a GPU (host and rank are named), a dtype that the communicator does not have.
     """
-    mpi_comm = mpi_comm or MPI.COMM_WORLD
-    dtype = np.dtype(allreduce_grad_dtype).name
-    if dtype not in _DTYPES:
-        raise CommunicatorError(
-            f'allreduce_grad_dtype must be one of {", ".join(_DTYPES)}, not {dtype}'
-        )
+    mpi_comm = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
+    if mpi_comm == MPI.COMM_NULL:
+        raise CommunicatorError('this process is not in mpi_comm: it is MPI.COMM_NULL')
+    dtype = _wire_dtype(allreduce_grad_dtype).name
     if name not in NAMES:
         raise CommunicatorError(f'communicator must be one of {", ".join(NAMES)}, not {name!r}')
     if name in ('auto', 'pure_nccl'):
@@ -78,6 +78,19 @@ def create_communicator(name='auto', allreduce_grad_dtype='float16', mpi_comm=No
             'communicator mpi (CPU) or pure_nccl (GPU), or allreduce_grad_dtype float32'
         )
     return chainermn.create_communicator(name, mpi_comm=mpi_comm)
+
+
+def _wire_dtype(dtype) -> np.dtype:
+    # numpy.dtype(None) is float64.
+    try:
+        name = None if dtype is None else np.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    if name not in _DTYPES:
+        raise CommunicatorError(
+            f'allreduce_grad_dtype must be one of {", ".join(_DTYPES)}, not {name}'
+        )
+    return np.dtype(name)
 
 
 def _nccl_obstacle() -> str | None:
@@ -145,10 +158,21 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
 
     def __init__(self, mpi_comm, allreduce_grad_dtype='float16'):
         super().__init__(mpi_comm)
-        with self.config_scope():
-            self.allreduce_grad_dtype = np.dtype(allreduce_grad_dtype)
+        self.allreduce_grad_dtype = _wire_dtype(allreduce_grad_dtype)
         self._wire = self._sum = None
+        self._layout = []
         self._n_added = 0
+
+    def set_config(self, name, value=True, **kwargs):
+        if name == 'allreduce_grad_dtype':
+            self.allreduce_grad_dtype = _wire_dtype(value)
+        else:
+            super().set_config(name, value, **kwargs)
+
+    def get_config(self, name=None):
+        if name == 'allreduce_grad_dtype':
+            return self.allreduce_grad_dtype
+        return super().get_config(name)
 
     def split(self, color, key):
         return type(self)(self.mpi_comm.Split(color, key), self.allreduce_grad_dtype)
@@ -160,34 +184,76 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
             model (~chainer.Link): All ranks must have the same parameters.
             zero_fill (bool): Count a missing gradient as zeros; otherwise that parameter is passed
                 over, and must be so on all ranks.
+
+        Raises:
+            ValueError: On every rank: the gradients of two ranks are of different parameters or
+                shapes, or two ranks have added different numbers of workers.
         """
         self._n_added = 0
         self.add_grad(model, zero_fill)
-        self.mean_grad(model, zero_fill)
+        self.mean_grad(model)
 
     def add_grad(self, model, zero_fill=False):
-        """Adds one worker's gradients, rounded to the wire's dtype, to this process's sum."""
+        """Adds one worker's gradients, rounded to the wire's dtype, to this process's sum.
+
+        Raises:
+            ValueError: They are of other parameters than the worker's before.
+        """
         params = _params_with_grad(model, zero_fill)
+        layout = [(name, param.shape) for name, param in params]
+        if self._n_added == 0:
+            self._layout = layout
+        elif layout != self._layout:
+            differing = sorted({name for name, _ in set(layout) ^ set(self._layout)})
+            raise ValueError(
+                f'worker {self._n_added} of rank {self.rank} and the one before it differ in '
+                f'which gradients they have: {", ".join(differing)}'
+            )
         if self._n_added == 1:
             self._sum = _buffer(self._sum, self._wire.size, np.float64)
             self._sum[...] = self._wire
-        self._pack(params)
+        self._pack([param for _, param in params])
         if self._n_added > 0:
             self._sum += self._wire
         self._n_added += 1
 
-    def mean_grad(self, model, zero_fill=False):
-        """Replaces the gradients by the mean over all added workers, as many on each rank."""
-        params = _params_with_grad(model, zero_fill)
+    def mean_grad(self, model):
+        """Replaces the gradients by the mean over all added workers, as many on each rank.
+
+        Raises:
+            RuntimeError: No worker was added.
+            ValueError: As in :meth:`multi_node_mean_grad`.
+        """
+        if self._n_added == 0:
+            raise RuntimeError('mean_grad needs an add_grad before it, for each worker')
+        self._check_that_ranks_agree()
         mean = self._allreduce_mean()
         self._n_added = 0
+        params = dict(model.namedparams())
         start = 0
-        for param in params:
-            shape, size = param.data.shape, param.data.size
+        for name, shape in self._layout:
+            param = params[name]
             if param.grad is None:
                 param.grad = np.empty_like(param.data)
-            param.grad[...] = mean[start : start + size].reshape(shape)
-            start += size
+            stop = start + param.data.size
+            param.grad[...] = mean[start:stop].reshape(shape)
+            start = stop
+
+    def _check_that_ranks_agree(self):
+        """Ranks that would send each other chunks of different sizes would hang or mix them up."""
+        digest = zlib.crc32(repr((self._layout, self._n_added)).encode())
+        extremes = np.array([digest, -digest], np.int64)
+        self.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
+        if extremes[0] == -extremes[1]:
+            return
+        (first_layout, first_n), *others = self.mpi_comm.allgather((self._layout, self._n_added))
+        for rank, (layout, n_added) in enumerate(others, start=1):
+            differing = sorted({name for name, _ in set(layout) ^ set(first_layout)})
+            if differing or n_added != first_n:
+                raise ValueError(
+                    f'ranks 0 and {rank} differ in which gradients they have: '
+                    f'{", ".join(differing) or "none"}; and have {first_n} and {n_added} workers'
+                )
 
     def _pack(self, params):
         size = sum(param.data.size for param in params)
@@ -217,8 +283,8 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
 
 def _params_with_grad(model, zero_fill):
     return [
-        param
-        for _, param in sorted(model.namedparams())
+        (name, param)
+        for name, param in sorted(model.namedparams())
         if param.data is not None and (zero_fill or param.grad is not None)
     ]
 

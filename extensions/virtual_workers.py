@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import chainer
 import numpy as np
 from chainer import reporter, training
@@ -44,7 +46,8 @@ class VirtualWorkersUpdater(training.Updater):
             was last cleared; kept for :class:`MeanTrainingLoss`, None without it.
 
     Raises:
-        ValueError: ``n_workers`` is not a multiple of the number of processes.
+        ValueError: ``n_workers`` is not a multiple of the number of processes, or a parameter has
+            no size yet; it is named.
     """
 
     def __init__(
@@ -59,6 +62,13 @@ class VirtualWorkersUpdater(training.Updater):
         batch_statistics=None,
     ):
         self.workers = workers_of(comm.rank, comm.size, n_workers)
+        sizeless = [n for n, p in sorted(optimizer.target.namedparams()) if p.array is None]
+        if sizeless:
+            raise ValueError(
+                'every process would initialize its own: give these parameters a size, or send a '
+                f'minibatch through the model and broadcast it, before: {", ".join(sizeless)}'
+            )
+        optimizer.use_auto_new_epoch = True
         self.iteration = 0
         self.losses = None
         self._batches = batches
@@ -116,6 +126,8 @@ class VirtualWorkersUpdater(training.Updater):
         self._gradients.mean_grad(model)
         self._optimizer.update()
         self.iteration += 1
+        if self.is_new_epoch:
+            self._optimizer.new_epoch(auto=True)
         if self.losses is not None:
             self.losses.append(chainer.backend.get_array_module(losses[0]).stack(losses))
 
@@ -147,6 +159,7 @@ class _LocalMean:
         self._n_workers = n_workers
         self._dtype = getattr(comm, 'allreduce_grad_dtype', None) or np.dtype(np.float32)
         self._sums = {}
+        self._counts = collections.Counter()
 
     def add_grad(self, model):
         if self._n_workers == 1:
@@ -155,12 +168,20 @@ class _LocalMean:
             if param.grad is not None:
                 rounded = param.grad.astype(self._dtype).astype(np.float32)
                 self._sums[name] = self._sums[name] + rounded if name in self._sums else rounded
+                self._counts[name] += 1
 
     def mean_grad(self, model):
+        differing = sorted(n for n, count in self._counts.items() if count != self._n_workers)
+        if differing:
+            raise ValueError(
+                f'the workers of rank {self._comm.rank} differ in which gradients they have: '
+                + ', '.join(differing)
+            )
         for name, param in model.namedparams():
             if name in self._sums:
                 param.grad[...] = self._sums[name] / self._n_workers
         self._sums.clear()
+        self._counts.clear()
         self._comm.multi_node_mean_grad(model)
 
 

@@ -4,8 +4,12 @@ float64."""
 import sys
 from pathlib import Path
 
+import chainer
 import numpy as np
 import pytest
+
+from extensions import RMSpropWarmup, VirtualWorkersUpdater, create_communicator
+from extensions.virtual_workers import workers_of
 
 PROGRAMS = Path(__file__).parent / 'programs'
 sys.path.insert(0, str(PROGRAMS))
@@ -129,6 +133,58 @@ def test_run_equals_the_equations_in_float64(train, processes, pooled):
 def test_run_on_a_gpu_equals_the_equations_in_float64(train, gpu, pooled):
     result = train(1, communicator='pure_nccl', pooled='pooled' if pooled else 'mean')[0]
     assert_follows_the_equations(result, pooled)
+
+
+def updater_of(model, comm, n_workers=2, loss=None):
+    return VirtualWorkersUpdater(
+        lambda iteration, worker: (iteration, worker),
+        RMSpropWarmup(0.1).setup(model),
+        loss,
+        comm,
+        n_workers,
+        (8, 20),
+    )
+
+
+def test_a_parameter_without_size_is_named():
+    model = chainer.Chain(lazy=chainer.links.Linear(None, 3), fixed=chainer.links.Linear(2, 3))
+    with pytest.raises(ValueError, match='every process would initialize its own.*: /lazy/W$'):
+        updater_of(model, create_communicator('mpi'))
+
+
+@pytest.mark.parametrize('name, dtype', [('mpi', 'float16'), ('naive', 'float32')])
+def test_a_gradient_that_one_worker_lacks_is_named(name, dtype):
+    model = chainer.Chain(a=chainer.links.Linear(1, 1), b=chainer.links.Linear(1, 1))
+    x = np.ones((1, 1), np.float32)
+
+    def loss(iteration, worker):
+        return chainer.functions.sum(model.a(x) + (model.b(x) if worker == 0 else 0))
+
+    updater = updater_of(model, create_communicator(name, dtype), loss=loss)
+    with pytest.raises(ValueError, match='differ in which gradients they have: /b/W, /b/b'):
+        updater.update()
+
+
+def test_the_optimizer_counts_epochs():
+    model = chainer.Chain(a=chainer.links.Linear(1, 1))
+    x = np.ones((1, 1), np.float32)
+    updater = updater_of(
+        model,
+        create_communicator('mpi'),
+        loss=lambda iteration, worker: chainer.functions.sum(model.a(x)),
+    )
+    epochs, details = [], []
+    for _ in range(6):  # 8 of 20 images each
+        updater.update()
+        epochs.append(updater.get_optimizer('main').epoch)
+        details.append((updater.previous_epoch_detail, updater.epoch_detail))
+    assert epochs == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_allclose(details, [(0.4 * i, 0.4 * (i + 1)) for i in range(6)])
+
+
+@pytest.mark.parametrize('rank, size, n', [(0, 1, 4), (1, 2, 8), (3, 4, 1024), (6, 7, 7)])
+def test_a_process_plays_neighbouring_workers(rank, size, n):
+    assert list(workers_of(rank, size, n)) == [w for w in range(n) if w * size // n == rank]
 
 
 def test_statistics_are_those_of_the_last_minibatches(train):
