@@ -11,6 +11,8 @@ from chainer.backends import cuda
 from chainermn.communicators import mpi_communicator_base
 from mpi4py import MPI
 
+from extensions import kernels
+
 _DTYPES = ('float16', 'float32', 'float64')
 NAMES = ('auto', 'mpi', 'pure_nccl', 'naive')
 
@@ -159,7 +161,7 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
     def __init__(self, mpi_comm, allreduce_grad_dtype='float16'):
         super().__init__(mpi_comm)
         self.allreduce_grad_dtype = _wire_dtype(allreduce_grad_dtype)
-        self._wire = self._sum = None
+        self._wire = self._sum = self._received = None
         self._layout = []
         self._n_added = 0
 
@@ -211,10 +213,10 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
             )
         if self._n_added == 1:
             self._sum = _buffer(self._sum, self._wire.size, np.float64)
-            self._sum[...] = self._wire
+            kernels.cast(self._wire, self._sum)
         self._pack([param for _, param in params])
         if self._n_added > 0:
-            self._sum += self._wire
+            kernels.add(self._wire, self._sum)
         self._n_added += 1
 
     def mean_grad(self, model):
@@ -236,7 +238,7 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
             if param.grad is None:
                 param.grad = np.empty_like(param.data)
             stop = start + param.data.size
-            param.grad[...] = mean[start:stop].reshape(shape)
+            kernels.cast(mean[start:stop].reshape(shape), param.grad)
             start = stop
 
     def _check_that_ranks_agree(self):
@@ -260,23 +262,30 @@ class HalfPrecisionMpiCommunicator(mpi_communicator_base.MpiCommunicatorBase):
         chunk = -(-size // self.size)  # each rank sums one chunk; nobody reads the padding
         self._wire = _buffer(self._wire, chunk * self.size, self.allreduce_grad_dtype)
         start = 0
-        with np.errstate(over='ignore'):  # beyond 65,504 is inf, as on the paper's wire
-            for param in params:
-                stop = start + param.data.size
-                self._wire[start:stop] = 0 if param.grad is None else param.grad.reshape(-1)
-                start = stop
+        for param in params:
+            stop = start + param.data.size
+            if param.grad is None:
+                self._wire[start:stop] = 0
+            else:
+                kernels.cast(param.grad, self._wire[start:stop])
+            start = stop
 
     def _allreduce_mean(self):
         partial = self._wire if self._n_added == 1 else self._sum
         chunks = partial.reshape(self.size, -1)
-        received = np.empty_like(chunks)
+        self._received = _buffer(self._received, chunks.size, chunks.dtype)
+        received = self._received.reshape(chunks.shape)
         self.mpi_comm.Alltoall(_bytes(chunks), _bytes(received))
         mean = np.empty(chunks.shape[1], self._wire.dtype)
         n_workers = self._n_added * self.size
-        with np.errstate(over='ignore', invalid='ignore'):
-            for start in range(0, mean.size, _BLOCK):
-                block = slice(start, start + _BLOCK)
-                mean[block] = received[:, block].sum(axis=0, dtype=np.float64) / n_workers  # [H]
+        total = np.empty(min(_BLOCK, mean.size), np.float64)
+        for start in range(0, mean.size, _BLOCK):
+            block = slice(start, min(start + _BLOCK, mean.size))
+            t = total[: block.stop - start]
+            kernels.cast(received[0, block], t)
+            for row in received[1:, block]:
+                kernels.add(row, t)
+            kernels.mean(t, n_workers, mean[block])  # [H]
         self.mpi_comm.Allgather(_bytes(mean), _bytes(self._wire))
         return self._wire
 

@@ -40,3 +40,79 @@ VECTORIZED void rmsprop_warmup_float64(PARAMETERS(double))
 #include "rmsprop_warmup_element.h"
     END
 }
+
+/* ---- float16, in the instructions of x86-64 processors since 2013; elsewhere NumPy converts. */
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define HALF __attribute__((target("avx2,f16c")))
+#define BLOCK 1024
+
+int has_float16(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+
+HALF void float32_to_float16(int64_t size, const float *in, uint16_t *out)
+{
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8)
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+    for (; i < size; i++)
+        out[i] = _cvtss_sh(in[i], 0);
+}
+
+HALF void float16_to_float32(int64_t size, const uint16_t *in, float *out)
+{
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
+    for (; i < size; i++)
+        out[i] = _cvtsh_ss(in[i]);
+}
+
+/* As one loop over blocks that stay in the first-level cache: STATEMENT is done for each float i of
+   a block of n that begins at start. */
+#define FOR_EACH_FLOAT16(STATEMENT)                                                         \
+    float block[BLOCK];                                                                     \
+    for (int64_t start = 0; start < size; start += BLOCK) {                                 \
+        const int64_t n = size - start < BLOCK ? size - start : BLOCK;                      \
+        float16_to_float32(n, in + start, block);                                           \
+        for (int64_t i = 0; i < n; i++)                                                     \
+            STATEMENT;                                                                      \
+    }
+
+HALF void float16_to_float64(int64_t size, const uint16_t *in, double *out)
+{
+    FOR_EACH_FLOAT16(out[start + i] = block[i])
+}
+
+HALF void float16_add(int64_t size, const uint16_t *in, double *sum)
+{
+    FOR_EACH_FLOAT16(sum[start + i] += block[i])
+}
+
+/* The float32 between a float64 and its float16: of the two neighbours, the one with an odd last
+   bit. A second rounding, to nearest, is then as good as one of the float64 itself. */
+static inline float round_to_odd(double value)
+{
+    union { float f; uint32_t bits; } nearest = {.f = (float)value};
+    const double difference = value - (double)nearest.f;
+    const int is_even = !(nearest.bits & 1);
+    /* Not a number, and what overflowed, stay: no comparison holds, or the difference is infinite. */
+    const int away = (difference > 0) == (value > 0);
+    if (is_even && (difference < 0 || difference > 0) && difference - difference == 0)
+        nearest.bits += away ? 1 : -1;
+    return nearest.f;
+}
+
+/* out = float16(sum / n) */
+HALF void float16_mean(int64_t size, const double *sum, double n, uint16_t *out)
+{
+    float block[BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t length = size - start < BLOCK ? size - start : BLOCK;
+        for (int64_t i = 0; i < length; i++)
+            block[i] = round_to_odd(sum[start + i] / n);
+        float32_to_float16(length, block, out + start);
+    }
+}
+#endif

@@ -10,6 +10,8 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
+import numpy as np
+
 _FOLDER = Path(__file__).resolve().parent
 SOURCES = ('kernels.c', 'rmsprop_warmup_element.h')
 
@@ -19,39 +21,62 @@ def source_digest() -> str:
     return hashlib.sha256(b''.join((_FOLDER / name).read_bytes() for name in SOURCES)).hexdigest()
 
 
-def _load() -> ctypes.CDLL | None:
+def _load() -> dict:
+    """The compiled functions by their names in ``kernels.c``; none without the library."""
     path = _FOLDER / f'_kernels{sysconfig.get_config_var("EXT_SUFFIX")}'
     try:
         library = ctypes.CDLL(str(path))
     except OSError:
-        return None
+        return {}
     library.source_digest.restype = ctypes.c_char_p
     if library.source_digest().decode() != source_digest():
-        return None
+        return {}
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    arguments = {}
     for name, scalar in (('float32', ctypes.c_float), ('float64', ctypes.c_double)):
-        pointer = ctypes.c_void_p
-        function = getattr(library, f'rmsprop_warmup_{name}')
-        function.argtypes = [ctypes.c_int64, pointer, *[scalar] * 7, pointer, pointer, pointer]
-        function.restype = None
-    return library
+        arguments[f'rmsprop_warmup_{name}'] = [size, pointer, *[scalar] * 7, *[pointer] * 3]
+    if hasattr(library, 'has_float16') and library.has_float16():
+        for name in ('float32_to_float16', 'float16_to_float32', 'float16_to_float64'):
+            arguments[name] = [size, pointer, pointer]
+        arguments['float16_add'] = [size, pointer, pointer]
+        arguments['float16_mean'] = [size, pointer, ctypes.c_double, pointer]
+    functions = {name: getattr(library, name) for name in arguments}
+    for name, function in functions.items():
+        function.argtypes, function.restype = arguments[name], None
+    return functions
 
 
-library = _load()
-
-
-def function(name: str, *arrays):
-    """The compiled function for these arrays, or None.
-
-    Args:
-        name (str): Its name in ``kernels.c``, without the dtype.
-        arrays (numpy.ndarray): All must have one dtype, that of a compiled function, and be
-            C-contiguous.
-    """
-    dtype = arrays[0].dtype
-    if all(array.dtype == dtype and array.flags.c_contiguous for array in arrays):
-        return getattr(library, f'{name}_{dtype.name}', None)
-    return None
+compiled = _load()
 
 
 def address(array) -> int:
     return array.__array_interface__['data'][0]
+
+
+def cast(source, target):
+    """``target[...] = source`` for arrays of one size; beyond 65,504 a float16 is infinite."""
+    function = compiled.get(f'{source.dtype.name}_to_{target.dtype.name}')
+    if function and source.flags.c_contiguous and target.flags.c_contiguous:
+        function(source.size, address(source), address(target))
+    else:
+        with np.errstate(over='ignore', invalid='ignore'):
+            target[...] = source.reshape(target.shape)
+
+
+def add(source, target):
+    """``target += source`` for contiguous arrays, ``target`` of float64."""
+    function = compiled.get(f'{source.dtype.name}_add')
+    if function:
+        function(source.size, address(source), address(target))
+    else:
+        target += source
+
+
+def mean(total, n, target):
+    """``target[...] = total / n`` for contiguous arrays, ``total`` of float64, rounded once."""
+    function = compiled.get(f'{target.dtype.name}_mean')
+    if function:
+        function(total.size, address(total), n, address(target))
+    else:
+        with np.errstate(over='ignore', invalid='ignore'):
+            target[...] = total / n

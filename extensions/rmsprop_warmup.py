@@ -110,8 +110,8 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
             return
         arrays = (param.data, param.grad, self.state['m'], self.state['delta'])
         hyperparameters = self._hyperparameters(param.dtype)
-        compiled = kernels.function('rmsprop_warmup', *arrays)
-        if compiled:
+        compiled = kernels.compiled.get(f'rmsprop_warmup_{param.dtype.name}')
+        if compiled and all(a.dtype == param.dtype and a.flags.c_contiguous for a in arrays):
             p, g, m, delta = map(kernels.address, arrays)
             compiled(param.size, g, *hyperparameters, p, m, delta)
         else:

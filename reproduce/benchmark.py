@@ -1,7 +1,8 @@
 """Measures the parts side by side with their peers: quote the ratios, not the milliseconds.
 
 python -m reproduce.benchmark update          the update rule on ResNet-50's parameters, one core
-python -m reproduce.benchmark statistics      the all-reduce of BN statistics on 16 ranks
+python -m reproduce.benchmark statistics      the all-reduce of BN statistics, on 16 ranks
+python -m reproduce.benchmark allreduce       the all-reduce of ResNet-50's gradients, on 4 ranks
 """
 
 from __future__ import annotations
@@ -98,11 +99,11 @@ def update(repeat: int) -> dict:
     update_in_blocks = update_of(extensions.RMSpropWarmup(0.1, 0.5, 0.1))
 
     def without_c():
-        library, kernels.library = kernels.library, None
+        compiled, kernels.compiled = kernels.compiled, {}
         update_in_blocks()
-        kernels.library = library
+        kernels.compiled = compiled
 
-    ours = f'RMSpropWarmup, {"C" if kernels.library else "NumPy: no C compiler at installation"}'
+    ours = f'RMSpropWarmup, {"C" if kernels.compiled else "NumPy: no C compiler at installation"}'
     candidates = {
         ours: update_of(extensions.RMSpropWarmup(0.1, 0.5, 0.1)),
         'the same, NumPy in blocks': without_c,
@@ -115,11 +116,59 @@ def update(repeat: int) -> dict:
     return table(f'update of {n:,} float32 parameters', side_by_side(candidates, repeat), ours)
 
 
+def allreduce(repeat: int) -> dict | None:
+    """Our float16 all-reduce against MPI's, whose sum of float16 has to be written in Python.
+
+    From float32 gradients to their float32 mean: the casts are included on all sides.
+    """
+    import extensions  # isort: skip
+    from mpi4py import MPI
+
+    from reproduce.resnet50 import ResNet50
+
+    comm = extensions.create_communicator('mpi', 'float16')
+    model = ResNet50(seed=0)
+    params = [param for _, param in sorted(model.namedparams())]
+    rng = np.random.RandomState(comm.rank)
+    for param in params:
+        param.grad = rng.standard_normal(param.shape).astype(np.float32) * 1e-3
+    n = sum(param.size for param in params)
+    buffers = {dtype: np.empty(n, dtype) for dtype in (np.float16, np.float32)}
+
+    def add_float16(source, target, _):
+        total = np.frombuffer(target, np.float16)
+        total += np.frombuffer(source, np.float16)
+
+    sum_of_float16 = MPI.Op.Create(add_float16, commute=True)
+
+    def plain(dtype, datatype, op):
+        flat, start = buffers[dtype], 0
+        for param in params:
+            flat[start : start + param.size] = param.grad.ravel()
+            start += param.size
+        comm.mpi_comm.Allreduce(MPI.IN_PLACE, [flat, datatype], op)
+        flat /= comm.size
+        start = 0
+        for param in params:
+            param.grad[...] = flat[start : start + param.size].reshape(param.shape)
+            start += param.size
+
+    ours = 'HalfPrecisionMpiCommunicator, float16'
+    candidates = {
+        ours: lambda: comm.multi_node_mean_grad(model),
+        'MPI.Allreduce float16, operator in NumPy': lambda: plain(
+            np.float16, MPI.INT16_T, sum_of_float16
+        ),
+        'MPI.Allreduce float32': lambda: plain(np.float32, MPI.FLOAT, MPI.SUM),
+    }
+    title = f'mean of {n:,} gradients'
+    return slowest_rank(title, candidates, repeat, comm, ours)
+
+
 def statistics(repeat: int) -> dict | None:
     """The all-reduce of ResNet-50's BN statistics against ChainerMN's ``AllreducePersistent``."""
     import extensions  # isort: skip
     from chainermn.extensions import AllreducePersistent
-    from mpi4py import MPI
 
     from reproduce.resnet50 import ResNet50
 
@@ -130,16 +179,21 @@ def statistics(repeat: int) -> dict | None:
         ours: extensions.AllreduceBatchStatistics(model, comm),
         'chainermn AllreducePersistent': AllreducePersistent(model, comm),
     }
+    return slowest_rank('BN statistics of ResNet-50', candidates, repeat, comm, ours)
+
+
+def slowest_rank(title, candidates, repeat, comm, ours) -> dict | None:
+    """The table, on rank 0, of the times that the slowest rank took."""
+    from mpi4py import MPI
+
     seconds = side_by_side(candidates, repeat, comm.mpi_comm.Barrier)
     slowest = {name: np.array(values) for name, values in seconds.items()}
     for values in slowest.values():
         comm.mpi_comm.Allreduce(MPI.IN_PLACE, values, MPI.MAX)
     if comm.rank > 0:
         return None
-    title = (
-        f'BN statistics of ResNet-50, {comm.size} ranks on {comm.inter_size} host(s), slowest rank'
-    )
-    return table(title, slowest, ours)
+    where = f'{comm.size} ranks on {comm.inter_size} host(s), slowest rank'
+    return table(f'{title}, {where}', slowest, ours)
 
 
 def start_ranks(n: int, arguments) -> int:
@@ -163,17 +217,19 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('what', choices=('update', 'statistics'))
-    parser.add_argument('--ranks', type=int, default=16, help='of statistics [16]')
+    parser.add_argument('what', choices=('update', 'statistics', 'allreduce'))
+    parser.add_argument('--ranks', type=int, help='of statistics [16] and allreduce [4]')
     parser.add_argument('--repeat', type=int, default=15, help='rounds that count [15]')
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
     options = parser.parse_args()
     for name in _THREADS:
         os.environ.setdefault(name, '1')
     is_rank = any(name in os.environ for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'))
-    if options.what == 'statistics' and not is_rank:
-        sys.exit(start_ranks(options.ranks, sys.argv[1:]))
-    result = update(options.repeat) if options.what == 'update' else statistics(options.repeat)
+    ranks = {'statistics': 16, 'allreduce': 4}.get(options.what)
+    if ranks and not is_rank:
+        sys.exit(start_ranks(options.ranks or ranks, sys.argv[1:]))
+    measure = {'update': update, 'statistics': statistics, 'allreduce': allreduce}[options.what]
+    result = measure(options.repeat)
     if result is not None and options.json:
         content = {'benchmark': options.what, 'machine': platform.platform(), 'figures': result}
         content['python'], content['numpy'] = platform.python_version(), np.__version__

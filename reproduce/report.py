@@ -116,7 +116,7 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
 def arithmetic_of(device) -> str:
     if device.xp is not np:
         return 'CUDA'
-    return 'compiled C' if kernels.library else 'NumPy (no C compiler when it was installed)'
+    return 'compiled C' if kernels.compiled else 'NumPy (no C compiler when it was installed)'
 
 
 class Progress(training.Extension):

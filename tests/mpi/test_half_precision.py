@@ -1,3 +1,4 @@
+import functools
 import sys
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def mean_of(n_workers, dtype):
                 sent = [
                     gradients(w)[name].astype(dtype).astype(np.float64) for w in range(n_workers)
                 ]
-            result[name] = (np.sum(sent, axis=0) / n_workers).astype(dtype).astype(np.float32)
+            # Not np.sum: in older NumPy it starts from 0, and loses the sign of negative zeros.
+            total = functools.reduce(np.add, sent)
+            result[name] = (total / n_workers).astype(dtype).astype(np.float32)
     return result
 
 

@@ -1,0 +1,81 @@
+"""The compiled conversions against NumPy's, bit by bit."""
+
+import numpy as np
+import pytest
+
+from extensions import kernels
+
+pytestmark = pytest.mark.skipif(
+    'float16_mean' not in kernels.compiled, reason='no C compiler at the installation, or no F16C'
+)
+HALVES = np.arange(65536, dtype=np.uint16).view(np.float16)  # all there are
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """``both(function, target)`` calls the function, which writes to its argument, compiled and
+    not; returns the two results, all NaNs alike."""
+
+    def call(function, target):
+        results = []
+        for compiled in (kernels.compiled, {}):
+            monkeypatch.setattr(kernels, 'compiled', compiled)
+            result = target.copy()
+            with np.errstate(all='ignore'):
+                function(result)
+            result[np.isnan(result)] = 1
+            results.append(result.view(np.uint8))
+        return results
+
+    return call
+
+
+def finite(values):
+    return values[np.isfinite(values)].astype(np.float64)
+
+
+def test_all_halves_to_floats(both):
+    for dtype in (np.float32, np.float64):
+        target = np.empty(65536, dtype)
+        np.testing.assert_array_equal(*both(lambda t: kernels.cast(HALVES, t), target))
+
+
+def test_floats_to_halves(both):
+    rng = np.random.RandomState(0)
+    any_bits = rng.randint(0, 2**32, 300_001, dtype=np.uint32).view(np.float32)
+    exact = np.sort(finite(HALVES))
+    ties = (exact[:-1] + exact[1:]) / 2
+    near = np.concatenate([exact, ties, [65519, 65520, -65520]]).astype(np.float32)
+    source = np.concatenate([any_bits, near, np.nextafter(near, 9e9), np.nextafter(near, -9e9)])
+    target = np.empty(source.size, np.float16)
+    np.testing.assert_array_equal(*both(lambda t: kernels.cast(source, t), target))
+
+
+def test_sums_of_halves(both):
+    start = np.random.RandomState(0).standard_normal(65536)
+    np.testing.assert_array_equal(*both(lambda t: kernels.add(HALVES, t), start))
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 7, 1024])
+def test_means_are_rounded_once(both, n):
+    """Where a float32 in between would round twice: beside the middle between two halves."""
+    rng = np.random.RandomState(0)
+    exact = np.sort(finite(HALVES))
+    ties = (exact[:-1] + exact[1:]) / 2
+    sums = n * np.concatenate(
+        [exact, ties, np.nextafter(ties, 9e9), np.nextafter(ties, -9e9), ties * (1 + 1e-12)]
+    )
+    odd = [np.inf, -np.inf, np.nan, -0.0, 65519.9 * n, 65520 * n, 1e30, 1e300, 1e-300, -1e-45]
+    wide = 10.0 ** rng.uniform(-12, 6, 100_001)
+    source = np.concatenate([sums, odd, wide, -wide])
+    target = np.empty(source.size, np.float16)
+    np.testing.assert_array_equal(*both(lambda t: kernels.mean(source, n, t), target))
+
+
+@pytest.mark.parametrize('size', [0, 1, 7, 8, 9, 1023, 1025])
+def test_nothing_beyond_the_end_is_written(size):
+    target = np.full(size + 8, 7, np.float16)
+    kernels.cast(np.zeros(size, np.float32), target[:size])
+    np.testing.assert_array_equal(target, [0] * size + [7] * 8)
+    kernels.mean(np.zeros(size), 2, target[:size])
+    np.testing.assert_array_equal(target, [0] * size + [7] * 8)
