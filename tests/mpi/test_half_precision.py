@@ -87,6 +87,15 @@ def test_ranks_that_do_not_fit_together_are_named_on_every_rank(mpirun, what, me
         ), done.stdout
 
 
+def test_zero_fill_counts_a_missing_gradient_as_zeros(mpirun):
+    done = mpirun(2, PROGRAMS / 'different_gradients.py', 'zero_fill', timeout=60)
+    assert done.returncode == 0, done.stdout
+    half = np.float32(gradients(0)['/scalar'].astype(np.float16) / np.float16(2))
+    expected = f'{np.array(half)!r} {np.zeros(3, np.float32)!r}'
+    for rank in range(2):
+        assert f'rank {rank}: {expected}' in done.stdout.splitlines()
+
+
 def test_workers_of_one_process_with_different_gradients_are_an_error():
     comm = create_communicator('mpi')
     model = model_of(gradients(0))

@@ -165,6 +165,26 @@ def test_a_gradient_that_one_worker_lacks_is_named(name, dtype):
         updater.update()
 
 
+def test_with_chainermns_communicator_each_workers_gradient_is_rounded_on_its_own():
+    class Pretended:
+        """pure_nccl of one rank, as far as the sum over a process's own workers goes."""
+
+        rank, size, allreduce_grad_dtype = 0, 1, np.dtype(np.float16)
+
+        def multi_node_mean_grad(self, model):
+            pass
+
+    x = np.random.RandomState(0).standard_normal((3, 1, 50)).astype(np.float32)
+    model = chainer.Chain(a=chainer.links.Linear(50, 1, nobias=True))
+    updater = updater_of(
+        model, Pretended(), 3, lambda iteration, worker: chainer.functions.sum(model.a(x[worker]))
+    )
+    updater.update()
+    expected = x.astype(np.float16).astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(model.a.W.grad, expected, rtol=1e-6, atol=1e-7)
+    assert np.max(np.abs(model.a.W.grad - x.mean(axis=0))) > 1e-5
+
+
 def test_the_optimizer_counts_epochs():
     model = chainer.Chain(a=chainer.links.Linear(1, 1))
     x = np.ones((1, 1), np.float32)

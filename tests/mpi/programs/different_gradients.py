@@ -1,4 +1,7 @@
-"""Rank 1 has other gradients, or more workers, than rank 0: different_gradients.py WHAT."""
+"""Rank 1 lacks a gradient, or has more workers, than rank 0: different_gradients.py WHAT.
+
+WHAT is missing, zero_fill or workers.
+"""
 
 import sys
 
@@ -11,8 +14,12 @@ comm = extensions.create_communicator('mpi')
 model = model_of(gradients(0))
 for name, param in model.namedparams():
     param.grad = gradients(comm.rank)[name]
-if sys.argv[1] == 'missing' and comm.rank == 1:
+if sys.argv[1] != 'workers' and comm.rank == 1:
     model.scalar.cleargrad()
+if sys.argv[1] == 'zero_fill':
+    comm.multi_node_mean_grad(model, zero_fill=True)
+    print(f'rank {comm.rank}: {model.scalar.grad!r} {model.missing.grad!r}')
+    sys.exit()
 for _ in range(2 if sys.argv[1] == 'workers' and comm.rank == 1 else 1):
     comm.add_grad(model)
 try:
