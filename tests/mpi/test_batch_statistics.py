@@ -133,9 +133,11 @@ def test_statistics_that_were_loaded_or_replaced_since_are_the_ones_that_count(t
     model.bn.avg_mean = np.full(5, 2.0, np.float32)  # what moving to another device does
     statistics()
     np.testing.assert_array_equal(model.bn.avg_mean, np.full(5, 2.0))
-    model.bn(images_of(0, 1, 5))
+    for worker in range(2):
+        model.bn(images_of(worker, 1, 5))
+        statistics.add_worker()
     statistics()
-    expected = images_of(0, 1, 5).mean(axis=(0, 2, 3))
+    expected = np.mean([images_of(w, 1, 5).mean(axis=(0, 2, 3)) for w in range(2)], axis=0)
     np.testing.assert_allclose(model.bn.avg_mean, expected, rtol=1e-5)
 
 
