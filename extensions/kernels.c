@@ -97,9 +97,10 @@ static inline float round_to_odd(double value)
     union { float f; uint32_t bits; } nearest = {.f = (float)value};
     const double difference = value - (double)nearest.f;
     const int is_even = !(nearest.bits & 1);
-    /* Not a number, and what overflowed, stay: no comparison holds, or the difference is infinite. */
+    /* What overflowed goes back to the largest float32, which is beyond float16 too. Of a NaN or an
+       infinite value the difference is a NaN, and no comparison holds. */
     const int away = (difference > 0) == (value > 0);
-    if (is_even && (difference < 0 || difference > 0) && difference - difference == 0)
+    if (is_even && (difference < 0 || difference > 0))
         nearest.bits += away ? 1 : -1;
     return nearest.f;
 }
