@@ -9,9 +9,12 @@ from extensions import numpy_compatibility  # noqa: F401  isort: skip
 
 from extensions.batch_statistics import AllreduceBatchStatistics
 from extensions.evaluation import ExactEvaluator
+from extensions.gpus import CommunicatorError
 from extensions.half_precision import (
-    CommunicatorError,
+    CastReport,
     HalfPrecisionMpiCommunicator,
+    HalfPrecisionNcclCommunicator,
+    NonFiniteGradients,
     create_communicator,
     device_of,
 )
@@ -29,10 +32,13 @@ from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
 __all__ = [
     'AllreduceBatchStatistics',
     'AlphaSGDSchedule',
+    'CastReport',
     'CommunicatorError',
     'ExactEvaluator',
     'HalfPrecisionMpiCommunicator',
+    'HalfPrecisionNcclCommunicator',
     'MeanTrainingLoss',
+    'NonFiniteGradients',
     'RMSpropWarmup',
     'RMSpropWarmupRule',
     'StepLearningRate',

@@ -51,7 +51,7 @@ VECTORIZED void rmsprop_warmup_float64(PARAMETERS(double))
 
 int has_float16(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
-HALF void float32_to_float16(int64_t size, const float *in, uint16_t *out)
+static inline HALF void to_float16(int64_t size, const float *in, uint16_t *out)
 {
     int64_t i = 0;
     for (; i + 8 <= size; i += 8)
@@ -60,7 +60,7 @@ HALF void float32_to_float16(int64_t size, const float *in, uint16_t *out)
         out[i] = _cvtss_sh(in[i], 0);
 }
 
-HALF void float16_to_float32(int64_t size, const uint16_t *in, float *out)
+static inline HALF void from_float16(int64_t size, const uint16_t *in, float *out)
 {
     int64_t i = 0;
     for (; i + 8 <= size; i += 8)
@@ -69,13 +69,57 @@ HALF void float16_to_float32(int64_t size, const uint16_t *in, float *out)
         out[i] = _cvtsh_ss(in[i]);
 }
 
+#define INFINITE 0x7c00 /* the bits of a float16, without its sign */
+
+/* out = float16(scale * in). Adds to counts how many values of in are not zero, and how many of out
+   are not zero, infinite, and NaN: of a block that is still in the first-level cache. */
+HALF void float32_to_float16(int64_t size, const float *in, float scale, uint16_t *out,
+                             int64_t *counts)
+{
+    float block[BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t n = size - start < BLOCK ? size - start : BLOCK;
+        int32_t nonzero = 0;
+        int16_t sent = 0, not_finite = 0, nan = 0; /* n fits */
+        for (int64_t i = 0; i < n; i++) {
+            nonzero += in[start + i] != 0;
+            block[i] = scale * in[start + i];
+        }
+        to_float16(n, block, out + start);
+        for (int64_t i = 0; i < n; i++) {
+            const int16_t magnitude = out[start + i] & 0x7fff;
+            sent += magnitude != 0;
+            not_finite += magnitude >= INFINITE;
+            nan += magnitude > INFINITE;
+        }
+        counts[0] += nonzero, counts[1] += sent, counts[2] += not_finite - nan, counts[3] += nan;
+    }
+}
+
+/* out = scale * float32(in); returns how many values of in are infinite or NaN. */
+HALF int64_t float16_to_float32(int64_t size, const uint16_t *in, float scale, float *out)
+{
+    int64_t not_finite = 0;
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t n = size - start < BLOCK ? size - start : BLOCK;
+        int16_t count = 0;
+        from_float16(n, in + start, out + start);
+        for (int64_t i = 0; i < n; i++) {
+            out[start + i] *= scale;
+            count += (int16_t)(in[start + i] & 0x7fff) >= INFINITE;
+        }
+        not_finite += count;
+    }
+    return not_finite;
+}
+
 /* As one loop over blocks that stay in the first-level cache: STATEMENT is done for each float i of
    a block of n that begins at start. */
 #define FOR_EACH_FLOAT16(STATEMENT)                                                         \
     float block[BLOCK];                                                                     \
     for (int64_t start = 0; start < size; start += BLOCK) {                                 \
         const int64_t n = size - start < BLOCK ? size - start : BLOCK;                      \
-        float16_to_float32(n, in + start, block);                                           \
+        from_float16(n, in + start, block);                                                 \
         for (int64_t i = 0; i < n; i++)                                                     \
             STATEMENT;                                                                      \
     }
@@ -113,7 +157,7 @@ HALF void float16_mean(int64_t size, const double *sum, double n, uint16_t *out)
         const int64_t length = size - start < BLOCK ? size - start : BLOCK;
         for (int64_t i = 0; i < length; i++)
             block[i] = round_to_odd(sum[start + i] / n);
-        float32_to_float16(length, block, out + start);
+        to_float16(length, block, out + start);
     }
 }
 #endif

@@ -15,6 +15,9 @@ import numpy as np
 _FOLDER = Path(__file__).resolve().parent
 SOURCES = ('kernels.c', 'rmsprop_warmup_element.h')
 
+# Elements that NumPy works on at a time: they stay in a core's second-level cache.
+_BLOCK = 1 << 15
+
 
 def source_digest() -> str:
     """Identifies the sources: a library that was compiled from others is not used."""
@@ -32,17 +35,20 @@ def _load() -> dict:
     if library.source_digest().decode() != source_digest():
         return {}
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments = {}
+    arguments: dict = {}
     for name, scalar in (('float32', ctypes.c_float), ('float64', ctypes.c_double)):
         arguments[f'rmsprop_warmup_{name}'] = [size, pointer, *[scalar] * 7, *[pointer] * 3]
     if hasattr(library, 'has_float16') and library.has_float16():
-        for name in ('float32_to_float16', 'float16_to_float32', 'float16_to_float64'):
-            arguments[name] = [size, pointer, pointer]
+        arguments['float32_to_float16'] = [size, pointer, ctypes.c_float, pointer, pointer]
+        arguments['float16_to_float32'] = [size, pointer, ctypes.c_float, pointer]
+        arguments['float16_to_float64'] = [size, pointer, pointer]
         arguments['float16_add'] = [size, pointer, pointer]
         arguments['float16_mean'] = [size, pointer, ctypes.c_double, pointer]
     functions = {name: getattr(library, name) for name in arguments}
     for name, function in functions.items():
         function.argtypes, function.restype = arguments[name], None
+    if 'float16_to_float32' in functions:
+        functions['float16_to_float32'].restype = size
     return functions
 
 
@@ -53,14 +59,59 @@ def address(array) -> int:
     return array.__array_interface__['data'][0]
 
 
-def cast(source, target):
-    """``target[...] = source`` for arrays of one size; beyond 65,504 a float16 is infinite."""
+def pack(grad, scale, target, counts):
+    """``target[...] = scale * grad`` in one pass, which also counts what the cast makes of them.
+
+    Args:
+        grad (array): Of any shape.
+        scale (float): A power of two, applied in the dtype of ``grad``.
+        target (array): As many elements, contiguous; beyond 65,504 a float16 is infinite.
+        counts (array): int64 [4]. The numbers of elements are added that are not zero in ``grad``,
+            and not zero, infinite, and NaN in ``target``.
+    """
+    grad = np.ascontiguousarray(grad)
+    function = compiled.get(f'{grad.dtype.name}_to_{target.dtype.name}')
+    if function:
+        function(grad.size, address(grad), scale, address(target), address(counts))
+        return
+    grad = grad.reshape(-1)
+    for start in range(0, grad.size, _BLOCK):
+        g, t = grad[start : start + _BLOCK], target[start : start + _BLOCK]
+        with np.errstate(over='ignore', invalid='ignore'):
+            t[...] = g if scale == 1 else g * grad.dtype.type(scale)
+        not_finite = t.size - np.count_nonzero(np.isfinite(t))
+        nan = np.count_nonzero(np.isnan(t)) if not_finite else 0
+        counts += (np.count_nonzero(g), np.count_nonzero(t), not_finite - nan, nan)
+
+
+def unpack(mean, scale, grad) -> int:
+    """``grad[...] = mean / scale`` in one pass.
+
+    Args:
+        mean (array): Contiguous.
+        scale (float): A power of two, taken out in the dtype of ``grad``.
+        grad (array): As many elements, of any shape.
+
+    Returns:
+        int: How many elements of ``mean`` are infinite or NaN.
+    """
+    function = compiled.get(f'{mean.dtype.name}_to_{grad.dtype.name}')
+    if function and grad.flags.c_contiguous:
+        return function(mean.size, address(mean), 1 / scale, address(grad))
+    with np.errstate(over='ignore', invalid='ignore'):
+        grad[...] = mean.reshape(grad.shape)
+        if scale != 1:
+            grad *= grad.dtype.type(1 / scale)
+    return mean.size - np.count_nonzero(np.isfinite(mean))
+
+
+def widen(source, target):
+    """``target[...] = source`` for contiguous arrays, ``target`` of float64."""
     function = compiled.get(f'{source.dtype.name}_to_{target.dtype.name}')
-    if function and source.flags.c_contiguous and target.flags.c_contiguous:
+    if function:
         function(source.size, address(source), address(target))
     else:
-        with np.errstate(over='ignore', invalid='ignore'):
-            target[...] = source.reshape(target.shape)
+        target[...] = source
 
 
 def add(source, target):

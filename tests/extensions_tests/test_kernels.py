@@ -34,21 +34,45 @@ def finite(values):
     return values[np.isfinite(values)].astype(np.float64)
 
 
-def test_all_halves_to_floats(both):
-    for dtype in (np.float32, np.float64):
-        target = np.empty(65536, dtype)
-        np.testing.assert_array_equal(*both(lambda t: kernels.cast(HALVES, t), target))
+def test_all_halves_to_doubles(both):
+    target = np.empty(65536, np.float64)
+    np.testing.assert_array_equal(*both(lambda t: kernels.widen(HALVES, t), target))
 
 
-def test_floats_to_halves(both):
+@pytest.mark.parametrize('scale', [1.0, 2.0**-10, 2.0**24])
+def test_all_halves_to_floats(both, scale):
+    bad = []
+    target = np.empty((256, 256), np.float32)
+    compiled, plain = both(lambda t: bad.append(kernels.unpack(HALVES, scale, t)), target)
+    np.testing.assert_array_equal(compiled, plain)
+    assert bad == [2 + 2 * 1023] * 2  # two infinities; an exponent of NaNs of each sign
+    expected = HALVES.astype(np.float64) / scale
+    expected[np.isnan(expected)] = 1
+    result = plain.reshape(-1).view(np.float32)
+    np.testing.assert_array_equal(result, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize('scale', [1.0, 2.0**-10, 2.0**12])
+def test_floats_to_halves(both, scale):
     rng = np.random.RandomState(0)
     any_bits = rng.randint(0, 2**32, 300_001, dtype=np.uint32).view(np.float32)
     exact = np.sort(finite(HALVES))
     ties = (exact[:-1] + exact[1:]) / 2
     near = np.concatenate([exact, ties, [65519, 65520, -65520]]).astype(np.float32)
     source = np.concatenate([any_bits, near, np.nextafter(near, 9e9), np.nextafter(near, -9e9)])
+    counts = []
+
+    def pack(target):
+        counts.append(np.full(4, 7))
+        kernels.pack(source, scale, target, counts[-1])
+
     target = np.empty(source.size, np.float16)
-    np.testing.assert_array_equal(*both(lambda t: kernels.cast(source, t), target))
+    np.testing.assert_array_equal(*both(pack, target))
+    with np.errstate(all='ignore'):
+        half = (source.astype(np.float64) * scale).astype(np.float32).astype(np.float16)
+    expected = [(source != 0).sum(), (half != 0).sum(), np.isinf(half).sum(), np.isnan(half).sum()]
+    assert min(expected) > 0 and expected[0] > expected[1]
+    np.testing.assert_array_equal(counts, [np.add(expected, 7)] * 2)
 
 
 def test_sums_of_halves(both):
@@ -75,7 +99,10 @@ def test_means_are_rounded_once(both, n):
 @pytest.mark.parametrize('size', [0, 1, 7, 8, 9, 1023, 1025])
 def test_nothing_beyond_the_end_is_written(size):
     target = np.full(size + 8, 7, np.float16)
-    kernels.cast(np.zeros(size, np.float32), target[:size])
+    kernels.pack(np.zeros(size, np.float32), 1, target[:size], np.zeros(4, np.int64))
     np.testing.assert_array_equal(target, [0] * size + [7] * 8)
+    wide = np.full(size + 8, 7, np.float32)
+    kernels.unpack(np.zeros(size, np.float16), 1, wide[:size])
+    np.testing.assert_array_equal(wide, [0] * size + [7] * 8)
     kernels.mean(np.zeros(size), 2, target[:size])
     np.testing.assert_array_equal(target, [0] * size + [7] * 8)
