@@ -3,6 +3,8 @@
 python -m reproduce.benchmark update          the update rule on ResNet-50's parameters, one core
 python -m reproduce.benchmark statistics      the all-reduce of BN statistics, on 16 ranks
 python -m reproduce.benchmark allreduce       the all-reduce of ResNet-50's gradients, on 4 ranks
+python -m reproduce.benchmark precision       what float16 costs the mean of ResNet-50's gradients:
+                                              8, 64 and 1,024 workers played by this process
 """
 
 from __future__ import annotations
@@ -211,17 +213,46 @@ def start_ranks(n: int, arguments) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
+def study_precision(parser, options):
+    from reproduce import precision
+    from reproduce.images import DataError
+
+    try:
+        workers = tuple(sorted(int(n) for n in options.workers.split(',')))
+    except ValueError:
+        workers = (0,)
+    if min(*workers, options.image_size, options.local_batch_size, 1) < 1:
+        parser.error('--workers, --image-size and --local-batch-size must be integers above 0')
+    study = precision.Study(
+        workers, options.local_batch_size, options.image_size, options.image_root
+    )
+    try:
+        precision.run(study, options.out)
+    except (DataError, ValueError) as error:
+        parser.error(str(error))
+    print(f'results in {options.out}')
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog='python -m reproduce.benchmark',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('what', choices=('update', 'statistics', 'allreduce'))
+    parser.add_argument('what', choices=('update', 'statistics', 'allreduce', 'precision'))
     parser.add_argument('--ranks', type=int, help='of statistics [16] and allreduce [4]')
     parser.add_argument('--repeat', type=int, default=15, help='rounds that count [15]')
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
+    group = parser.add_argument_group('precision')
+    group.add_argument('--workers', default='8,64,1024', help='numbers of workers [8,64,1024]')
+    group.add_argument('--image-root', metavar='FOLDER', help='CLASS/FILE [the digits that ship]')
+    group.add_argument('--image-size', type=int, default=32, help='pixels [32]')
+    group.add_argument('--local-batch-size', type=int, default=32, help='images of a worker [32]')
+    group.add_argument('--out', default='results/precision', help='folder [results/precision]')
     options = parser.parse_args()
+    if options.what == 'precision':  # with all cores
+        study_precision(parser, options)
+        return
     for name in _THREADS:
         os.environ.setdefault(name, '1')
     is_rank = any(name in os.environ for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'))

@@ -53,7 +53,35 @@ def curves(log: list, settings, out: str):
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[1]:
         axis.set_xlabel('epoch')
-    path = os.path.join(out, 'curves.png')
+    _save(figure, os.path.join(out, 'curves.png'))
+
+
+def precision(errors: dict, out: str):
+    """Draws OUT/precision.png: the error of the mean gradient by number of workers.
+
+    Args:
+        errors (dict): Number of workers, kind of layer, name of the sum to the relative error.
+        out (str): Folder; the file is replaced as a whole.
+    """
+    workers = list(errors)
+    kinds = list(errors[workers[0]])
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(10, 3.6), sharex=True, sharey=True, constrained_layout=True
+    )
+    for axis, kind in zip(axes, kinds):
+        for name, style in zip(errors[workers[0]][kind], ('ko-', 'ks--', 'k^:')):
+            axis.loglog(workers, [errors[n][kind][name] for n in workers], style, label=name)
+        axis.set_title(kind)
+        axis.set_xlabel('workers n')
+        axis.set_xticks(workers, [f'{n:,}' for n in workers])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel('relative error of the mean')
+    axes[0].legend()
+    _save(figure, os.path.join(out, 'precision.png'))
+
+
+def _save(figure, path):
     figure.savefig(path + '.tmp', format='png', dpi=150)
     plt.close(figure)
     os.replace(path + '.tmp', path)

@@ -1,0 +1,190 @@
+"""How much of the mean gradient the wire's float16 costs (S: "the effect was relatively small")."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+
+from reproduce import digits, figures, images, report
+from reproduce.loader import ImageLoader
+from reproduce.order import ImageOrder
+from reproduce.resnet50 import ResNet50
+
+KINDS = {
+    'convolution': L.Convolution2D,
+    'batch normalization': L.BatchNormalization,
+    'fully connected': L.Linear,
+}
+SUMS = {
+    'float16, exact sum': ('float16', 'exact'),
+    'float16, sum of a ring': ('float16', 'ring'),
+    'float32, sum of a ring': ('float32', 'ring'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What to measure.
+
+    Attributes:
+        workers (tuple of int): Numbers of workers n, ascending.
+        local_batch_size (int): Images of a worker.
+        image_size (int): Pixels of their side.
+        image_root (str): Folder CLASS/FILE; None: the digits that come with the program.
+        steps (int): Updates of momentum SGD before the gradients are taken, each with one worker's
+            images: at the very start most gradients are zero, because each block's last gamma is.
+        seed (int): Of the initial values, the order of images and their augmentation.
+    """
+
+    workers: tuple = (8, 64, 1024)
+    local_batch_size: int = 32
+    image_size: int = 32
+    image_root: str | None = None
+    steps: int = 50
+    seed: int = 0
+
+
+def run(study: Study, out: str) -> dict:
+    """Measures, prints the table, writes OUT/precision.json and OUT/precision.png.
+
+    The error of a mean is its distance from the mean of the float32 gradients in float64, relative
+    to the latter's norm, over all parameters of a kind of layer::
+
+        || g - g_64 || / || g_64 ||
+
+    Each worker's gradient is that of its own minibatch at the same parameters, which its own
+    minibatch normalized. All are played by this process, through the same
+    :class:`~extensions.half_precision.HalfPrecisionMpiCommunicator` that training uses.
+
+    Returns:
+        dict: ``errors``: the number of workers, kind and sum to the error; ``cast``: the number of
+            workers to what the cast to float16 did.
+    """
+    os.makedirs(out, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if study.image_root is None:
+            digits.write_image_folder(Path(folder) / 'digits')
+        listing = images.list_images(study.image_root or Path(folder) / 'digits' / 'train')
+        gradient_of = Gradients(study, listing)
+        progress = _Progress(sum(study.workers))
+        result: dict = {'study': dataclasses.asdict(study), 'images': len(listing.labels)}
+        result['errors'], result['cast'] = {}, {}
+        for n in study.workers:
+            errors, cast = _measure(gradient_of, n, progress)
+            result['errors'][n], result['cast'][n] = errors, cast
+    print(table(result), flush=True)
+    (Path(out) / 'precision.json').write_text(json.dumps(result, indent=2) + '\n')
+    figures.precision(result['errors'], out)
+    return result
+
+
+class Gradients:
+    """Calling it with a worker's number leaves that worker's gradients in ``model``."""
+
+    def __init__(self, study, listing):
+        b, size = study.local_batch_size, study.image_size
+        self.model = ResNet50(len(listing.classes), seed=study.seed)
+        self._steps = study.steps
+        self._loader = ImageLoader(
+            listing,
+            listing,
+            ImageOrder(len(listing.labels), 1, b, study.seed),
+            images.Preprocessing(size, size, horizontal_flip=study.image_root is not None),
+            study.seed,
+            workers=range(1),
+        )
+        lr = 0.5 * extensions.base_learning_rate(b)
+        optimizer = extensions.RMSpropWarmup(lr).setup(self.model)
+        for step in range(study.steps):
+            self._backward(step)
+            optimizer.update()
+
+    def __call__(self, worker):
+        self._backward(self._steps + worker)
+
+    def _backward(self, step):
+        pixels, t = self._loader.train_batch(step, 0)
+        x = images.normalize(pixels, images.MEAN, images.STD, np)
+        self.model.cleargrads()
+        F.softmax_cross_entropy(self.model(x), t).backward()
+
+
+def _measure(gradient_of, n, progress):
+    """The errors of n workers' mean, by kind and sum, and what the cast to float16 did."""
+    model = gradient_of.model
+    comms = {
+        name: extensions.create_communicator('mpi', dtype, accumulate=sum_, stop_on_nonfinite=False)
+        for name, (dtype, sum_) in SUMS.items()
+    }
+    reference = {name: np.zeros(param.shape) for name, param in model.namedparams()}
+    for worker in range(n):
+        gradient_of(worker)
+        for name, param in model.namedparams():
+            reference[name] += param.grad
+        for comm in comms.values():
+            comm.add_grad(model)
+        progress()
+    for total in reference.values():
+        total /= n
+    errors: dict = {kind: {} for kind in KINDS}
+    for sum_, comm in comms.items():
+        comm.mean_grad(model)
+        for kind, type_ in KINDS.items():
+            errors[kind][sum_] = _relative_error(model, reference, type_)
+    before, after, n_inf, n_nan = map(int, comms['float16, exact sum'].cast_counts)
+    return errors, {'flushed': (before - after) / before, 'inf': n_inf, 'nan': n_nan}
+
+
+def _relative_error(model, reference, type_):
+    distance = norm = 0.0
+    for link_name, link in model.namedlinks():
+        if isinstance(link, type_):
+            for name, param in link.namedparams():
+                expected = reference[link_name + name]
+                distance += np.sum((param.grad - expected) ** 2)
+                norm += np.sum(expected**2)
+    return float(np.sqrt(distance / norm))
+
+
+def table(result) -> str:
+    """The errors as a table, a row for each kind of layer and number of workers."""
+    lines = [f'{"relative error of the mean":30}' + ''.join(f'{name:>24}' for name in SUMS)]
+    for kind in KINDS:
+        for n, errors in result['errors'].items():
+            row = ''.join(f'{errors[kind][name]:>24.2e}' for name in SUMS)
+            lines.append(f'{kind:20}{n:>6,} w. {row}')
+    for n, cast in result['cast'].items():
+        lines.append(
+            f'{n:,} workers: the cast made {cast["flushed"]:.2%} of the non-zero gradients zero, '
+            f'{cast["inf"]} infinite, {cast["nan"]} NaN'
+        )
+    return '\n'.join(lines)
+
+
+class _Progress:
+    """A line with the time left, every ten seconds."""
+
+    def __init__(self, total):
+        self._total, self._done = total, 0
+        self._start = self._last = time.monotonic()
+
+    def __call__(self):
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last < 10:
+            return
+        self._last = now
+        left = (now - self._start) / self._done * (self._total - self._done)
+        print(
+            f'  gradient {self._done:,} of {self._total:,}, {report.duration(left)} left',
+            flush=True,
+        )
