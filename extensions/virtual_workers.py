@@ -9,6 +9,8 @@ import numpy as np
 from chainer import reporter, training
 from chainer.training import extension
 
+from extensions.half_precision import NonFiniteGradients
+
 
 class VirtualWorkersUpdater(training.Updater):
     """Updater that plays this process's share of the workers in every iteration.
@@ -123,7 +125,10 @@ class VirtualWorkersUpdater(training.Updater):
             self._gradients.add_grad(model)
             if self._batch_statistics:
                 self._batch_statistics.add_worker()
-        self._gradients.mean_grad(model)
+        try:
+            self._gradients.mean_grad(model)
+        except NonFiniteGradients as error:
+            raise NonFiniteGradients(f'iteration {self.iteration + 1}: {error}') from None
         self._optimizer.update()
         self.iteration += 1
         if self.is_new_epoch:
@@ -158,6 +163,7 @@ class _LocalMean:
         self._comm = comm
         self._n_workers = n_workers
         self._dtype = getattr(comm, 'allreduce_grad_dtype', None) or np.dtype(np.float32)
+        self._scale = getattr(comm, 'gradient_scale', 1)
         self._sums = {}
         self._counts = collections.Counter()
 
@@ -166,7 +172,7 @@ class _LocalMean:
             return
         for name, param in model.namedparams():
             if param.grad is not None:
-                rounded = param.grad.astype(self._dtype).astype(np.float32)
+                rounded = (param.grad * self._scale).astype(self._dtype).astype(np.float32)
                 self._sums[name] = self._sums[name] + rounded if name in self._sums else rounded
                 self._counts[name] += 1
 
@@ -179,7 +185,7 @@ class _LocalMean:
             )
         for name, param in model.namedparams():
             if name in self._sums:
-                param.grad[...] = self._sums[name] / self._n_workers
+                param.grad[...] = self._sums[name] / (self._n_workers * self._scale)
         self._sums.clear()
         self._counts.clear()
         self._comm.multi_node_mean_grad(model)

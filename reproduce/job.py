@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from extensions import CommunicatorError
+from mpi4py import MPI
+
+from extensions import CommunicatorError, NonFiniteGradients
 from reproduce.abort import abort
 from reproduce.images import DataError
 from reproduce.settings import InputError
@@ -64,6 +66,10 @@ def run(main):
         main()
     except AgreedExit:
         raise
+    except NonFiniteGradients as error:  # which all ranks raise together
+        if MPI.COMM_WORLD.rank == 0:
+            print(f'error: {error}', file=sys.stderr, flush=True)
+        raise AgreedExit(1) from None
     except BaseException as error:
         abort(error)
         raise

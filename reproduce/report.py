@@ -27,6 +27,7 @@ _COLUMNS = (  # title, key in the log, format
     ('train loss', 'main/loss', '{:>10.4f}'),
     ('val loss', 'validation/main/loss', '{:>9.4f}'),
     ('top-1', 'validation/main/accuracy', '{:>7.2%}'),
+    ('flushed', 'cast/flushed', '{:>7.2%}'),
     ('seconds', 'elapsed_time', '{:>8.1f}'),
 )
 
@@ -100,7 +101,8 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
         f'on {comm.inter_size:,} host(s), {device_name}',
         'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
         'learning rate': f'base {s.lr_base:g}, first {first_lr:g}',
-        'all-reduce': f'{type(comm).__name__}, {s.allreduce_grad_dtype}',
+        'communicator': f'{type(comm).__name__}; {comm.reason}',
+        'all-reduce': all_reduce_of(comm, s),
         'update': f'RMSpropWarmup, {arithmetic_of(device)}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
         'training': f'{len(train.labels):,} images in {train.root}',
@@ -111,6 +113,12 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
         'output': s.out,
     }
     return '\n'.join(f'{title:14}{text}' for title, text in rows.items())
+
+
+def all_reduce_of(comm, settings) -> str:
+    sum_ = f'{comm.accumulate} sum' if hasattr(comm, 'accumulate') else "the library's sum"
+    scale = f', gradient scale {settings.gradient_scale:g}' if settings.gradient_scale != 1 else ''
+    return f'{settings.allreduce_grad_dtype}, {sum_}{scale}'
 
 
 def arithmetic_of(device) -> str:
@@ -173,7 +181,11 @@ class EpochTable(training.Extension):
 
     def __call__(self, trainer):
         entry = self._log_report.log[-1]
-        print('  '.join(form.format(entry[key]) for _, key, form in _COLUMNS), flush=True)
+        cells = (
+            form.format(entry[key]) if key in entry else '-'.rjust(len(form.format(0)))
+            for _, key, form in _COLUMNS
+        )
+        print('  '.join(cells), flush=True)
 
 
 class Curves(training.Extension):

@@ -12,6 +12,7 @@ import math
 import textwrap
 
 from extensions import base_learning_rate
+from extensions.half_precision import NAMES, SUMS
 
 
 class InputError(Exception):
@@ -68,13 +69,18 @@ class Settings:
         False, 'validate with the variance of all images instead of the mean of the variances (P)'
     )
 
-    communicator: str = _setting(
-        'auto',
-        'pure_nccl on GPUs, mpi on CPUs; auto chooses',
-        ('auto', 'mpi', 'pure_nccl', 'naive'),
-    )
+    communicator: str = _setting('auto', 'pure_nccl on GPUs, mpi on CPUs; auto chooses', NAMES)
     allreduce_grad_dtype: str = _setting(
         'float16', 'type of the gradients on the wire (S)', ('float16', 'float32', 'float64')
+    )
+    accumulate: str = _setting(
+        'exact', 'sum of the communicator mpi; ring rounds after each addition, as NCCL (P)', SUMS
+    )
+    gradient_scale: float = _setting(
+        1.0, 'power of two that is on the gradients on the wire; the paper has none (P)'
+    )
+    stop_on_nonfinite: bool = _setting(
+        True, 'an infinite or NaN gradient ends the run before the update (P)'
     )
 
     width: int = _setting(64, 'channels after the first convolution')

@@ -51,7 +51,12 @@ def main(argv=None):
     comm = job.on_every_rank(
         mpi,
         lambda: extensions.create_communicator(
-            settings.communicator, settings.allreduce_grad_dtype, mpi
+            settings.communicator,
+            settings.allreduce_grad_dtype,
+            mpi,
+            accumulate=settings.accumulate,
+            gradient_scale=settings.gradient_scale,
+            stop_on_nonfinite=settings.stop_on_nonfinite,
         ),
     )
 
@@ -138,6 +143,8 @@ def main(argv=None):
         )
     )
     trainer.extend(extensions.MeanTrainingLoss(comm))
+    if hasattr(comm, 'cast_counts'):
+        trainer.extend(extensions.CastReport(comm))
     log_report = chainer_extensions.LogReport(postprocess=last_hyperparameters(optimizer))
     if comm.rank == 0:
         print(report.header(settings, comm, train, val, model.count_params()), flush=True)

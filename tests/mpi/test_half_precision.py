@@ -1,73 +1,194 @@
 import functools
+import re
 import sys
 from pathlib import Path
 
+import chainer
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from extensions import CommunicatorError, HalfPrecisionMpiCommunicator, create_communicator
+from extensions import (
+    CastReport,
+    CommunicatorError,
+    HalfPrecisionMpiCommunicator,
+    create_communicator,
+)
 
 PROGRAMS = Path(__file__).parent / 'programs'
 sys.path.insert(0, str(PROGRAMS))
-from tests_common import gradients, model_of
+from tests_common import gradients, model_of, shuffled
 
 pytestmark = pytest.mark.mpi
 
 
-def mean_of(n_workers, dtype):
-    """[H]: the mean of the gradients as they are on the wire, in float64, rounded once."""
+def sent(worker, dtype, scale=1):
+    """A worker's gradients as they are on the wire; none for parameters that have no gradient."""
+    with np.errstate(over='ignore'):
+        return {
+            name: (grad * np.float32(scale)).astype(dtype)
+            for name, grad in gradients(worker).items()
+            if grad is not None
+        }
+
+
+def exact_mean(wires, dtype):
+    """[H]: the mean in float64, rounded once."""
     result = {}
-    for name, first in gradients(0).items():
-        if first is not None:
-            with np.errstate(over='ignore'):
-                sent = [
-                    gradients(w)[name].astype(dtype).astype(np.float64) for w in range(n_workers)
-                ]
-            # Not np.sum: in older NumPy it starts from 0, and loses the sign of negative zeros.
-            total = functools.reduce(np.add, sent)
-            result[name] = (total / n_workers).astype(dtype).astype(np.float32)
+    for name in wires[0]:
+        # Not np.sum: in older NumPy it starts from 0, and loses the sign of negative zeros.
+        total = functools.reduce(np.add, [wire[name].astype(np.float64) for wire in wires])
+        result[name] = (total / len(wires)).astype(dtype)
     return result
 
 
+def ring_mean(wires, dtype):
+    """Scalar by scalar, rounded after every addition."""
+    kind, result = np.dtype(dtype).type, {}
+    for name, first in wires[0].items():
+        values = []
+        for elements in zip(*(wire[name].ravel() for wire in wires)):
+            total = elements[0]
+            for element in elements[1:]:
+                total = kind(total + element)
+            values.append(kind(total / kind(len(wires))))
+        result[name] = np.array(values, dtype).reshape(first.shape)
+    return result
+
+
+def assert_same_bits(actual, expected):
+    np.testing.assert_array_equal(actual, expected)  # which takes -0 for 0
+    np.testing.assert_array_equal(np.signbit(actual), np.signbit(expected))
+
+
 @pytest.mark.parametrize(
-    'processes, each, dtype, order',
+    'processes, each, dtype, seed, accumulate, scale',
     [
-        (1, 1, 'float16', 'forward'),
-        (2, 1, 'float16', 'forward'),
-        (3, 1, 'float16', 'forward'),
-        (3, 1, 'float16', 'reversed'),
-        (4, 1, 'float16', 'forward'),
-        (7, 1, 'float16', 'forward'),
-        (1, 6, 'float16', 'forward'),
-        (2, 3, 'float16', 'forward'),
-        (3, 2, 'float16', 'forward'),
-        (3, 1, 'float64', 'forward'),
+        *((n, 1, 'float16', 0, 'exact', 1) for n in (1, 2, 3, 4, 7)),
+        *((n, each, 'float16', 0, 'exact', 1) for n, each in ((1, 6), (2, 3), (3, 2))),
+        *((4, 1, 'float16', seed, 'exact', 1) for seed in (1, 2, 3)),
+        (7, 1, 'float16', 1, 'exact', 1),
+        (2, 3, 'float16', 1, 'exact', 2**5),
+        (3, 1, 'float64', 0, 'exact', 1),
+        (3, 1, 'float16', 0, 'exact', 2**-3),
+        *((n, 1, 'float16', 0, 'ring', 1) for n in (1, 2, 3, 4, 7)),
+        *((n, each, 'float16', 0, 'ring', 1) for n, each in ((1, 6), (2, 3), (3, 2))),
+        (4, 1, 'float16', 1, 'ring', 2**3),
+        (3, 2, 'float32', 0, 'ring', 1),
     ],
 )
-def test_mean_equals_float64_reference(mpirun, tmp_path, processes, each, dtype, order):
-    done = mpirun(processes, PROGRAMS / 'allreduce.py', tmp_path, dtype, each, order)
+def test_mean_equals_the_reference(
+    mpirun, tmp_path, processes, each, dtype, seed, accumulate, scale
+):
+    done = mpirun(
+        processes, PROGRAMS / 'allreduce.py', tmp_path, dtype, each, seed, accumulate, scale
+    )
     assert done.returncode == 0, done.stdout
-    expected = mean_of(processes * each, dtype)
+    order = [p * each + i for p in shuffled(processes, seed) for i in range(each)]
+    wires = [sent(worker, dtype, scale) for worker in order]
+    with np.errstate(all='ignore'):
+        mean = (exact_mean if accumulate == 'exact' else ring_mean)(wires, dtype)
     for rank in range(processes):
         actual = np.load(tmp_path / f'{rank}.npz')
-        assert set(actual.files) == set(expected)
-        for name in expected:
+        assert set(actual.files) == {*mean, 'cast_counts'}
+        for name in mean:
             assert actual[name].dtype == np.float32
-            if dtype == 'float16':  # exact: no tolerance
-                np.testing.assert_array_equal(actual[name], expected[name])
-                # array_equal takes -0 for 0; a sum of negative zeros and one worker's -0 keep their
-                # sign.
-                np.testing.assert_array_equal(np.signbit(actual[name]), np.signbit(expected[name]))
-            else:  # the order of the additions is free
-                np.testing.assert_allclose(actual[name], expected[name], rtol=1e-7)
+            expected = (mean[name].astype(np.float64) / scale).astype(np.float32)
+            if dtype == 'float64':  # the order of the additions is free
+                np.testing.assert_allclose(actual[name], expected, rtol=1e-7)
+            else:
+                assert_same_bits(actual[name], expected)
+        own = range(rank * each, (rank + 1) * each)
+        np.testing.assert_array_equal(actual['cast_counts'], counts_of(own, dtype, scale))
 
 
-def test_float32_differs_from_float16(mpirun, tmp_path):
-    assert mpirun(2, PROGRAMS / 'allreduce.py', tmp_path, 'float32', 1, 'forward').returncode == 0
-    actual = np.load(tmp_path / '0.npz')['/conv']
-    np.testing.assert_allclose(actual, mean_of(2, 'float32')['/conv'], rtol=1e-6)
-    assert np.mean(actual != mean_of(2, 'float16')['/conv']) > 0.9
+def counts_of(workers, dtype, scale):
+    counts = np.zeros(4, int)
+    for worker in workers:
+        for name, wire in sent(worker, dtype, scale).items():
+            before = gradients(worker)[name]
+            counts += [(before != 0).sum(), (wire != 0).sum(), np.isinf(wire).sum(), 0]
+    return counts
+
+
+def test_ring_and_exact_sum_differ_and_float32_from_float16():
+    wires = [sent(worker, 'float16') for worker in range(4)]
+    exact = exact_mean(wires, 'float16')['/conv']
+    with np.errstate(all='ignore'):
+        ring = ring_mean(wires, 'float16')['/conv']
+    assert np.mean(exact != ring) > 0.1
+    wide = exact_mean([sent(worker, 'float32') for worker in range(4)], 'float32')['/conv']
+    assert np.mean(exact != wide) > 0.9
+
+
+@pytest.mark.parametrize(
+    'how, messages',
+    [
+        ('sent', ['/conv (1 inf and 0 NaN from rank 1 on ', '/edge (0 inf and 2 NaN from rank 1']),
+        ('sum', ['/edge (finite on every rank, but the sum overflows float16)']),
+        ('report', ['2 NaN']),
+    ],
+)
+def test_gradients_that_are_not_finite(mpirun, how, messages):
+    done = mpirun(2, PROGRAMS / 'not_finite.py', how, timeout=60)
+    assert done.returncode == 0, done.stdout
+    for rank in range(2):
+        line = next(li for li in done.stdout.splitlines() if li.startswith(f'rank {rank}: '))
+        assert all(message in line for message in messages), done.stdout
+        assert ('the mean gradient is infinite or NaN' in line) == (how != 'report')
+        assert how != 'sum' or 'rank 1 on' not in line
+    n_inf, n_nan = (0, 0) if how == 'sum' else (1, 2)
+    reported = f"[('cast/flushed', 0.0), ('cast/inf', {n_inf}), ('cast/nan', {n_nan})]"
+    again = "[('cast/flushed', 0.0), ('cast/inf', 0), ('cast/nan', 0)]"
+    assert f'{reported}\n{again}' in done.stdout
+
+
+def test_share_of_gradients_that_the_cast_flushes():
+    comm = create_communicator('mpi')
+    model = model_of({'/a': np.zeros(8)})
+    model.a.grad = np.array([0, 1, -1e-9, 2e-8, 2.9e-8, 3.1e-8, 0, 5], np.float32)
+    comm.multi_node_mean_grad(model)
+    assert list(comm.cast_counts) == [6, 3, 0, 0]
+    observation = {}
+    with chainer.Reporter().scope(observation):
+        CastReport(comm)()
+    assert observation == {'cast/flushed': 0.5, 'cast/inf': 0, 'cast/nan': 0}
+
+
+@pytest.mark.parametrize('processes', [2, 3, 4])
+def test_bytes_that_each_rank_sends(mpirun, tmp_path, processes):
+    """Counted by Open MPI itself; the same job with one gradient takes out all but the buffers."""
+    if 'Open MPI' not in MPI.Get_library_version():
+        pytest.skip('only Open MPI counts bytes')
+    sent_by_rank = {}
+    for n in (1, 600_000):
+        done = mpirun(
+            processes,
+            PROGRAMS / 'send_and_hold.py',
+            n,
+            OMPI_MCA_pml_monitoring_enable='2',
+            OMPI_MCA_pml_monitoring_enable_output='3',
+            OMPI_MCA_pml_monitoring_filename=str(tmp_path / f'{n}'),
+        )
+        assert done.returncode == 0, done.stdout
+        for rank in range(processes):
+            lines = (tmp_path / f'{n}.{rank}.prof').read_text().splitlines()
+            messages = [li.split()[3] for li in lines if li[:1] in ('E', 'I')]
+            sent_by_rank[n, rank] = sum(map(int, messages))
+    for rank in range(processes):
+        expected = 2 * (processes - 1) / processes * 2 * 600_000
+        # The small job sends its one gradient too, and a few bytes of its name.
+        assert abs(sent_by_rank[600_000, rank] - sent_by_rank[1, rank] - expected) < 1000
+
+
+def test_memory_is_at_most_three_float16_copies(mpirun):
+    n = 8_000_000
+    done = mpirun(4, PROGRAMS / 'send_and_hold.py', n)
+    assert done.returncode == 0, done.stdout
+    rises = [int(words) for words in re.findall(r'rank \d: (\d+) bytes', done.stdout)]
+    assert len(rises) == 4
+    assert max(rises) <= 3 * 2 * n
+    assert min(rises) > 1.5 * 2 * n  # or nothing was measured
 
 
 @pytest.mark.parametrize(
@@ -127,12 +248,32 @@ def test_a_process_outside_of_the_communicator_is_told_so():
         create_communicator('mpi', mpi_comm=MPI.COMM_NULL)
 
 
+@pytest.mark.parametrize('scale', [0, 3, -2, 1.5, np.nan, np.inf, True, 'two', 2.0**41, None])
+def test_a_scale_that_is_no_power_of_two_is_an_error(scale):
+    with pytest.raises(CommunicatorError, match='gradient_scale must be'):
+        create_communicator('mpi', gradient_scale=scale)
+
+
+def test_other_sums_are_an_error_and_ring_is_of_mpi_alone():
+    with pytest.raises(CommunicatorError, match="one of exact, ring, not 'tree'"):
+        create_communicator('mpi', accumulate='tree')
+    with pytest.raises(CommunicatorError, match='for the communicator mpi, not for naive'):
+        create_communicator('naive', 'float32', accumulate='ring')
+    with pytest.raises(CommunicatorError, match='float32 only, without a gradient_scale'):
+        create_communicator('naive', 'float32', gradient_scale=2)
+
+
 def test_configuration_is_of_one_communicator_and_split_keeps_it():
-    first, second = create_communicator('mpi', 'float16'), create_communicator('mpi', 'float32')
-    assert first.get_config('allreduce_grad_dtype') == np.float16
+    first = create_communicator('mpi', 'float16')
+    second = create_communicator('mpi', 'float32', accumulate='ring', gradient_scale=8)
     second.set_config('allreduce_grad_dtype', np.float64)
-    assert first.get_config('allreduce_grad_dtype') == np.float16
-    part = second.split(0, 0)
-    assert type(part) is HalfPrecisionMpiCommunicator
-    assert part.get_config('allreduce_grad_dtype') == np.float64
-    assert part.get_config('batched_copy') is False
+    second.set_config('stop_on_nonfinite', False)
+    for comm, expected in ((first, ('exact', 1, True)), (second, ('ring', 8, False))):
+        part = comm.split(0, 0)
+        assert type(part) is HalfPrecisionMpiCommunicator
+        for one in (comm, part):
+            names = ('accumulate', 'gradient_scale', 'stop_on_nonfinite')
+            assert tuple(map(one.get_config, names)) == expected
+            dtype = np.float16 if comm is first else np.float64
+            assert one.get_config('allreduce_grad_dtype') == dtype
+            assert one.get_config('batched_copy') is False

@@ -18,6 +18,11 @@ def gradients(worker):
     }
 
 
+def shuffled(n, seed):
+    """The numbers below n, in order for seed 0."""
+    return list(np.random.RandomState(seed).permutation(n)) if seed else list(range(n))
+
+
 def model_of(arrays):
     model = chainer.Link()
     with model.init_scope():
