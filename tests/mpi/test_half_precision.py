@@ -277,3 +277,40 @@ def test_configuration_is_of_one_communicator_and_split_keeps_it():
             dtype = np.float16 if comm is first else np.float64
             assert one.get_config('allreduce_grad_dtype') == dtype
             assert one.get_config('batched_copy') is False
+
+
+def test_training_with_float16_follows_float32(mpirun):
+    """The losses of 100 steps on 2 ranks, within 1 %; 0.2 % is what was seen."""
+    losses = {}
+    for dtype in ('float32', 'float16'):
+        done = mpirun(2, PROGRAMS / 'hundred_steps.py', dtype)
+        assert done.returncode == 0, done.stdout
+        line = next(li for li in done.stdout.splitlines() if li.startswith('losses '))
+        losses[dtype] = np.array(line.split()[1:], float)
+        assert losses[dtype].shape == (100,)
+    assert losses['float32'][-10:].mean() < 0.1 * losses['float32'][0]
+    np.testing.assert_allclose(losses['float16'], losses['float32'], rtol=0.01)
+    assert np.max(np.abs(losses['float16'] / losses['float32'] - 1)) > 1e-5
+
+
+def test_chainermns_optimizer_evaluator_and_extensions_accept_it(mpirun, tmp_path):
+    results, said = {}, {}
+    for name, dtype in (('naive', 'float32'), ('mpi', 'float32'), ('mpi', 'float16')):
+        out = tmp_path / f'{name}-{dtype}'
+        out.mkdir()
+        done = mpirun(2, PROGRAMS / 'with_chainermn.py', out, name, dtype)
+        assert done.returncode == 0, done.stdout
+        said[name, dtype] = [li for li in done.stdout.splitlines() if li.startswith('rank ')]
+        results[name, dtype] = [np.load(out / f'{name}-{rank}.npz') for rank in range(2)]
+    theirs = results['naive', 'float32'][0]
+    assert len(theirs['loss']) == 2 and len(theirs['accuracy']) == 1
+    assert list(theirs['mean_rank']) == [0.5, 0.5]
+    for dtype, tolerance in (('float32', 1e-5), ('float16', 1e-2)):
+        assert sorted(said['mpi', dtype]) == sorted(said['naive', 'float32'])
+        assert any('hello' in line for line in said['mpi', dtype])
+        for ours, theirs in zip(results['mpi', dtype], results['naive', 'float32']):
+            assert set(ours.files) == set(theirs.files)
+            for key in theirs.files:
+                np.testing.assert_allclose(
+                    ours[key], theirs[key], rtol=tolerance, atol=tolerance, err_msg=key
+                )

@@ -178,7 +178,8 @@ BAD = {
     'nan': (2, [*SMOKE, '--weight-decay', 'nan'], '--weight-decay'),
     'form': (2, [*SMOKE, '--alpha-form', 'smooth'], "'smooth'"),
     'communicator': (2, [*SMOKE, '--communicator', 'pure_nccl'], 'needs a GPU'),
-    'dtype': (2, [*SMOKE, '--communicator', 'naive'], 'float32 only, not in float16'),
+    'dtype': (2, [*SMOKE, '--communicator', 'naive'], 'naive all-reduces in float32 only'),
+    'scale': (2, [*SMOKE, '--gradient-scale', '1000'], 'must be a power of two'),
 }
 
 
@@ -224,6 +225,47 @@ def test_however_a_rank_ends_the_others_do_not_wait(mpirun, root, tmp_path, how)
     if how != '_exit':  # which leaves no time to say anything; mpiexec names the rank
         assert re.search(r'^error: rank 1 on \S+ failed: ', done.stdout, re.MULTILINE)
         assert done.stdout.count('Traceback') == 1
+
+
+def test_an_infinite_gradient_ends_the_job_before_the_update(mpirun, root, tmp_path):
+    program = root / 'tests' / 'mpi' / 'programs' / 'train_with_inf.py'
+    options = '--preset smoke --local-batch-size 8 --epochs 50 --width 4'.split()
+    done = mpirun(2, program, *options, '--out', tmp_path / 'out', timeout=40)
+    assert done.returncode == 1, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1, done.stdout
+    assert errors[0].startswith(
+        'error: iteration 3: the mean gradient is infinite or NaN, and nothing was updated: '
+        '/fc/W (1 inf and 0 NaN from rank 1 on '
+    )
+    for rank in range(2):
+        assert f'rank {rank}: parameters kept: True, 3 iterations' in done.stdout
+    assert 'Traceback' not in done.stdout
+
+
+def test_an_infinite_gradient_can_be_let_through(mpirun, root, tmp_path):
+    program = root / 'tests' / 'mpi' / 'programs' / 'train_with_inf.py'
+    options = '--preset smoke --local-batch-size 90 --epochs 1 --width 4 --no-stop-on-nonfinite'
+    done = mpirun(2, program, *options.split(), '--out', tmp_path / 'out')
+    assert done.returncode == 0, done.stdout
+    assert json.loads((tmp_path / 'out' / 'log').read_text())[-1]['cast/inf'] == 1
+
+
+@pytest.mark.parametrize(
+    'what, message',
+    [
+        ('mixed', 'rank 0 on node0 can, but rank 1 on node1 sees no GPU'),
+        ('shared', 'rank 0 on node0 and rank 1 on node0 would share the GPU on PCI bus 0000:3b'),
+        ('old', 'rank 0 on node0 has NCCL 1.3.4, but pure_nccl needs 2.0 or later'),
+    ],
+)
+def test_gpus_that_do_not_fit_together_end_the_job_at_once(mpirun, root, tmp_path, what, message):
+    program = root / 'tests' / 'mpi' / 'programs' / 'pretended_gpus.py'
+    done = mpirun(3, program, what, *SMOKE, '--out', tmp_path / 'out', timeout=40)
+    assert done.returncode == 2, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and message in errors[0], done.stdout
+    assert not (tmp_path / 'out').exists()
 
 
 def test_an_import_that_fails_on_one_rank_ends_the_job(train, root, tmp_path):

@@ -49,6 +49,19 @@ class Network(chainer.Chain):
         return self.fc2(chainer.functions.relu(self.bn(self.fc1(x))))
 
 
+class DigitsNetwork(chainer.Chain):
+    def __init__(self, seed):
+        super().__init__()
+        normal = chainer.initializers.LeCunNormal(rng=np.random.RandomState(seed))
+        with self.init_scope():
+            self.fc1 = chainer.links.Linear(64, 48, nobias=True, initialW=normal)
+            self.bn = chainer.links.BatchNormalization(48, decay=0)
+            self.fc2 = chainer.links.Linear(48, 10, initialW=normal)
+
+    def forward(self, x):
+        return self.fc2(chainer.functions.relu(self.bn(self.fc1(x))))
+
+
 def minibatch(iteration, worker):
     """Every worker's images have a mean of their own."""
     rng = np.random.RandomState([iteration, worker])
