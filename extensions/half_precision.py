@@ -211,6 +211,11 @@ class HalfPrecisionNcclCommunicator(_Options, pure_nccl_communicator.PureNcclCom
         allreduce_grad_dtype, gradient_scale, stop_on_nonfinite: See :func:`create_communicator`.
     """
 
+    def __init__(self, mpi_comm, allreduce_grad_dtype='float16', **options):
+        super().__init__(mpi_comm, allreduce_grad_dtype, **options)
+        # One kernel packs all parameters; ChainerMN's create_communicator chooses so too.
+        self.set_config('batched_copy', True)
+
     def multi_node_mean_grad(self, model, zero_fill=False):
         """Replaces the model's gradients by their mean over the ranks.
 

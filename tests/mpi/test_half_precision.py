@@ -12,6 +12,7 @@ from extensions import (
     CastReport,
     CommunicatorError,
     HalfPrecisionMpiCommunicator,
+    HalfPrecisionNcclCommunicator,
     create_communicator,
 )
 
@@ -314,3 +315,88 @@ def test_chainermns_optimizer_evaluator_and_extensions_accept_it(mpirun, tmp_pat
                 np.testing.assert_allclose(
                     ours[key], theirs[key], rtol=tolerance, atol=tolerance, err_msg=key
                 )
+
+
+@pytest.fixture
+def pretended_nccl(mpirun, tmp_path):
+    """``pretended_nccl(n, program, *arguments)``: pure_nccl without GPUs, as far as that goes.
+
+    Returns what the job printed, and the calls that each rank made to NCCL and to CUDA.
+    """
+
+    def run(n, program, *arguments):
+        program = PROGRAMS / program
+        done = mpirun(n, PROGRAMS / 'pretended_nccl.py', tmp_path / 'calls', program, *arguments)
+        assert done.returncode == 0, done.stdout
+        logs = [(tmp_path / f'calls.{rank}').read_text().splitlines() for rank in range(n)]
+        return done.stdout, logs
+
+    return run
+
+
+@pytest.mark.parametrize('processes, scale', [(1, 1), (2, 1), (4, 1), (4, 2**4), (2, 2**-3)])
+def test_pure_nccl_is_what_ring_says(pretended_nccl, tmp_path, processes, scale):
+    """The wiring of ChainerMN's communicator: what is sent, divided and taken out again. The sum
+    itself is a pretended NCCL's."""
+    _, logs = pretended_nccl(processes, 'nccl_mean.py', tmp_path, scale)
+    wires = [sent(worker, 'float16', scale) for worker in range(processes)]
+    with np.errstate(all='ignore'):
+        mean = ring_mean(wires, 'float16')
+    n_sent = sum(array.size for array in mean.values())
+    for rank, calls in enumerate(logs):
+        actual = np.load(tmp_path / f'{rank}.npz')
+        assert set(actual.files) == {*mean, 'data'}
+        assert set(actual['data']) == {1}  # rank 0's
+        for name in mean:
+            expected = (mean[name].astype(np.float64) / scale).astype(np.float32)
+            assert_same_bits(actual[name], expected)
+        assert calls == [
+            f'use GPU {rank}',
+            'init',
+            f'bcast {n_sent + 3} float32 from 0',
+            'pack float16',
+            f'allReduce {n_sent} float16',
+            f'divide by {processes}',
+            'unpack',
+        ]
+
+
+def test_pure_nccl_stops_on_an_infinite_gradient(pretended_nccl, tmp_path):
+    said, _ = pretended_nccl(3, 'nccl_mean.py', tmp_path, np.inf)
+    for rank in range(3):
+        assert f'rank {rank}: the mean gradient is infinite or NaN' in said
+    assert said.count('updated: /edge (3 inf and 0 NaN from rank 2 on ') == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('scale', [1, 2**4, 2**-3, np.inf])
+@pytest.mark.parametrize('processes', [1, 2, 4, 8])
+def test_pure_nccl_on_gpus(mpirun, tmp_path, gpu, processes, scale):
+    if chainer.backends.cuda.cupy.cuda.runtime.getDeviceCount() < processes:
+        pytest.skip(f'needs {processes} GPUs')
+    done = mpirun(processes, PROGRAMS / 'nccl_mean.py', tmp_path, scale)
+    assert done.returncode == 0, done.stdout
+    if scale == np.inf:
+        said = f'/edge (3 inf and 0 NaN from rank {processes - 1} on '
+        assert done.stdout.count(said) == processes
+        return
+    mean = exact_mean([sent(worker, 'float16', scale) for worker in range(processes)], 'float16')
+    for rank in range(processes):
+        actual = np.load(tmp_path / f'{rank}.npz')
+        assert set(actual['data']) == {1}
+        for name in ('/conv', '/scalar'):
+            # NCCL's order is its own: float16's rounding, 2**-11, once for each addition.
+            expected = mean[name].astype(np.float64) / scale
+            largest = np.max([np.abs(gradients(w)[name]) for w in range(processes)], axis=0)
+            tolerance = processes * 2**-11 * largest + 2**-24 / scale
+            assert np.all(np.abs(actual[name] - expected) <= tolerance)
+
+
+def test_pure_nccl_keeps_its_options():
+    nccl = pytest.importorskip('cupy.cuda.nccl')
+    assert nccl.get_version() >= 2000
+    comm = HalfPrecisionNcclCommunicator(MPI.COMM_WORLD, 'float16', gradient_scale=4)
+    part = comm.split(0, 0)
+    assert type(part) is HalfPrecisionNcclCommunicator
+    assert part.get_config('gradient_scale') == 4
+    assert part.get_config('allreduce_grad_dtype') == np.float16

@@ -128,6 +128,25 @@ def test_run_equals_the_equations_in_float64(train, processes, pooled):
     assert_follows_the_equations(train(processes, pooled='pooled' if pooled else 'mean')[0], pooled)
 
 
+@pytest.mark.parametrize('processes', [1, 3, 6])
+def test_run_with_a_pretended_nccl_equals_the_equations_in_float64(mpirun, tmp_path, processes):
+    """ChainerMN's pure_nccl as it is, on host memory: updater, communicator and their order."""
+    program = ('train_small.py', tmp_path, N, 'pure_nccl', 'float16', 'mean')
+    done = mpirun(
+        processes,
+        PROGRAMS / 'pretended_nccl.py',
+        tmp_path / 'calls',
+        PROGRAMS / program[0],
+        *program[1:],
+    )
+    assert done.returncode == 0, done.stdout
+    for rank in range(processes):
+        assert_follows_the_equations(dict(np.load(tmp_path / f'{rank}.npz')), False)
+        calls = (tmp_path / f'calls.{rank}').read_text().splitlines()
+        assert len([call for call in calls if call.startswith('allReduce')]) == STEPS
+        assert calls[2].startswith('bcast') and ' float32 from 0' in calls[2]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('pooled', [False, True])
 def test_run_on_a_gpu_equals_the_equations_in_float64(train, gpu, pooled):
