@@ -228,7 +228,7 @@ def study_precision(parser, options):
     )
     try:
         precision.run(study, options.out)
-    except (DataError, ValueError) as error:
+    except (DataError, OSError, ValueError) as error:
         parser.error(str(error))
     print(f'results in {options.out}')
 

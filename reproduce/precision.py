@@ -69,12 +69,13 @@ def run(study: Study, out: str) -> dict:
         dict: ``errors``: the number of workers, kind and sum to the error; ``cast``: the number of
             workers to what the cast to float16 did.
     """
-    os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if study.image_root is None:
             digits.write_image_folder(Path(folder) / 'digits')
         listing = images.list_images(study.image_root or Path(folder) / 'digits' / 'train')
         gradient_of = Gradients(study, listing)
+        os.makedirs(out, exist_ok=True)
+        gradient_of.train()
         progress = _Progress(sum(study.workers))
         result: dict = {'study': dataclasses.asdict(study), 'images': len(listing.labels)}
         result['errors'], result['cast'] = {}, {}
@@ -102,9 +103,11 @@ class Gradients:
             study.seed,
             workers=range(1),
         )
-        lr = 0.5 * extensions.base_learning_rate(b)
-        optimizer = extensions.RMSpropWarmup(lr).setup(self.model)
-        for step in range(study.steps):
+        self._lr = 0.5 * extensions.base_learning_rate(b)
+
+    def train(self):
+        optimizer = extensions.RMSpropWarmup(self._lr).setup(self.model)
+        for step in range(self._steps):
             self._backward(step)
             optimizer.update()
 

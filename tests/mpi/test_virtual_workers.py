@@ -8,7 +8,7 @@ import chainer
 import numpy as np
 import pytest
 
-from extensions import RMSpropWarmup, VirtualWorkersUpdater, create_communicator
+from extensions import NonFiniteGradients, RMSpropWarmup, VirtualWorkersUpdater, create_communicator
 from extensions.virtual_workers import workers_of
 
 PROGRAMS = Path(__file__).parent / 'programs'
@@ -184,24 +184,44 @@ def test_a_gradient_that_one_worker_lacks_is_named(name, dtype):
         updater.update()
 
 
-def test_with_chainermns_communicator_each_workers_gradient_is_rounded_on_its_own():
+@pytest.mark.parametrize('scale', [1, 2**12])
+def test_with_chainermns_communicator_each_workers_gradient_is_rounded_on_its_own(scale):
     class Pretended:
         """pure_nccl of one rank, as far as the sum over a process's own workers goes."""
 
-        rank, size, allreduce_grad_dtype = 0, 1, np.dtype(np.float16)
+        rank, size, allreduce_grad_dtype, gradient_scale = 0, 1, np.dtype(np.float16), scale
 
         def multi_node_mean_grad(self, model):
             pass
 
-    x = np.random.RandomState(0).standard_normal((3, 1, 50)).astype(np.float32)
+    x = np.random.RandomState(0).standard_normal((3, 1, 50)).astype(np.float32) / scale
     model = chainer.Chain(a=chainer.links.Linear(50, 1, nobias=True))
     updater = updater_of(
         model, Pretended(), 3, lambda iteration, worker: chainer.functions.sum(model.a(x[worker]))
     )
     updater.update()
-    expected = x.astype(np.float16).astype(np.float64).mean(axis=0)
-    np.testing.assert_allclose(model.a.W.grad, expected, rtol=1e-6, atol=1e-7)
-    assert np.max(np.abs(model.a.W.grad - x.mean(axis=0))) > 1e-5
+    expected = (x * scale).astype(np.float16).astype(np.float64).mean(axis=0) / scale
+    np.testing.assert_allclose(model.a.W.grad, expected, rtol=1e-6, atol=1e-7 / scale)
+    assert np.max(np.abs(model.a.W.grad - x.mean(axis=0))) > 1e-5 / scale
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_model_as_it_was():
+    model = chainer.Chain(a=chainer.links.Linear(1, 1, nobias=True))
+    x = np.ones((1, 1), np.float32)
+
+    def loss(iteration, worker):
+        return chainer.functions.sum(model.a(x)) * (np.inf if iteration == 1 else 1)
+
+    updater = updater_of(model, create_communicator('mpi'), 1, loss)
+    updater.update()
+    optimizer = updater.get_optimizer('main')
+    before = [model.a.W.data, *model.a.W.update_rule.state.values()]
+    copies = [array.copy() for array in before]
+    with pytest.raises(NonFiniteGradients, match=r'^iteration 2: .*/a/W \(1 inf and 0 NaN from'):
+        updater.update()
+    for array, copy in zip(before, copies):
+        np.testing.assert_array_equal(array, copy)
+    assert (updater.iteration, optimizer.t) == (1, 1)
 
 
 def test_the_optimizer_counts_epochs():

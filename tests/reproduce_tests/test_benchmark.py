@@ -48,3 +48,23 @@ def test_commands_print_and_write_their_ratios(root, tmp_path, what, peer):
     assert figures[name]['median_seconds'] > 0
     assert f'{figures[name]["ratio_of_ours"]:.3f}' in done.stdout
     assert what == 'update' or ', 2 ranks on 1 host(s)' in done.stdout
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ('--workers 8,none', '--workers'),
+        ('--workers 0', '--workers'),
+        ('--image-root nowhere', 'image folder nowhere'),
+        ('--local-batch-size 1438', 'larger than the training set of 1437'),
+        ('--out setup.py', 'setup.py'),
+    ],
+)
+def test_precision_refuses_what_it_cannot_measure(root, options, message):
+    command = [sys.executable, '-m', 'reproduce.benchmark', 'precision', *options.split()]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr

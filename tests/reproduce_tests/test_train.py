@@ -119,6 +119,7 @@ def test_every_option_reaches_the_training(trained):
         '--eps 1e-3',
         '--weight-decay 1e-2',
         '--allreduce-grad-dtype float32',
+        '--gradient-scale 1024',
         '--width 3',
         '--stem cifar',
         '--image-size 20',
@@ -130,6 +131,9 @@ def test_every_option_reaches_the_training(trained):
         assert not same(model, other), f'{options} changes nothing'
     start = ResNet50(2, 2, 'imagenet', seed=1).conv1.W.array
     assert np.corrcoef(other['conv1/W'].ravel(), start.ravel())[0, 1] > 0.9
+    four, _ = trained('--workers', '4')  # of two workers the sum of a ring is exact
+    ring, _ = trained('--workers', '4', '--accumulate', 'ring')
+    assert not same(four, ring)
     pooled, _ = trained('--pooled-variance')
     for name in model:
         assert np.array_equal(model[name], pooled[name]) == (not name.endswith('avg_var')), name

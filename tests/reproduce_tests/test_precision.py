@@ -1,0 +1,54 @@
+"""The study of the wire's precision, against the same gradients summed by hand."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from reproduce import digits, images, precision
+
+STUDY = precision.Study(workers=(1, 3), local_batch_size=2, steps=1)
+KINDS = {'convolution': '/conv', 'batch normalization': '/bn', 'fully connected': '/fc'}
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_the_definition(tmp_path, capsys):
+    result = precision.run(STUDY, tmp_path / 'out')
+    digits.write_image_folder(tmp_path / 'digits')
+    gradient_of = precision.Gradients(STUDY, images.list_images(tmp_path / 'digits' / 'train'))
+    gradient_of.train()
+    gradients = []
+    for worker in range(3):
+        gradient_of(worker)
+        gradients.append({n: p.grad.copy() for n, p in gradient_of.model.namedparams()})
+    assert not np.array_equal(gradients[0]['/fc/W'], gradients[1]['/fc/W'])
+    flushed = nonzero = 0
+    for n in STUDY.workers:
+        for kind, mark in KINDS.items():
+            names = [name for name in gradients[0] if mark in name]
+            wide = [np.concatenate([g[k].ravel() for k in names]) for g in gradients[:n]]
+            half = [array.astype(np.float16) for array in wide]
+            reference = np.mean(wide, axis=0, dtype=np.float64)
+            means = (
+                (np.sum(half, axis=0, dtype=np.float64) / n).astype(np.float16),
+                functools.reduce(np.add, half) / np.float16(n),
+                functools.reduce(np.add, wide) / np.float32(n),
+            )
+            for name, mean in zip(precision.SUMS, means):
+                error = np.linalg.norm(mean - reference) / np.linalg.norm(reference)
+                assert result['errors'][n][kind][name] == pytest.approx(error, rel=1e-6)
+        assert sum(map(len, gradients[:n])) == n * len(gradients[0])
+        nonzero = sum(np.count_nonzero(a) for g in gradients[:n] for a in g.values())
+        kept = sum(
+            np.count_nonzero(a.astype(np.float16)) for g in gradients[:n] for a in g.values()
+        )
+        flushed = (nonzero - kept) / nonzero
+        assert flushed > 0
+        assert result['cast'][n] == {'flushed': pytest.approx(flushed), 'inf': 0, 'nan': 0}
+    written = json.loads((tmp_path / 'out' / 'precision.json').read_text())
+    assert written['errors']['3'] == result['errors'][3] and written['images'] == 1437
+    assert (tmp_path / 'out' / 'precision.png').read_bytes().startswith(b'\x89PNG')
+    out = capsys.readouterr().out
+    assert f'{result["errors"][3]["convolution"]["float16, sum of a ring"]:.2e}' in out
+    assert f'made {flushed:.2%} of the non-zero gradients zero' in out
