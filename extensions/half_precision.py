@@ -308,6 +308,7 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
         self._kept = []
         self._layout = []
         self._counts = None  # [parameters, 4], of this iteration
+        self._culprits = {}  # parameter to the process's workers whose gradient was not finite
         self._n_added = 0
 
     def multi_node_mean_grad(self, model, zero_fill=False):
@@ -338,6 +339,7 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
         if self._n_added == 0:
             self._layout = layout
             self._counts = np.zeros((len(layout), 4), np.int64)
+            self._culprits.clear()
             self._kept.clear()
         elif layout != self._layout:
             differing = sorted({name for name, _ in set(layout) ^ set(self._layout)})
@@ -362,9 +364,12 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
             raise RuntimeError('mean_grad needs an add_grad before it, for each worker')
         self._check_that_ranks_agree()
         mean = self._ring_mean() if self.accumulate == 'ring' else self._exact_mean()
-        self._n_added = 0
+        n_workers, self._n_added = self._n_added, 0
         self.cast_counts += self._counts.sum(axis=0)
-        self._unpack(mean, dict(model.namedparams()))
+        names = self._unpack(mean, dict(model.namedparams()))
+        if names and self.stop_on_nonfinite:
+            first = self.rank * n_workers
+            self._raise_nonfinite(names, self._what_was_sent(first if n_workers > 1 else None))
 
     def _check_that_ranks_agree(self):
         """Ranks that would send each other chunks of different sizes would hang or mix them up."""
@@ -384,6 +389,7 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
 
     def _pack(self, params):
         size = sum(param.data.size for _, param in params)
+        not_finite = self._counts[:, 2:].sum(axis=1)
         chunk = -(-size // self.size)  # each rank sums one chunk; nobody reads the padding
         self._wire = _buffer(self._wire, chunk * self.size, self.allreduce_grad_dtype)
         start = 0
@@ -394,10 +400,13 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
             else:
                 kernels.pack(param.grad, self.gradient_scale, self._wire[start:stop], counts)
             start = stop
+        for i in np.flatnonzero(self._counts[:, 2:].sum(axis=1) > not_finite):
+            self._culprits.setdefault(i, []).append(self._n_added)
 
     def _unpack(self, mean, params):
-        names, sent, start = [], {}, 0
-        for (name, _), (_, _, n_inf, n_nan) in zip(self._layout, self._counts):
+        """Returns the names of the parameters whose mean is not finite."""
+        names, start = [], 0
+        for name, _ in self._layout:
             param = params[name]
             if param.grad is None:
                 param.grad = np.empty_like(param.data)
@@ -405,10 +414,17 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
             start = part.stop
             if kernels.unpack(mean[part], self.gradient_scale, param.grad):
                 names.append(name)
-                if n_inf or n_nan:
-                    sent[name] = f'{n_inf} inf and {n_nan} NaN'
-        if names and self.stop_on_nonfinite:
-            self._raise_nonfinite(names, sent)
+        return names
+
+    def _what_was_sent(self, first_worker):
+        """Of each parameter with values that are not finite: how many, and of which workers."""
+        sent = {}
+        for i, workers in self._culprits.items():
+            sent[self._layout[i][0]] = f'{self._counts[i, 2]} inf and {self._counts[i, 3]} NaN'
+            if first_worker is not None:
+                numbers = _some([str(first_worker + worker) for worker in workers], ', ')
+                sent[self._layout[i][0]] += f' of worker {numbers}'
+        return sent
 
     def _add_exactly(self, params):
         if self._n_added == 1:

@@ -1,4 +1,4 @@
-"""How much of the mean gradient the wire's float16 costs (S: "the effect was relatively small")."""
+"""What float16 on the wire costs the mean gradient; the paper reports a small effect (S)."""
 
 from __future__ import annotations
 

@@ -101,9 +101,9 @@ MISTAKES = {
     ),
     'no float16 on the wire': (
         'extensions/half_precision.py',
-        'return HalfPrecisionMpiCommunicator(mpi_comm, dtype)',
-        "return HalfPrecisionMpiCommunicator(mpi_comm, 'float32')",
-        'tests/mpi/test_half_precision.py::test_mean_equals_float64_reference',
+        "self.set_config('allreduce_grad_dtype', allreduce_grad_dtype)",
+        "self.set_config('allreduce_grad_dtype', 'float32')",
+        'tests/mpi/test_half_precision.py::test_mean_equals_the_reference',
     ),
 }
 

@@ -1,7 +1,8 @@
 """One rank's gradient is not finite: not_finite.py HOW.
 
-HOW: sent, rank 1 has an infinite and a NaN gradient; sum, the sum of a ring overflows; report,
-as sent, but it is to be counted only. Prints what each rank raises, and what was counted.
+HOW: sent, rank 1 has an infinite and NaN gradients; report, the same, to be counted only; workers,
+the second of rank 1's two workers has one; sum, the sum of a ring overflows. Prints what each rank
+raises, and what was counted.
 """
 
 import sys
@@ -21,11 +22,18 @@ for param in model.params():
     param.grad = np.ones(param.shape, np.float32)
 if how == 'sum':
     model.edge.grad[2] = 60000
-elif comm.rank == 1:
+elif comm.rank == 1 and how != 'workers':
     model.conv.grad[0, 0, 0] = 1e9
     model.edge.grad[1:3] = np.nan
 try:
-    comm.multi_node_mean_grad(model)
+    if how == 'workers':
+        comm.add_grad(model)
+        if comm.rank == 1:
+            model.conv.grad[0, 0, 0] = 1e9
+        comm.add_grad(model)
+        comm.mean_grad(model)
+    else:
+        comm.multi_node_mean_grad(model)
     print(f'rank {comm.rank}: {np.isnan(model.edge.grad).sum()} NaN', flush=True)
 except extensions.NonFiniteGradients as error:
     print(f'rank {comm.rank}: {error}', flush=True)
