@@ -435,12 +435,15 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
             kernels.add(self._wire, self._sum)
 
     def _exact_mean(self):
-        partial = self._wire if self._n_added == 1 else self._sum
-        received = chunks = partial.reshape(self.size, -1)
-        if self.size > 1:
-            self._received = _buffer(self._received, chunks.size, chunks.dtype)
-            received = self._received.reshape(chunks.shape)
-            self.mpi_comm.Alltoall(_bytes(chunks), _bytes(received))
+        if self._n_added > 1:  # in place: there is no second buffer of this size
+            received = self._sum.reshape(self.size, -1)
+            self.mpi_comm.Alltoall(MPI.IN_PLACE, _bytes(received))
+        elif self.size > 1:
+            self._received = _buffer(self._received, self._wire.size, self._wire.dtype)
+            received = self._received.reshape(self.size, -1)
+            self.mpi_comm.Alltoall(_bytes(self._wire), _bytes(received))
+        else:
+            received = self._wire.reshape(1, -1)
         n_workers = self._n_added * self.size
         mean = self._wire.reshape(self.size, -1)[self.rank]
         total = np.empty(min(_BLOCK, mean.size), np.float64)

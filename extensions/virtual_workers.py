@@ -44,6 +44,9 @@ class VirtualWorkersUpdater(training.Updater):
 
     Attributes:
         iteration (int): Updates done.
+        images_done (int): Images of all workers that were used, those of the iteration under way
+            included, as far as this process knows.
+        after_worker (callable): Called after each of this process's workers; None by default.
         losses (list): An array of this process's workers' losses for each iteration since the list
             was last cleared; kept for :class:`MeanTrainingLoss`, None without it.
 
@@ -73,6 +76,8 @@ class VirtualWorkersUpdater(training.Updater):
         optimizer.use_auto_new_epoch = True
         self.iteration = 0
         self.losses = None
+        self.after_worker = None
+        self._n_played = 0  # workers, in the iteration under way
         self._batches = batches
         self._optimizer = optimizer
         self._loss_function = loss_function
@@ -95,6 +100,11 @@ class VirtualWorkersUpdater(training.Updater):
         return max(self.iteration - 1, 0) * self._total_batch_size / self._n_images
 
     @property
+    def images_done(self):
+        share = self._n_played * self._total_batch_size // len(self.workers)
+        return self.iteration * self._total_batch_size + share
+
+    @property
     def is_new_epoch(self):
         return int(self.previous_epoch_detail) < self.epoch
 
@@ -113,6 +123,7 @@ class VirtualWorkersUpdater(training.Updater):
     def update(self):
         model = self._optimizer.target
         losses = []
+        self._n_played = 0
         if self._batch_statistics:
             self._batch_statistics.clear()
         for worker in self.workers:
@@ -125,12 +136,15 @@ class VirtualWorkersUpdater(training.Updater):
             self._gradients.add_grad(model)
             if self._batch_statistics:
                 self._batch_statistics.add_worker()
+            self._n_played += 1
+            if self.after_worker:
+                self.after_worker()
         try:
             self._gradients.mean_grad(model)
         except NonFiniteGradients as error:
             raise NonFiniteGradients(f'iteration {self.iteration + 1}: {error}') from None
         self._optimizer.update()
-        self.iteration += 1
+        self.iteration, self._n_played = self.iteration + 1, 0
         if self.is_new_epoch:
             self._optimizer.new_epoch(auto=True)
         if self.losses is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import resource
 import time
 
 import chainer
@@ -128,10 +129,11 @@ def arithmetic_of(device) -> str:
 
 
 class Progress(training.Extension):
-    """Prints a line with images/s and the time left, at most one in ``seconds``.
+    """Prints a line with images/s and the time left, at most one in ``seconds``, also within an
+    iteration, between the workers that a process plays.
 
     Always whole lines, never a line drawn over: what mpiexec gives a rank looks like a terminal
-        even where it ends in a file.
+    even where it ends in a file.
     """
 
     trigger = (1, 'iteration')
@@ -144,20 +146,22 @@ class Progress(training.Extension):
         self._last = None
 
     def initialize(self, trainer):
-        self._last = (time.monotonic(), trainer.updater.iteration)
+        self._last = (time.monotonic(), trainer.updater.images_done)
+        trainer.updater.after_worker = lambda: self(trainer)
 
     def __call__(self, trainer):
-        now, iteration = time.monotonic(), trainer.updater.iteration
+        now, images = time.monotonic(), trainer.updater.images_done
         then, before = self._last
         if now - then < self._seconds:
             return
-        self._last = (now, iteration)
-        rate = (iteration - before) / (now - then)
-        left = duration((self._n_iterations - iteration) / rate)
+        self._last = (now, images)
+        rate = (images - before) / (now - then)
+        left = duration((self._n_iterations * self._total_batch_size - images) / rate)
+        iteration, within = divmod(images, self._total_batch_size)
+        part = f' + {within:,} of {self._total_batch_size:,} images' if within else ''
         print(
-            f'  iteration {iteration:,} of {self._n_iterations:,}, '
-            f'epoch {trainer.updater.epoch_detail:.2f}, '
-            f'{rate * self._total_batch_size:,.0f} images/s, {left} left',
+            f'  iteration {iteration:,} of {self._n_iterations:,}{part}, '
+            f'epoch {trainer.updater.epoch_detail:.2f}, {rate:,.0f} images/s, {left} left',
             flush=True,
         )
 
@@ -218,7 +222,13 @@ def write_settings(settings, out: str):
     _write_json(dataclasses.asdict(settings), os.path.join(out, 'settings.json'))
 
 
-def summarize(settings, comm, trainer, log) -> dict:
+def peak_memory(comm) -> int:
+    """Most memory that a process of the job has had, in bytes. Collective."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux
+    return 1024 * comm.mpi_comm.allreduce(kilobytes, MPI.MAX)
+
+
+def summarize(settings, comm, trainer, log, peak_memory) -> dict:
     """Writes ``summary.json`` and the final ``curves.png``.
 
     Args:
@@ -226,6 +236,7 @@ def summarize(settings, comm, trainer, log) -> dict:
         comm (~chainermn.CommunicatorBase): Its processes.
         trainer (~chainer.training.Trainer): After its run.
         log (list of dict): Of the LogReport.
+        peak_memory (int): From :func:`peak_memory`.
 
     Returns:
         dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the
@@ -245,6 +256,7 @@ def summarize(settings, comm, trainer, log) -> dict:
         'processes': comm.size,
         'total_batch_size': settings.total_batch_size,
         'seconds': trainer.elapsed_time,
+        'peak_memory_bytes': peak_memory,
         'images_per_second': iterations * settings.total_batch_size / trainer.elapsed_time,
         'versions': versions(),
     }

@@ -45,7 +45,7 @@ def main(argv=None):
     settings, dry_run = job.on_rank_zero(mpi, lambda: parse(arguments, mpi.size, __doc__))
     if dry_run:
         job.on_rank_zero(mpi, lambda: print_plan(settings))
-        return
+        return None
 
     # Half-precision all-reduce: gradients are float16 on the wire, float32 everywhere else.
     comm = job.on_every_rank(
@@ -156,10 +156,16 @@ def main(argv=None):
 
     with batches:
         trainer.run(show_loop_exception_msg=False)
+    peak_memory = report.peak_memory(comm)
     if comm.rank == 0:
         chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
-        summary = report.summarize(settings, comm, trainer, log_report.log)
-        print(f'top-1 {summary["top1"]:.2%}; results in {settings.out}', flush=True)
+        summary = report.summarize(settings, comm, trainer, log_report.log, peak_memory)
+        print(
+            f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB a process; '
+            f'results in {settings.out}',
+            flush=True,
+        )
+    return trainer
 
 
 def decayed_parameters(model):

@@ -57,10 +57,19 @@ def test_smoke_run_reaches_95_percent(train, tmp_path):
     assert json.loads((out / 'settings.json').read_text())['preset'] == 'smoke'
     assert {'conv1/W', 'fc/b', 'bn1/avg_mean'} < set(np.load(out / 'model.npz').files)
     last_line = done.stdout.strip().splitlines()[-1]
-    assert last_line == f'top-1 {summary["top1"]:.2%}; results in {out}'
+    mebibytes = summary['peak_memory_bytes'] / 2**20
+    assert 100 < mebibytes < 1000
+    assert last_line == (
+        f'top-1 {summary["top1"]:.2%}; at most {mebibytes:,.0f} MiB a process; results in {out}'
+    )
     assert (
         done.stdout.count('alpha_rmsprop') == done.stdout.count('total batch') == 1
     )  # rank 0 alone
+    chosen = r'^communicator  HalfPrecisionMpiCommunicator; auto: rank 0 on \S+ .*GPU'
+    assert re.search(chosen, done.stdout, re.MULTILINE)
+    assert 'all-reduce    float16, exact sum\n' in done.stdout
+    assert log[-1]['cast/inf'] == log[-1]['cast/nan'] == 0 < log[-1]['cast/flushed'] < 0.01
+    assert f'{log[-1]["cast/flushed"]:.2%}' in done.stdout
     assert re.search(r'iteration \d+ of \d+, epoch .* images/s, .* left', done.stdout)
 
 
