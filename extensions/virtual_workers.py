@@ -209,7 +209,8 @@ class MeanTrainingLoss(training.Extension):
     """Reports ``main/loss``: the mean over the iterations since the last call and over all workers.
 
     One message per call; the sum is in float64, iteration by iteration and in the order of the
-    workers, whatever P is.
+    workers, whatever P is. What was not reported yet can be saved, and loaded on another number of
+    processes, after :meth:`gather`.
 
     Args:
         comm (~chainermn.CommunicatorBase): The processes of a :class:`VirtualWorkersUpdater`.
@@ -220,12 +221,23 @@ class MeanTrainingLoss(training.Extension):
 
     def __init__(self, comm):
         self._comm = comm
+        self._updater = None
+        self._losses = None  # [iterations, workers], of all processes
 
     def initialize(self, trainer):
-        trainer.updater.losses = []
+        self._updater = trainer.updater
+        self._updater.losses = []
 
     def __call__(self, trainer):
-        losses = trainer.updater.losses
+        self.gather()
+        reporter.report({'main/loss': float(self._losses.mean())})
+        self._losses = None
+
+    def gather(self):
+        """Gives every process the losses of all. Collective; to be called before it is saved."""
+        losses = self._updater.losses
+        if not losses:
+            return
         xp = chainer.backend.get_array_module(losses[0])
         local = np.ascontiguousarray(
             chainer.backends.cuda.to_cpu(xp.stack(losses)), dtype=np.float64
@@ -233,5 +245,14 @@ class MeanTrainingLoss(training.Extension):
         losses.clear()
         everyone = np.empty((self._comm.size, *local.shape))
         self._comm.mpi_comm.Allgather(local, everyone)
-        by_iteration = np.concatenate(list(everyone), axis=1)  # [iterations, workers]
-        reporter.report({'main/loss': float(by_iteration.mean())})
+        gathered = [np.concatenate(list(everyone), axis=1)]
+        if self._losses is not None:
+            gathered.insert(0, self._losses)
+        self._losses = np.concatenate(gathered)
+
+    def serialize(self, serializer):
+        if isinstance(serializer, chainer.Serializer):
+            serializer('losses', np.empty((0, 0)) if self._losses is None else self._losses)
+        else:
+            losses = serializer('losses', None)
+            self._losses = losses if losses.size else None

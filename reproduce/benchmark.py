@@ -5,6 +5,8 @@ python -m reproduce.benchmark statistics      the all-reduce of BN statistics, o
 python -m reproduce.benchmark allreduce       the all-reduce of ResNet-50's gradients, on 4 ranks
 python -m reproduce.benchmark precision       what float16 costs the mean of ResNet-50's gradients:
                                               8, 64 and 1,024 workers played by this process
+python -m reproduce.benchmark workers         8 virtual workers against Chainer's StandardUpdater
+python -m reproduce.benchmark invariance      8 workers on 1, 2, 4 and 8 processes: the same bits?
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -198,19 +201,115 @@ def slowest_rank(title, candidates, repeat, comm, ours) -> dict | None:
     return table(f'{title}, {where}', slowest, ours)
 
 
-def start_ranks(n: int, arguments) -> int:
-    """Runs this program under mpiexec; returns its exit status."""
+def workers(repeat: int) -> dict:
+    """256 images by 8 virtual workers of this process, and by 8 updates of plain ones."""
+    import extensions  # isort: skip
+    import chainer
+    import chainer.functions as F
+
+    from reproduce.resnet50 import ResNet50
+
+    n, b = 8, 32
+    rng = np.random.RandomState(0)
+    x = rng.standard_normal((b, 3, 32, 32)).astype(np.float32)
+    t = rng.randint(10, size=b).astype(np.int32)
+    comm = extensions.create_communicator('mpi')
+
+    def optimizer():
+        return extensions.RMSpropWarmup(0.01).setup(ResNet50(10, width=16, seed=0))
+
+    def virtual(n_workers):
+        target = optimizer()
+        updater = extensions.VirtualWorkersUpdater(
+            lambda iteration, worker: (x, t),
+            target,
+            lambda x, t: F.softmax_cross_entropy(target.target(x), t),
+            comm,
+            n_workers,
+            (n_workers * b, 10**6),
+            batch_statistics=extensions.AllreduceBatchStatistics(target.target, comm),
+        )
+        return lambda: [updater.update() for _ in range(n // n_workers)]
+
+    def standard():
+        target = optimizer()
+        iterator = chainer.iterators.SerialIterator(
+            chainer.datasets.TupleDataset(x, t), b, shuffle=False
+        )
+        updater = chainer.training.StandardUpdater(
+            iterator,
+            target,
+            converter=lambda batch, device: (x, t),
+            loss_func=lambda x, t: F.softmax_cross_entropy(target.target(x), t),
+        )
+        return lambda: [updater.update() for _ in range(n)]
+
+    ours = f'VirtualWorkersUpdater, {n} workers'
+    candidates = {
+        ours: virtual(n),
+        f'the same, 1 worker, {n} updates': virtual(1),
+        f'chainer StandardUpdater, {n} updates': standard(),
+    }
+    title = f'{n} x {b} images through a ResNet-50 of width 16'
+    return table(title, side_by_side(candidates, repeat), ours)
+
+
+def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
+    """Trains with 8 workers on several numbers of processes, and prints digests of the results.
+
+    Each run is 45 iterations of 64 digits, over the border of an epoch, augmented, with loader
+    processes.
+
+    Args:
+        layouts (tuple): Pairs of processes and workers each.
+
+    Returns:
+        bool: Whether all runs gave the same bits.
+    """
+    found = []
+    for processes, each in layouts:
+        with tempfile.TemporaryDirectory() as out:
+            options = f'--preset smoke --workers {processes * each} --local-batch-size 8 --epochs 2'
+            done = start_ranks(
+                processes,
+                [out, *options.split(), '--width', '8', '--communicator', 'mpi'],
+                'reproduce.invariance',
+                stdout=subprocess.DEVNULL,
+            )
+            if done.returncode:
+                sys.exit(done.returncode)
+            found.append(json.loads((Path(out) / 'digests.json').read_text()))
+        if len(found) == 1:
+            print(f'{"processes x workers each":26}' + ''.join(f'{n:18}' for n in found[0]))
+        row = ''.join(f'{digest[:16]:18}' for digest in found[-1].values())
+        print(f'{processes:9} x {each:<14}{row}', flush=True)
+    same = all(digests == found[0] for digests in found)
+    print('the same bits' if same else 'the bits differ')
+    return same
+
+
+_MEASURES = {
+    'update': update,
+    'statistics': statistics,
+    'allreduce': allreduce,
+    'workers': workers,
+}
+
+
+def start_ranks(n: int, arguments, module='reproduce.benchmark', **options):
+    """Runs a module under mpiexec; returns the CompletedProcess."""
     beside = Path(sys.executable).parent / 'mpiexec'
     mpiexec = os.environ.get('MPIEXEC') or (str(beside) if beside.exists() else 'mpiexec')
     environment = {
         'PRTE_MCA_rmaps_default_mapping_policy': ':oversubscribe',
         'OMPI_MCA_rmaps_base_oversubscribe': '1',  # the same for Open MPI 4
+        **{name: '1' for name in _THREADS},
         **os.environ,
     }
     if os.geteuid() == 0:
         environment.update(OMPI_ALLOW_RUN_AS_ROOT='1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM='1')
-    command = [mpiexec, '-n', str(n), sys.executable, '-m', 'reproduce.benchmark', *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+    command = [mpiexec, '-n', str(n), sys.executable, '-m', module, *arguments]
+    return subprocess.run(command, env=environment, check=False, **options)
 
 
 def study_precision(parser, options):
@@ -239,7 +338,7 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('what', choices=('update', 'statistics', 'allreduce', 'precision'))
+    parser.add_argument('what', choices=[*_MEASURES, 'precision', 'invariance'])
     parser.add_argument('--ranks', type=int, help='of statistics [16] and allreduce [4]')
     parser.add_argument('--repeat', type=int, default=15, help='rounds that count [15]')
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
@@ -253,14 +352,15 @@ def main():
     if options.what == 'precision':  # with all cores
         study_precision(parser, options)
         return
+    if options.what == 'invariance':
+        sys.exit(0 if invariance() else 1)
     for name in _THREADS:
         os.environ.setdefault(name, '1')
     is_rank = any(name in os.environ for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'))
     ranks = {'statistics': 16, 'allreduce': 4}.get(options.what)
     if ranks and not is_rank:
-        sys.exit(start_ranks(options.ranks or ranks, sys.argv[1:]))
-    measure = {'update': update, 'statistics': statistics, 'allreduce': allreduce}[options.what]
-    result = measure(options.repeat)
+        sys.exit(start_ranks(options.ranks or ranks, sys.argv[1:]).returncode)
+    result = _MEASURES[options.what](options.repeat)
     if result is not None and options.json:
         content = {'benchmark': options.what, 'machine': platform.platform(), 'figures': result}
         content['python'], content['numpy'] = platform.python_version(), np.__version__

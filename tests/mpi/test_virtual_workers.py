@@ -261,6 +261,25 @@ def test_same_bits_however_the_workers_are_spread(train, processes):
                 np.testing.assert_array_equal(result[name], alone[name], err_msg=name)
 
 
+@pytest.mark.parametrize('stop', [3, 5])
+def test_same_bits_when_it_goes_on_with_another_number_of_processes(mpirun, train, tmp_path, stop):
+    """Stopped at the end of an epoch and in the middle of one."""
+    whole = train(1)[0]
+    run, small = (N, 'mpi', 'float16', 'mean'), PROGRAMS / 'train_small.py'
+    done = mpirun(2, small, tmp_path, *run, stop)
+    assert done.returncode == 0, done.stdout
+    for processes in (1, 3, 6):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        done = mpirun(processes, small, out, *run, STEPS, tmp_path / 'state.npz')
+        assert done.returncode == 0, done.stdout
+        for rank in range(processes):
+            result = np.load(out / f'{rank}.npz')
+            for name in whole:
+                if name not in ('mean', 'var'):
+                    np.testing.assert_array_equal(result[name], whole[name], err_msg=name)
+
+
 @pytest.mark.parametrize('processes', [1, 2, 6])
 def test_chainermns_own_communicator_gives_the_same_numbers(train, processes):
     ours = train(1, dtype='float32')[0]

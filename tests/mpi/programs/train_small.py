@@ -1,5 +1,8 @@
-"""Trains a small network with virtual workers and saves everything: train_small.py OUT WORKERS
-COMMUNICATOR DTYPE POOLED."""
+"""Trains a small network with virtual workers and saves everything.
+
+train_small.py OUT WORKERS COMMUNICATOR DTYPE POOLED [ITERATIONS [STATE]], where STATE is what an
+earlier run has saved as OUT/state.npz.
+"""
 
 import sys
 
@@ -11,6 +14,7 @@ from chainer.training import extensions as chainer_extensions
 from tests_common import BATCH, IMAGES, VALIDATION, Network, minibatch, validation_set
 
 out, n_workers, name, dtype, pooled = sys.argv[1:6]
+n_iterations = int(sys.argv[6]) if len(sys.argv) > 6 else 7
 n_workers = int(n_workers)
 comm = extensions.create_communicator(name, dtype)
 model = Network(seed=comm.rank)  # different on every rank: the broadcast must matter
@@ -40,15 +44,25 @@ evaluator = extensions.ExactEvaluator(
     VALIDATION,
     converter=device.send,
 )
-trainer = chainer.training.Trainer(updater, (7, 'iteration'), out)
+trainer = chainer.training.Trainer(updater, (n_iterations, 'iteration'), out)
 trainer.extend(evaluator)  # the wrong way round, on purpose
-trainer.extend(extensions.MeanTrainingLoss(comm))
+reports = [extensions.MeanTrainingLoss(comm)]
+if hasattr(comm, 'cast_counts'):
+    reports.append(extensions.CastReport(comm))
+for report in reports:
+    trainer.extend(report)
 trainer.extend(statistics)
 trainer.extend(extensions.StepLearningRate(*epoch_size, epochs=2))
 trainer.extend(extensions.AlphaSGDSchedule(*epoch_size, epochs=2))
 log = chainer_extensions.LogReport(filename=None)
 trainer.extend(log)
+if len(sys.argv) > 7:
+    chainer.serializers.load_npz(sys.argv[7], trainer)
 trainer.run()
+for report in reports:
+    report.gather()
+if comm.rank == 0:
+    chainer.serializers.save_npz(f'{out}/state.npz', trainer)
 model.to_device('@numpy')
 rule_states = {
     f'{kind}{n}': chainer.backends.cuda.to_cpu(p.update_rule.state[kind])
@@ -64,6 +78,7 @@ np.savez(
     t=optimizer.t,
     epochs=[entry['epoch'] for entry in log.log],
     iterations=[entry['iteration'] for entry in log.log],
+    flushed=[entry.get('cast/flushed', 0) for entry in log.log],
     loss=[entry['main/loss'] for entry in log.log],
     validation_loss=[entry['validation/main/loss'] for entry in log.log],
     accuracy=[entry['validation/main/accuracy'] for entry in log.log],
