@@ -5,6 +5,8 @@ python -m reproduce.benchmark statistics      the all-reduce of BN statistics, o
 python -m reproduce.benchmark allreduce       the all-reduce of ResNet-50's gradients, on 4 ranks
 python -m reproduce.benchmark precision       what float16 costs the mean of ResNet-50's gradients:
                                               8, 64 and 1,024 workers played by this process
+python -m reproduce.benchmark accumulation    8 workers against gradient accumulation, and against
+                                              one large batch
 python -m reproduce.benchmark workers         8 virtual workers against Chainer's StandardUpdater
 python -m reproduce.benchmark invariance      8 workers on 1, 2, 4 and 8 processes: the same bits?
 """
@@ -326,6 +328,9 @@ def study_precision(parser, options):
         workers, options.local_batch_size, options.image_size, options.image_root
     )
     try:
+        if options.what == 'accumulation':
+            precision.accumulation(study)
+            return
         precision.run(study, options.out)
     except (DataError, OSError, ValueError) as error:
         parser.error(str(error))
@@ -338,18 +343,18 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('what', choices=[*_MEASURES, 'precision', 'invariance'])
+    parser.add_argument('what', choices=[*_MEASURES, 'precision', 'accumulation', 'invariance'])
     parser.add_argument('--ranks', type=int, help='of statistics [16] and allreduce [4]')
     parser.add_argument('--repeat', type=int, default=15, help='rounds that count [15]')
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
-    group = parser.add_argument_group('precision')
+    group = parser.add_argument_group('precision and accumulation')
     group.add_argument('--workers', default='8,64,1024', help='numbers of workers [8,64,1024]')
     group.add_argument('--image-root', metavar='FOLDER', help='CLASS/FILE [the digits that ship]')
     group.add_argument('--image-size', type=int, default=32, help='pixels [32]')
     group.add_argument('--local-batch-size', type=int, default=32, help='images of a worker [32]')
     group.add_argument('--out', default='results/precision', help='folder [results/precision]')
     options = parser.parse_args()
-    if options.what == 'precision':  # with all cores
+    if options.what in ('precision', 'accumulation'):  # with all cores
         study_precision(parser, options)
         return
     if options.what == 'invariance':

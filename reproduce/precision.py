@@ -114,11 +114,81 @@ class Gradients:
     def __call__(self, worker):
         self._backward(self._steps + worker)
 
-    def _backward(self, step):
+    def minibatch(self, worker):
+        return self._minibatch(self._steps + worker)
+
+    def _minibatch(self, step):
         pixels, t = self._loader.train_batch(step, 0)
-        x = images.normalize(pixels, images.MEAN, images.STD, np)
+        return images.normalize(pixels, images.MEAN, images.STD, np), t
+
+    def _backward(self, step):
+        self.backward(*self._minibatch(step))
+
+    def backward(self, x, t):
         self.model.cleargrads()
         F.softmax_cross_entropy(self.model(x), t).backward()
+
+
+def accumulation(study: Study) -> dict:
+    """What other ways to a total batch make of the same images: prints a table.
+
+    The step of n workers of the paper (each its own batch statistics, float16 on the wire, the
+    workers' statistics averaged for the validation) against gradient accumulation in float32, which
+    keeps the last minibatch's statistics, and against one large batch that is normalized as a
+    whole. Differences are relative L2 norms, as in :func:`run`.
+
+    Returns:
+        dict: Name of the other way to the differences of gradients, and of the means and variances
+            of BN that the validation would use.
+    """
+    n = study.workers[0]
+    with tempfile.TemporaryDirectory() as folder:
+        digits.write_image_folder(Path(folder) / 'digits')
+        root = study.image_root or Path(folder) / 'digits' / 'train'
+        gradient_of = Gradients(study, images.list_images(root))
+        gradient_of.train()
+        model = gradient_of.model
+        comm = extensions.create_communicator('mpi')
+        statistics = extensions.AllreduceBatchStatistics(model, comm)
+        total = 0
+        for worker in range(n):
+            gradient_of(worker)
+            total = total + _flat(model, 'grad')
+            comm.add_grad(model)
+            statistics.add_worker()
+        accumulated = [total / np.float32(n), _flat(model, 'avg_mean'), _flat(model, 'avg_var')]
+        comm.mean_grad(model)
+        statistics()
+        ours = [_flat(model, kind) for kind in ('grad', 'avg_mean', 'avg_var')]
+        batches = [gradient_of.minibatch(worker) for worker in range(n)]
+        gradient_of.backward(*map(np.concatenate, zip(*batches)))
+        whole = [_flat(model, kind) for kind in ('grad', 'avg_mean', 'avg_var')]
+    result = {
+        'gradient accumulation in float32': _distances(accumulated, ours),
+        f'one batch of {n * study.local_batch_size}, normalized as a whole': _distances(
+            whole, ours
+        ),
+    }
+    print(f'{f"against {n} workers x {study.local_batch_size}":44}', end='')
+    print(f'{"gradient":>12}{"BN mean":>12}{"BN variance":>14}')
+    for name, (grad, mean, variance) in result.items():
+        print(f'{name:44}{grad:>12.1e}{mean:>12.1e}{variance:>14.1e}')
+    return result
+
+
+def _flat(model, kind):
+    if kind == 'grad':
+        arrays = [param.grad for _, param in sorted(model.namedparams())]
+    else:
+        links = [link for link in model.links() if isinstance(link, L.BatchNormalization)]
+        arrays = [getattr(link, kind) for link in links]
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def _distances(arrays, references):
+    return tuple(
+        float(np.linalg.norm(a - r) / np.linalg.norm(r)) for a, r in zip(arrays, references)
+    )
 
 
 def _measure(gradient_of, n, progress):

@@ -112,6 +112,18 @@ def counts_of(workers, dtype, scale):
     return counts
 
 
+def test_ring_of_more_workers_than_float16_can_count():
+    """The sum of 2,049 ones stays at 2,048; divided by 2,049, and not by float16(2,049) = 2,048."""
+    comm = create_communicator('mpi', accumulate='ring')
+    model = model_of({'/a': np.zeros(3)})
+    model.a.grad = np.ones(3, np.float32)
+    for _ in range(2049):
+        comm.add_grad(model)
+    comm.mean_grad(model)
+    np.testing.assert_array_equal(model.a.grad, np.float16(2048 / 2049))
+    assert np.float16(2048 / 2049) < 1
+
+
 def test_ring_and_exact_sum_differ_and_float32_from_float16():
     wires = [sent(worker, 'float16') for worker in range(4)]
     exact = exact_mean(wires, 'float16')['/conv']

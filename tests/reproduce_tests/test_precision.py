@@ -52,3 +52,27 @@ def test_errors_are_those_of_the_definition(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f'{result["errors"][3]["convolution"]["float16, sum of a ring"]:.2e}' in out
     assert f'made {flushed:.2%} of the non-zero gradients zero' in out
+
+
+@pytest.mark.slow
+def test_other_ways_to_a_total_batch(tmp_path, capsys):
+    study = precision.Study(workers=(3,), local_batch_size=2, steps=1)
+    result = precision.accumulation(study)
+    digits.write_image_folder(tmp_path / 'digits')
+    gradient_of = precision.Gradients(study, images.list_images(tmp_path / 'digits' / 'train'))
+    gradient_of.train()
+    link, gradients, means = gradient_of.model.res5[2].bn2, [], []
+    for worker in range(3):
+        gradient_of(worker)
+        gradients.append(np.concatenate([p.grad.ravel() for p in gradient_of.model.params()]))
+        means.append(link.avg_mean.copy())
+    ours = np.mean([g.astype(np.float16) for g in gradients], axis=0, dtype=np.float64)
+    ours = ours.astype(np.float16).astype(np.float64)
+    plain = np.mean(gradients, axis=0, dtype=np.float64)
+    (grad, mean, variance), whole = result.values()
+    assert grad == pytest.approx(np.linalg.norm(plain - ours) / np.linalg.norm(ours), rel=1e-3)
+    # Other links differ as much as this one.
+    one = np.linalg.norm(means[-1] - np.mean(means, axis=0)) / np.linalg.norm(np.mean(means, 0))
+    assert one / 3 < mean < one * 3
+    assert 1e-3 < variance and min(whole) > 1e-3 > grad
+    assert f'{grad:.1e}' in capsys.readouterr().out
