@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.mpi
+SMOKE = ('--preset', 'smoke')
 
 
 @pytest.fixture
@@ -73,22 +76,41 @@ def test_smoke_run_reaches_95_percent(train, tmp_path):
     assert re.search(r'iteration \d+ of \d+, epoch .* images/s, .* left', done.stdout)
 
 
-def test_same_bits_on_1_2_and_3_processes(train, tmp_path):
+@pytest.mark.slow
+def test_same_bits_on_1_2_4_and_8_processes(root, tmp_path):
     """The whole program, with loader processes, augmentation and an epoch's border."""
-    models, summaries = [], []
-    for n in (1, 2, 3):
-        out = tmp_path / str(n)
-        options = '--preset smoke --workers 6 --local-batch-size 64 --epochs 2 --width 4'.split()
-        done = train(n, *options, '--out', out)
+    done = subprocess.run(
+        [sys.executable, '-m', 'reproduce.benchmark', 'invariance'],
+        cwd=root,
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    head, *rows, verdict = done.stdout.splitlines()
+    assert head.split()[-2:] == ['losses', 'validation'] and verdict == 'the same bits'
+    assert [tuple(row.split()[:3]) for row in rows] == [
+        (str(n), 'x', str(8 // n)) for n in (1, 2, 4, 8)
+    ]
+    digests = {tuple(row.split()[3:]) for row in rows}
+    assert len(digests) == 1 and len(set(*digests)) == 5
+
+
+@pytest.mark.slow
+def test_1024_workers_need_one_buffer_more_than_2(train, tmp_path):
+    peaks = {}
+    for workers in (2, 1024):
+        out = tmp_path / str(workers)
+        done = train(
+            2, *SMOKE, '--workers', workers, '--local-batch-size', 1, '--epochs', 1, '--out', out
+        )
         assert done.returncode == 0, done.stdout
-        models.append(np.load(out / 'model.npz'))
-        summaries.append(summary_of(out))
-    for n, model, summary in zip((1, 2, 3), models, summaries):
-        assert summary['processes'] == n and summary['validation_images'] == 360
-        assert summary['training_loss'] == summaries[0]['training_loss']
-        assert summary['top1'] == summaries[0]['top1']
-        for name in models[0].files:
-            np.testing.assert_array_equal(model[name], models[0][name], err_msg=name)
+        peaks[workers] = summary_of(out)['peak_memory_bytes']
+    assert re.search(r'iteration \d of 2 \+ [\d,]+ of 1,024 images, .* left', done.stdout)
+    buffer = 8 * 1_486_106
+    assert peaks[1024] - peaks[2] < 1.2 * buffer
 
 
 def test_all_ranks_start_from_rank_zeros_values(train, mpirun, root, tmp_path):
@@ -161,7 +183,6 @@ def test_help_is_printed_once(train):
     assert '3,519' not in done.stdout and 'eta_RMSprop' in done.stdout
 
 
-SMOKE = ('--preset', 'smoke')
 BAD = {
     'missing folder': (2, ['--train-root', '{top}/none', '--val-root', '{top}/val'], '{top}/none'),
     'empty class': (2, ['--train-root', '{bad}/train', '--val-root', '{top}/val'], 'train/empty'),
