@@ -56,8 +56,8 @@ def create_communicator(
             addition.
         gradient_scale (float): A power of two: gradients are multiplied with it in float32 before
             they are rounded, and their mean is divided by it. The paper has none.
-        stop_on_nonfinite (bool): An infinite or NaN mean is an error, raised on every rank before
-            the update.
+        stop_on_nonfinite (bool): Of ``'mpi'`` and ``'pure_nccl'``: an infinite or NaN mean is an
+            error, raised on every rank before the update.
 
     Returns:
         ~chainermn.CommunicatorBase: Its attribute ``reason`` tells in words why this one. On GPUs,

@@ -7,12 +7,14 @@ import types
 from pathlib import Path
 
 import chainer
+import chainermn
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import extensions
 import reproduce
-from extensions import rmsprop_warmup
+from extensions import gpus, rmsprop_warmup
 
 if importlib.util.find_spec('cupy') is None:
     pytest.skip('no CuPy: EXTRAS=gpu ./run_mpi.sh installs it', allow_module_level=True)
@@ -158,3 +160,17 @@ def test_the_search_for_attributes_finds_what_is_missing():
     source = 'cuda.cupy.cuda.runtime.nonesuch()\nxp.nothing.of_the_kind\nself.xp.sqrt(x).any\nx.y'
     found = set(missing(named_attributes(source), {'cuda': chainer.backends.cuda}))
     assert found == {'cuda.cupy.cuda.runtime.nonesuch', 'xp.nothing', 'xp.nothing.of_the_kind'}
+
+
+def test_the_communicator_of_gpus_is_made_and_split():
+    """With NCCL's library, but nothing allocated."""
+    assert chainermn.nccl._available and gpus.look(0).obstacle
+    comm = extensions.HalfPrecisionNcclCommunicator(MPI.COMM_SELF, 'float16', gradient_scale=4)
+    part = comm.split(0, 0)
+    for one in (comm, part):
+        assert type(one) is extensions.HalfPrecisionNcclCommunicator
+        assert one.get_config('gradient_scale') == 4
+        assert one.get_config('allreduce_grad_dtype') == np.float16
+        assert one.get_config('batched_copy') is True
+    part.set_config('stop_on_nonfinite', False)
+    assert comm.get_config('stop_on_nonfinite') and not part.get_config('stop_on_nonfinite')

@@ -12,7 +12,6 @@ from extensions import (
     CastReport,
     CommunicatorError,
     HalfPrecisionMpiCommunicator,
-    HalfPrecisionNcclCommunicator,
     create_communicator,
 )
 
@@ -404,13 +403,3 @@ def test_pure_nccl_on_gpus(mpirun, tmp_path, gpu, processes, scale):
             largest = np.max([np.abs(gradients(w)[name]) for w in range(processes)], axis=0)
             tolerance = processes * 2**-11 * largest + 2**-24 / scale
             assert np.all(np.abs(actual[name] - expected) <= tolerance)
-
-
-def test_pure_nccl_keeps_its_options():
-    nccl = pytest.importorskip('cupy.cuda.nccl')
-    assert nccl.get_version() >= 2000
-    comm = HalfPrecisionNcclCommunicator(MPI.COMM_WORLD, 'float16', gradient_scale=4)
-    part = comm.split(0, 0)
-    assert type(part) is HalfPrecisionNcclCommunicator
-    assert part.get_config('gradient_scale') == 4
-    assert part.get_config('allreduce_grad_dtype') == np.float16
