@@ -8,6 +8,7 @@ here knows of ImageNet.
 from extensions import numpy_compatibility  # noqa: F401  isort: skip
 
 from extensions.batch_statistics import AllreduceBatchStatistics
+from extensions.checkpoint import Checkpointer, CheckpointError, Stopped
 from extensions.evaluation import ExactEvaluator
 from extensions.gpus import CommunicatorError
 from extensions.half_precision import (
@@ -33,6 +34,8 @@ __all__ = [
     'AllreduceBatchStatistics',
     'AlphaSGDSchedule',
     'CastReport',
+    'CheckpointError',
+    'Checkpointer',
     'CommunicatorError',
     'ExactEvaluator',
     'HalfPrecisionMpiCommunicator',
@@ -42,6 +45,7 @@ __all__ = [
     'RMSpropWarmup',
     'RMSpropWarmupRule',
     'StepLearningRate',
+    'Stopped',
     'VirtualWorkersUpdater',
     'alpha_rmsprop',
     'alpha_sgd',

@@ -11,9 +11,12 @@ from chainer.training import extension
 from mpi4py import MPI
 
 
-def shard(rank, size, n_images) -> tuple[int, int]:
-    """The images [start, stop) of a process; all processes together have each image once."""
-    return rank * n_images // size, (rank + 1) * n_images // size
+def shard(rank, size, n_images, batch_size=1) -> tuple[int, int]:
+    """The images [start, stop) of a process, whole minibatches; all processes together have each
+    image once."""
+    n_batches = -(-n_images // batch_size)
+    start, stop = (r * n_batches // size * batch_size for r in (rank, rank + 1))
+    return min(start, n_images), min(stop, n_images)
 
 
 class ExactEvaluator(training.Extension):
@@ -21,7 +24,9 @@ class ExactEvaluator(training.Extension):
 
     ChainerMN's own way pads the shards with duplicates (176 of 50,000 at 1,024 workers) and
     averages the workers' means; both bias top-1. Here the correct images and the images themselves
-    are summed as integers, the losses in float64, over all processes; a process may have no image.
+    are summed as integers over all processes; a process may have no image. The minibatches are the
+    same on any number of processes, and their losses are added up in their order, in float64: so
+    the loss, too, does not depend on it (a matrix product's last bits depend on its size).
 
     Reports, prefixed with the extension's name: ``main/loss`` (softmax cross-entropy per image),
     ``main/accuracy`` (top-1, a fraction), ``main/top5_accuracy`` and ``images`` (the number
@@ -33,6 +38,7 @@ class ExactEvaluator(training.Extension):
         predictor (~chainer.Link): Takes images, returns logits [N, classes].
         comm (~chainermn.CommunicatorBase): The processes.
         n_images (int): Images of the validation set.
+        batch_size (int): Images of a minibatch; a process has whole ones.
         converter (callable): Turns a minibatch into the arrays (images, labels) on the predictor's
             device.
 
@@ -44,11 +50,14 @@ class ExactEvaluator(training.Extension):
     priority = extension.PRIORITY_WRITER
     default_name = 'validation'
 
-    def __init__(self, batches, predictor, comm, n_images, converter=lambda batch: batch):
+    def __init__(
+        self, batches, predictor, comm, n_images, batch_size=1, converter=lambda batch: batch
+    ):
         self._batches = batches
         self._predictor = predictor
         self._comm = comm
         self._n_images = n_images
+        self._batch_size = batch_size
         self._converter = converter
 
     def __call__(self, trainer=None):
@@ -65,23 +74,24 @@ class ExactEvaluator(training.Extension):
     def evaluate(self) -> dict:
         """Evaluates on all processes together; all of them return the same."""
         counts = np.zeros(3, np.int64)  # images, top-1 correct, top-5 correct
-        loss = np.zeros(1, np.float64)
-        start, stop = shard(self._comm.rank, self._comm.size, self._n_images)
+        losses = np.zeros(-(-self._n_images // self._batch_size))  # of all minibatches
+        start, stop = shard(self._comm.rank, self._comm.size, self._n_images, self._batch_size)
         if start < stop:
             with chainer.using_config('train', False), chainer.no_backprop_mode():
                 for batch in self._batches(start, stop):
-                    batch_counts, batch_loss = self._count(*self._converter(batch))
+                    number = (start + int(counts[0])) // self._batch_size
+                    batch_counts, loss = self._count(*self._converter(batch))
                     counts += batch_counts
-                    loss += batch_loss
+                    losses[min(number, len(losses) - 1)] += loss
         if counts[0] != stop - start:
             raise RuntimeError(
                 f'rank {self._comm.rank} evaluated {counts[0]} images of its {stop - start}'
             )
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, counts, MPI.SUM)
-        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, loss, MPI.SUM)
+        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, losses, MPI.SUM)  # with zeros: exact
         images, top1, top5 = (int(count) for count in counts)
         return {
-            'main/loss': float(loss[0]) / images,
+            'main/loss': float(losses.sum()) / images,
             'main/accuracy': top1 / images,
             'main/top5_accuracy': top5 / images,
             'images': images,

@@ -28,7 +28,13 @@ _BLOCK = 1 << 15
 
 
 class NonFiniteGradients(ArithmeticError):
-    """The mean gradient is infinite or NaN somewhere; the message names parameters and ranks."""
+    """The mean gradient is infinite or NaN somewhere; the message names parameters and ranks.
+
+    Attributes:
+        agreed (bool): It is raised on all ranks together: none waits for another.
+    """
+
+    agreed = True
 
 
 def create_communicator(

@@ -6,12 +6,12 @@ import sys
 
 from mpi4py import MPI
 
-from extensions import CommunicatorError, NonFiniteGradients
+from extensions import CheckpointError, CommunicatorError, NonFiniteGradients, Stopped
 from reproduce.abort import abort
 from reproduce.images import DataError
 from reproduce.settings import InputError
 
-_USER_ERRORS = (InputError, DataError, CommunicatorError)
+_USER_ERRORS = (InputError, DataError, CommunicatorError, CheckpointError)
 
 
 class AgreedExit(SystemExit):
@@ -66,10 +66,10 @@ def run(main):
         main()
     except AgreedExit:
         raise
-    except NonFiniteGradients as error:  # which all ranks raise together
+    except (NonFiniteGradients, Stopped) as error:  # which all ranks raise together
         if MPI.COMM_WORLD.rank == 0:
             print(f'error: {error}', file=sys.stderr, flush=True)
-        raise AgreedExit(1) from None
+        raise AgreedExit(128 + error.signum if isinstance(error, Stopped) else 1) from None
     except BaseException as error:
         abort(error)
         raise

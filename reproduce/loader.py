@@ -24,10 +24,14 @@ def start_forkserver():
     """Starts the server that forks loader processes; call it before anything imports
     ``mpi4py.MPI``.
 
-    A process forked after MPI has opened InfiniBand can crash or hang.
+    A process forked after MPI has opened InfiniBand can crash or hang. The signals that stop a
+    training are the rank's to handle: mpiexec sends them to all processes of its group.
     """
     multiprocessing.set_forkserver_preload(['reproduce.loader'])  # instead of the main script
-    multiprocessing.forkserver.ensure_running()
+    handlers = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    multiprocessing.forkserver.ensure_running()  # what is ignored stays so in a new program
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 class _LoaderProcess(multiprocessing.context.ForkServerProcess):
@@ -125,7 +129,8 @@ class ImageLoader:
         return self
 
     def __exit__(self, kind, *error):
-        self.close(wait=kind is None)  # an error must not wait for a process that hangs
+        # An error must not wait for a process that hangs; an ending that all ranks agreed on can.
+        self.close(wait=kind is None or getattr(kind, 'agreed', False))
 
     def _load_train(self, wanted):
         return _LoadTrain(*self._order(*wanted))
@@ -199,7 +204,9 @@ _arguments: tuple = ()  # of every task, sent once to each loader process
 def _initialize(*arguments):
     global _arguments
     _arguments = arguments
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+    os.setpgrp()  # out of the reach of signals to the rank's group
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the pool ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_owner, daemon=True).start()
 
 

@@ -12,6 +12,7 @@ import math
 import textwrap
 
 from extensions import base_learning_rate
+from extensions.checkpoint import interval
 from extensions.half_precision import NAMES, SUMS
 
 
@@ -28,6 +29,22 @@ _AT_LEAST_ONE = (
     'resize',
     'validation_batch_size',
     'n_train_images',
+    'keep_checkpoints',
+)
+# What a run that goes on from a checkpoint may have otherwise.
+_MAY_CHANGE = (
+    'preset',
+    'communicator',
+    'train_root',
+    'val_root',
+    'n_train_images',
+    'validation_batch_size',
+    'loader_processes',
+    'out',
+    'checkpoint_every',
+    'keep_checkpoints',
+    'resume',
+    'overwrite',
 )
 _NOT_NEGATIVE = ('lr_rmsprop', 'mu1', 'mu2', 'eps', 'weight_decay', 'loader_processes', 'seed')
 
@@ -104,6 +121,12 @@ class Settings:
 
     seed: int = _setting(0, 'of the initial values, the order of images and their augmentation (P)')
     out: str = _setting('results/paper', 'folder for everything that the run writes')
+    checkpoint_every: str = _setting('1', 'epochs, as 1, or minutes, as 10m (P)')
+    keep_checkpoints: int = _setting(2, 'how many of the last checkpoints are kept (P)')
+    resume: str | None = _setting(
+        None, 'checkpoint, or folder of them, to go on from; auto: those in --out, if there are any'
+    )
+    overwrite: bool = _setting(False, 'start anew where --out holds another run')
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -133,6 +156,10 @@ class Settings:
                 '--beta-center must be finite and --beta-period above 0, not '
                 f'{self.beta_center} and {self.beta_period}'
             )
+        try:
+            interval(self.checkpoint_every)
+        except ValueError as error:
+            raise InputError(f'--checkpoint-every is {error}') from error
         if not 0 < self.min_crop_area <= 1:
             raise InputError(f'--min-crop-area must be in (0, 1], not {self.min_crop_area}')
         if self.resize < self.image_size:
@@ -145,6 +172,12 @@ class Settings:
     def total_batch_size(self) -> int:
         assert self.workers is not None, 'parse() knows the number of processes'
         return self.workers * self.local_batch_size
+
+    @property
+    def identity(self) -> dict:
+        """What must not change when a run goes on from a checkpoint."""
+        settings = dataclasses.asdict(self)
+        return {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
 
     @property
     def lr_base(self) -> float:

@@ -33,7 +33,7 @@ from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
 from extensions.virtual_workers import workers_of
-from reproduce import digits, images, job, report
+from reproduce import digits, images, job, output, report
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
@@ -63,6 +63,8 @@ def main(argv=None):
     # Data: rank 0 lists it and tells the others.
     train, val = job.on_rank_zero(mpi, lambda: prepare_data(settings, comm.size))
     train, val = images.ImageFolder.unpack(train), images.ImageFolder.unpack(val)
+    identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
+    checkpoint = job.on_rank_zero(mpi, lambda: output.find_checkpoint(settings, identity))
     n_images = len(train.labels)
     order = ImageOrder(n_images, settings.workers, settings.local_batch_size, settings.seed)
     preprocessing = images.Preprocessing(
@@ -139,6 +141,7 @@ def main(argv=None):
             model,
             comm,
             len(val.labels),
+            settings.validation_batch_size,
             converter=to_device,
         )
     )
@@ -154,6 +157,17 @@ def main(argv=None):
         trainer.extend(report.EpochTable(log_report))
         trainer.extend(report.Curves(settings, log_report))
 
+    trainer.extend(
+        extensions.Checkpointer(
+            comm,
+            output.checkpoints_of(settings.out),
+            identity,
+            settings.checkpoint_every,
+            settings.keep_checkpoints,
+        )
+    )
+    if checkpoint:
+        extensions.checkpoint.resume(trainer, checkpoint)
     with batches:
         trainer.run(show_loop_exception_msg=False)
     peak_memory = report.peak_memory(comm)
@@ -238,7 +252,7 @@ def prepare_data(settings, n_processes):
         train, val = images.list_images(train_root), images.list_images(val_root)
         images.check_same_classes(train, val)
         check_total_batch(settings, len(train.labels))
-    make_output_folder(settings.out)
+    output.prepare(settings)
     if ships_data:
         root = Path(settings.out) / 'digits'
         digits.write_image_folder(root)
@@ -253,18 +267,6 @@ def check_total_batch(settings, n_images):
             f'{settings.total_batch_size} is larger than the training set of {n_images} images: '
             'choose fewer --workers or a smaller --local-batch-size'
         )
-
-
-def make_output_folder(out):
-    probe = Path(out) / f'.writable-{os.getpid()}'
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f'--out {out} cannot be written: {error.strerror}; choose another folder'
-        ) from error
 
 
 if __name__ == '__main__':

@@ -61,6 +61,21 @@ def mpirun():
     return run
 
 
+@pytest.fixture(scope='session')
+def root_of_project():
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def job_environment():
+    return mpi_environment()
+
+
+@pytest.fixture(scope='session')
+def mpiexec():
+    return mpiexec_path()
+
+
 @pytest.fixture
 def root():
     return ROOT

@@ -62,6 +62,15 @@ def test_missing_images_are_noticed(comm):
         evaluator.evaluate()
 
 
+@pytest.mark.parametrize('n_images, size', [(50_000, 1024), (360, 7), (3, 5), (65, 2), (0, 2)])
+def test_shards_of_whole_minibatches(n_images, size):
+    shards = [shard(rank, size, n_images, 64) for rank in range(size)]
+    assert [i for start, stop in shards for i in range(start, stop)] == list(range(n_images))
+    assert all(start % 64 == 0 or start == n_images for start, _ in shards)
+    batches = [-(-(stop - start) // 64) for start, stop in shards]
+    assert max(batches) - min(batches) <= 1
+
+
 @pytest.mark.parametrize('n_images, size', [(50_000, 1024), (360, 7), (3, 5), (0, 2)])
 def test_shards_are_each_image_once(n_images, size):
     shards = [shard(rank, size, n_images) for rank in range(size)]

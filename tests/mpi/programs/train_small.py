@@ -42,6 +42,7 @@ evaluator = extensions.ExactEvaluator(
     model,
     comm,
     VALIDATION,
+    batch_size=4,
     converter=device.send,
 )
 trainer = chainer.training.Trainer(updater, (n_iterations, 'iteration'), out)
