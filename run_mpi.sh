@@ -223,14 +223,14 @@ case $1 in
         exit $status
         ;;
 esac
-# "smoke" is short for its preset on two ranks.
+# "smoke" is short for its preset on two ranks; it may be repeated.
 for ((i = 1; i <= $#; i++)); do
     case ${!i} in
         --) break ;;
         smoke)
             before=("${@:1:i-1}")
             if ((i == 1)); then before=(-n 2); fi
-            start_job "${before[@]}" -- --preset smoke "${@:i+1}"
+            start_job "${before[@]}" -- --preset smoke --overwrite "${@:i+1}"
             ;;
     esac
 done

@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 _PREFIX, _SUFFIX = 'checkpoint-', '.npz'
 _MANIFEST = 'manifest'  # the names of all other entries, those that are None, and the identity
+_BLOCK = 1 << 20  # bytes that are compared at a time
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -182,9 +183,8 @@ def write(path: Path, entries: dict, identity: dict):
             np.savez(file, **{_MANIFEST: np.array(manifest)}, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        with zipfile.ZipFile(unfinished) as archive:
-            if archive.testzip() is not None:
-                raise OSError(f'{path} reads otherwise than it was written')
+        if not _reads_as(unfinished, arrays):
+            raise OSError(f'{path} reads otherwise than it was written')
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -194,6 +194,29 @@ def write(path: Path, entries: dict, identity: dict):
         os.fsync(folder)  # the rename, too, survives a power cut
     finally:
         os.close(folder)
+
+
+def _reads_as(path, arrays) -> bool:
+    """Whether a file that np.savez wrote holds these arrays: byte by byte, quicker than the
+    checksums."""
+    buffer = np.empty(_BLOCK, np.uint8)
+    with open(path, 'rb', buffering=0) as file, zipfile.ZipFile(path) as archive:
+        members = {info.filename[: -len('.npy')]: info for info in archive.infolist()}
+        if set(members) != {_MANIFEST, *arrays}:
+            return False
+        for name, array in arrays.items():
+            # Zip's local header ends with a name and an extra field, whose lengths stand in it.
+            file.seek(members[name].header_offset + 26)
+            lengths = np.frombuffer(file.read(4), '<u2')
+            member = members[name].header_offset + 30 + int(lengths.sum())
+            file.seek(member + members[name].file_size - array.nbytes)
+            expected = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            for start in range(0, array.nbytes, _BLOCK):
+                part = expected[start : start + _BLOCK]
+                n_read = file.readinto(buffer[: part.size])
+                if n_read != part.size or not np.array_equal(buffer[:n_read], part):
+                    return False
+    return True
 
 
 def read(path) -> tuple[dict, dict]:

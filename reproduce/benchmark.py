@@ -8,6 +8,7 @@ python -m reproduce.benchmark precision       what float16 costs the mean of Res
 python -m reproduce.benchmark accumulation    8 workers against gradient accumulation, and against
                                               one large batch
 python -m reproduce.benchmark workers         8 virtual workers against Chainer's StandardUpdater
+python -m reproduce.benchmark checkpoint      a checkpoint of ResNet-50 against a plain np.savez
 python -m reproduce.benchmark invariance      8 workers on 1, 2, 4 and 8 processes: the same bits?
 """
 
@@ -256,6 +257,45 @@ def workers(repeat: int) -> dict:
     return table(title, side_by_side(candidates, repeat), ours)
 
 
+def checkpoint(repeat: int) -> dict:
+    """A checkpoint, on the disk and read again, against np.savez and against copying the bytes."""
+
+    from extensions.checkpoint import write
+    from reproduce.resnet50 import ResNet50
+
+    rng = np.random.RandomState(0)
+    entries = {
+        f'{name}/{kind}': rng.standard_normal(param.shape).astype(np.float32)
+        for name, param in ResNet50(seed=0).namedparams()
+        for kind in ('data', 'm', 'delta')
+    }
+    everything = np.concatenate([array.ravel() for array in entries.values()])
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        path = Path(folder)
+
+        def save(name, function, flush):
+            with open(path / 'new', 'wb') as file:
+                function(file)
+                file.flush()
+                if flush:
+                    os.fsync(file.fileno())
+            os.replace(path / 'new', path / name)
+
+        def savez(file):
+            np.savez(file, **entries)
+
+        ours = 'Checkpointer: flushed to the disk, verified'
+        candidates = {
+            ours: lambda: write(path / 'checkpoint.npz', entries, {}),
+            'np.savez, flushed to the disk': lambda: save('flushed', savez, True),
+            'np.savez': lambda: save('plain', savez, False),
+            'the bytes, flushed to the disk': lambda: save('bytes', everything.tofile, True),
+            'the bytes': lambda: save('unflushed', everything.tofile, False),
+        }
+        title = f'{everything.nbytes / 2**20:,.0f} MiB: parameters, m and delta of ResNet-50'
+        return table(title, side_by_side(candidates, repeat), ours)
+
+
 def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
     """Trains with 8 workers on several numbers of processes, and prints digests of the results.
 
@@ -295,6 +335,7 @@ _MEASURES = {
     'statistics': statistics,
     'allreduce': allreduce,
     'workers': workers,
+    'checkpoint': checkpoint,
 }
 
 

@@ -76,6 +76,19 @@ def test_floats_to_halves(both, scale):
     np.testing.assert_array_equal(counts, [np.add(expected, 7)] * 2)
 
 
+def test_gradients_of_any_layout(both):
+    rng = np.random.RandomState(0)
+    grad = rng.standard_normal((30, 1000)).astype(np.float32).T[::3]
+    target = np.empty(grad.size, np.float16)
+    for result in both(lambda t: kernels.pack(grad, 1, t, np.zeros(4, np.int64)), target):
+        expected = grad.astype(np.float16).ravel()
+        np.testing.assert_array_equal(result.view(np.float16), expected)
+    halves = rng.standard_normal(grad.size).astype(np.float16)
+    into = np.zeros((30, 1000), np.float32).T[::3]
+    for result in both(lambda t: kernels.unpack(halves, 1, t), into):
+        np.testing.assert_array_equal(result.reshape(-1).view(np.float32), halves)
+
+
 def test_sums_of_halves(both):
     start = np.random.RandomState(0).standard_normal(65536)
     np.testing.assert_array_equal(*both(lambda t: kernels.add(HALVES, t), start))
