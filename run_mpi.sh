@@ -230,7 +230,9 @@ for ((i = 1; i <= $#; i++)); do
         smoke)
             before=("${@:1:i-1}")
             if ((i == 1)); then before=(-n 2); fi
-            start_job "${before[@]}" -- --preset smoke --overwrite "${@:i+1}"
+            again=--overwrite
+            case " $* " in *" --resume"*) again='' ;; esac
+            start_job "${before[@]}" -- --preset smoke ${again:+"$again"} "${@:i+1}"
             ;;
     esac
 done

@@ -27,6 +27,8 @@ def prepare(settings):
         SystemExit: The run in it is finished, and was to be gone on with.
     """
     out = Path(settings.out)
+    if settings.overwrite and settings.resume:
+        raise InputError('--overwrite and --resume contradict each other: give one of them')
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / '.lock', 'w')  # noqa: SIM115  (the lock ends when it is closed)

@@ -209,6 +209,8 @@ BAD = {
     'form': (2, [*SMOKE, '--alpha-form', 'smooth'], "'smooth'"),
     'communicator': (2, [*SMOKE, '--communicator', 'pure_nccl'], 'needs a GPU'),
     'dtype': (2, [*SMOKE, '--communicator', 'naive'], 'naive all-reduces in float32 only'),
+    'resume': (2, [*SMOKE, '--resume', 'auto', '--overwrite'], 'contradict each other'),
+    'every': (2, [*SMOKE, '--checkpoint-every', '3h'], "as 10m: '3h'"),
     'scale': (2, [*SMOKE, '--gradient-scale', '1000'], 'must be a power of two'),
 }
 
