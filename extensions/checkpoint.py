@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -41,7 +42,8 @@ class Stopped(Exception):
 
 
 class Checkpointer(training.Extension):
-    """Saves the trainer, on rank 0, in FOLDER/checkpoint-ITERATION.npz, and keeps the last ones.
+    """Saves the trainer, on rank 0, in FOLDER/checkpoint-ITERATION.npz, and keeps the last ones, and
+    as FOLDER/best.npz the one with the highest top-1.
 
     A checkpoint is written under another name, flushed to the disk, read again, and renamed: under
     its own name a file is complete. Every number in it is covered by a checksum, and nothing in it
@@ -78,6 +80,7 @@ class Checkpointer(training.Extension):
         self._signum = 0
         self._handlers = {}
         self._last = time.monotonic()
+        self._best = -1.0  # top-1 of best.npz
 
     def initialize(self, trainer):
         if self._comm.rank == 0:
@@ -129,10 +132,16 @@ class Checkpointer(training.Extension):
         path = None
         if self._comm.rank == 0:
             path = self._folder / f'{_PREFIX}{trainer.updater.iteration:09d}{_SUFFIX}'
+            top1 = trainer.observation.get('validation/main/accuracy', -1.0)
+            is_best, self._best = top1 > self._best, max(top1, self._best)
             serializer = chainer.serializers.DictionarySerializer()
             serializer.save(trainer)
             try:
                 write(path, serializer.target, self._identity)
+                if is_best:
+                    self._keep_as_best(path)
+                for old in checkpoints(self._folder)[self._keep :]:
+                    old.unlink()
             except OSError as error:
                 print(
                     f'warning: checkpoint {path} was not written: {error.strerror or error}',
@@ -140,10 +149,18 @@ class Checkpointer(training.Extension):
                     flush=True,
                 )
                 path = None
-            else:
-                for old in checkpoints(self._folder)[self._keep :]:
-                    old.unlink()
         return self._comm.mpi_comm.bcast(path and str(path))
+
+    def _keep_as_best(self, path):
+        link = self._folder / f'.{_PREFIX}best'
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, link)
+        os.replace(link, self._folder / 'best.npz')
+
+    def serialize(self, serializer):
+        self._best = serializer('best', self._best)
 
 
 def interval(every: str) -> tuple[int, float]:
@@ -213,7 +230,7 @@ def _reads_as(path, arrays) -> bool:
             expected = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             for start in range(0, array.nbytes, _BLOCK):
                 part = expected[start : start + _BLOCK]
-                n_read = file.readinto(buffer[: part.size])
+                n_read = file.readinto(buffer.data[: part.size])
                 if n_read != part.size or not np.array_equal(buffer[:n_read], part):
                     return False
     return True

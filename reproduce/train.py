@@ -33,7 +33,7 @@ from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
 from extensions.virtual_workers import workers_of
-from reproduce import digits, images, job, output, report
+from reproduce import agreement, digits, images, job, output, report
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
@@ -168,6 +168,8 @@ def main(argv=None):
     )
     if checkpoint:
         extensions.checkpoint.resume(trainer, checkpoint)
+    own = agreement.items(model)
+    job.on_every_rank(mpi, lambda: agreement.check(mpi, own, train.path(0)))
     with batches:
         trainer.run(show_loop_exception_msg=False)
     peak_memory = report.peak_memory(comm)

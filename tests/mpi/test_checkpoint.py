@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -100,28 +101,29 @@ def test_mpiexec_passes_slurms_signal_on(start, tmp_path):
 
 @pytest.mark.timeout(600)
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(start, uninterrupted, tmp_path):
-    """Many times in one run, on 1, 2 and 4 processes, while a checkpoint is written too."""
-    out, rng, kills = tmp_path / 'out', random.Random(0), 0
-
-    def newest():
-        return max((out / 'checkpoints').glob('checkpoint-*'), default=None)
-
-    while True:
-        before = newest()
-        job = start(rng.choice((1, 2, 4)), out, '--resume', 'auto')
-        deadline = time.monotonic() + 60
-        while job.poll() is None and newest() == before and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 1.0))
+    """20 times, on 1, 2 and 4 processes: at the start, in training, while a checkpoint is written.
+    A run that reached its end is followed by another."""
+    rng, kills, finished = random.Random(0), 0, 0
+    while kills < 20:
+        out = tmp_path / str(finished)
+        processes = rng.choice((1, 2, 4))
+        job = start(processes, out, '--resume', 'auto', '--checkpoint-every', '0.002m')
+        moment = time.monotonic() + rng.uniform(1, 5)
+        while job.poll() is None and time.monotonic() < moment:
+            time.sleep(0.01)
         ranks = ranks_of(out)
-        if job.poll() is not None or not ranks or kills == 8:
-            break
-        os.kill(rng.choice(ranks), signal.SIGKILL)
-        kills += 1
-        assert job.wait(10) != 0
-    assert job.wait(100) == 0, Path(f'{out}.txt').read_text()
-    assert kills >= 3
+        if job.poll() is None and len(ranks) == processes:
+            os.kill(rng.choice(ranks), signal.SIGKILL)
+            kills += 1
+            assert job.wait(10) != 0
+        else:
+            assert job.wait(60) == 0, Path(f'{out}.txt').read_text()
+            assert digests_of(out) == uninterrupted
+            finished += 1
+    assert start(2, out, '--resume', 'auto').wait(60) == 0
     assert digests_of(out) == uninterrupted
+    log = json.loads((out / 'log').read_text())
+    assert [entry['epoch'] for entry in log] == [1, 2]
     assert ranks_of(out) == []
     assert not list((out / 'checkpoints').glob('.*'))
 
@@ -148,3 +150,62 @@ def test_a_folder_belongs_to_one_run(start, uninterrupted, tmp_path):
     assert 'holds a finished run' in Path(f'{out}.txt').read_text()
     assert start(1, out, '--overwrite', '--seed', '1').wait(100) == 0
     assert digests_of(out) != uninterrupted
+
+
+def test_the_best_is_kept(start, tmp_path):
+    out = tmp_path / 'out'
+    every = ('--checkpoint-every', '1', '--keep-checkpoints', '1', '--epochs', '6', '--width', '8')
+    assert start(2, out, *every).wait(100) == 0
+    log = json.loads((out / 'log').read_text())
+    top1 = [entry['validation/main/accuracy'] for entry in log]
+    best = np.load(out / 'checkpoints' / 'best.npz')
+    assert best['updater/iteration'] == log[int(np.argmax(top1))]['iteration']
+    assert [path.name for path in sorted((out / 'checkpoints').iterdir())] == [
+        'best.npz',
+        f'checkpoint-{log[-1]["iteration"]:09d}.npz',
+    ]
+
+
+@pytest.mark.parametrize('victim', ['loader process', 'mpiexec'])
+def test_a_killed_helper_ends_the_job_and_loses_nothing(start, uninterrupted, tmp_path, victim):
+    out = tmp_path / 'out'
+    job = start(2, out)
+    wait_for(has_checkpoint(out))
+    ranks = ranks_of(out)
+    assert len(ranks) == 2
+    os.kill(job.pid if victim == 'mpiexec' else loaders_of(ranks[1])[0], signal.SIGKILL)
+    assert job.wait(10) != 0
+    wait_for(lambda: not ranks_of(out), 10)
+    if victim != 'mpiexec':
+        said = Path(f'{out}.txt').read_text()
+        assert 'error: rank ' in said and 'a process that loads images died' in said
+    assert start(2, out, '--resume', 'auto').wait(100) == 0
+    assert digests_of(out) == uninterrupted
+
+
+def loaders_of(rank):
+    """The loader processes of a rank: children of its fork server."""
+    children = {}
+    for process in Path('/proc').glob('[0-9]*'):
+        try:
+            fields = (process / 'stat').read_text().rpartition(')')[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(process.name))
+    return sorted(
+        grandchild for child in children.get(rank, []) for grandchild in children.get(child, [])
+    )
+
+
+def test_an_image_that_vanishes_ends_the_job_and_loses_nothing(start, uninterrupted, tmp_path):
+    out = tmp_path / 'out'
+    job = start(2, out)
+    wait_for(has_checkpoint(out))
+    images = out / 'digits' / 'train' / '3'
+    images.rename(out / 'elsewhere')
+    assert job.wait(20) != 0
+    said = Path(f'{out}.txt').read_text()
+    assert 'digits/train/3/' in said and 'error: rank ' in said
+    (out / 'elsewhere').rename(images)
+    assert start(2, out, '--resume', 'auto').wait(100) == 0
+    assert digests_of(out) == uninterrupted

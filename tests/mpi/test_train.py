@@ -300,6 +300,27 @@ def test_gpus_that_do_not_fit_together_end_the_job_at_once(mpirun, root, tmp_pat
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize(
+    'what, message',
+    [
+        ('numpy', 'the ranks differ in numpy: rank 0 on '),
+        ('code', 'the ranks differ in code: rank 0 on '),
+        ('parameters', 'the ranks differ in parameters: rank 0 on '),
+        ('folder', 'cannot be read by rank 2 on '),
+    ],
+)
+def test_ranks_that_differ_are_named_before_the_first_iteration(
+    mpirun, root, tmp_path, what, message
+):
+    program = root / 'tests' / 'mpi' / 'programs' / 'train_that_differs.py'
+    done = mpirun(3, program, what, *SMOKE, '--out', tmp_path / 'out', timeout=40)
+    assert done.returncode == 2, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and message in errors[0], done.stdout
+    assert 'rank 2 on ' in errors[0] and 'rank 1' not in errors[0]
+    assert not list((tmp_path / 'out').glob('checkpoints/*'))
+
+
 def test_an_import_that_fails_on_one_rank_ends_the_job(train, root, tmp_path):
     """A package that is broken on one host: matplotlib cannot be imported on rank 1."""
     (tmp_path / 'matplotlib.py').write_text(

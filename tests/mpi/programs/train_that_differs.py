@@ -1,0 +1,27 @@
+"""train.py, but the last rank differs in what the first argument names."""
+
+import sys
+
+from reproduce import train  # first: it starts the loader's server before MPI
+
+what = sys.argv.pop(1)
+is_last = train.MPI.COMM_WORLD.rank == train.MPI.COMM_WORLD.size - 1
+items = train.agreement.items
+
+
+def others(model):
+    if what == 'parameters':
+        next(model.params()).data.flat[0] += 1e-3
+    found = items(model)
+    if what == 'numpy':
+        found['numpy'] = '1.0'
+    if what == 'code':
+        found['code'] = 'other'
+    return found
+
+
+if is_last:
+    train.agreement.items = others
+    if what == 'folder':
+        train.agreement.os.access = lambda path, mode: False
+train.job.run(train.main)
