@@ -197,7 +197,7 @@ def write(path: Path, entries: dict, identity: dict):
     unfinished = path.with_name('.' + path.name)
     try:
         with open(unfinished, 'wb') as file:
-            np.savez(file, **{_MANIFEST: np.array(manifest)}, **arrays)
+            _savez(file, {_MANIFEST: np.array(manifest), **arrays})
             file.flush()
             os.fsync(file.fileno())
         if not _reads_as(unfinished, arrays):
@@ -213,8 +213,16 @@ def write(path: Path, entries: dict, identity: dict):
         os.close(folder)
 
 
+def _savez(file, arrays):
+    """As np.savez, which leaves its archive open when the disk is full."""
+    with zipfile.ZipFile(file, 'w') as archive:
+        for name, array in arrays.items():
+            with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
 def _reads_as(path, arrays) -> bool:
-    """Whether a file that np.savez wrote holds these arrays: byte by byte, quicker than the
+    """Whether a file that _savez wrote holds these arrays: byte by byte, quicker than the
     checksums."""
     buffer = np.empty(_BLOCK, np.uint8)
     with open(path, 'rb', buffering=0) as file, zipfile.ZipFile(path) as archive:

@@ -150,7 +150,8 @@ def test_image_folder_and_explicit_options(train, image_folders, tmp_path):
         'cifar',
         'continuous',
     )
-    assert 'NaiveCommunicator, float32' in done.stdout
+    assert 'communicator  NaiveCommunicator; asked for\n' in done.stdout
+    assert 'all-reduce    float32, ' in done.stdout
 
 
 def test_dry_run_shows_the_papers_numbers(train, tmp_path):

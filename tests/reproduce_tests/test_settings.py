@@ -45,6 +45,8 @@ def other_value(field):
     if field.metadata['choices']:
         return field.metadata['choices'][-1]
     value = field.default
+    if field.name == 'checkpoint_every':
+        return '10m'
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):

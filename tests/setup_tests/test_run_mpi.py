@@ -218,12 +218,20 @@ def test_smoke(tree):
     assert words[:2] == ['-n', '2']
     program = words.index(f'{tree.path}/reproduce/train.py')
     assert words[program - 1] == f'{tree.path}/.venv/bin/python'
-    assert words[program + 1 : program + 5] == ['--preset', 'smoke', '--seed', '3']
+    expected = ['--preset', 'smoke', '--overwrite', '--seed', '3']
+    assert words[program + 1 : program + 6] == expected
     assert words[-3:] == ['MKL_NUM_THREADS=1', 'OMP_NUM_THREADS=1', 'OPENBLAS_NUM_THREADS=1']
     printed = done.stderr.strip().splitlines()[-1]
-    assert 'OMP_NUM_THREADS=1' in printed and printed.endswith('--preset smoke --seed 3')
+    assert 'OMP_NUM_THREADS=1' in printed and printed.endswith(
+        '--preset smoke --overwrite --seed 3'
+    )
     again = subprocess.run(['/bin/bash', '-c', printed], capture_output=True, text=True, check=True)
     assert again.stdout == done.stdout, 'the printed command does not do the same'
+
+
+def test_smoke_that_goes_on_overwrites_nothing(tree):
+    _, words = job(tree, 'smoke', '--resume', 'auto')
+    assert '--overwrite' not in words and '--resume' in words
 
 
 def test_smoke_on_more_ranks_than_there_can_be_cores(tree):
