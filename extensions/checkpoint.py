@@ -254,7 +254,7 @@ def read(path) -> tuple[dict, dict]:
         CheckpointError: It is damaged, or no checkpoint.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise TypeError('no archive')
             arrays = {name: file[name] for name in file.files}
