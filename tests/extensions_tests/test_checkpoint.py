@@ -112,6 +112,38 @@ def test_an_entry_that_was_taken_out_is_missed(saved):
         checkpoint.read(saved)
 
 
+def test_it_is_on_the_disk_and_verified_before_it_has_its_name(entries, tmp_path, monkeypatch):
+    path, calls = tmp_path / 'checkpoint-000000007.npz', []
+
+    def note(module, name, function):
+        def noted(*arguments):
+            calls.append((name, path.exists()))
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(os, 'fsync', os.fsync)
+    note(os, 'replace', os.replace)
+    note(checkpoint, '_reads_as', checkpoint._reads_as)
+    checkpoint.write(path, entries, IDENTITY)
+    before = [('fsync', False), ('_reads_as', False), ('replace', False)]
+    assert calls == [*before, ('fsync', True)]
+    monkeypatch.setattr(checkpoint, '_reads_as', lambda *_: False)
+    with pytest.raises(OSError, match='reads otherwise'):
+        checkpoint.write(tmp_path / 'checkpoint-000000008.npz', entries, IDENTITY)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_what_reads_otherwise_is_noticed(saved, entries):
+    arrays = {name: array for name, array in entries.items() if array.dtype != object}
+    assert checkpoint._reads_as(saved, arrays)
+    assert not checkpoint._reads_as(saved, {**arrays, 'more': np.zeros(1)})
+    for name in ('updater/model:main/W', 'updater/iteration'):
+        other = arrays[name].copy()
+        other.reshape(-1)[-1] += 1
+        assert not checkpoint._reads_as(saved, {**arrays, name: other})
+
+
 def test_no_space_left_loses_nothing(saved, entries, tmp_path):
     entries['large'] = np.ones(100_000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -150,6 +182,8 @@ def test_another_identity_is_refused_by_name(saved, tmp_path):
         checkpoint.newest(tmp_path, {**IDENTITY, 'seed': 1})
     with pytest.raises(CheckpointError, match='workers 8 and now None'):
         checkpoint.newest(tmp_path, {'seed': 0})
+    with pytest.raises(CheckpointError, match='mu1 None and now 0.9'):
+        checkpoint.newest(tmp_path, {**IDENTITY, 'mu1': 0.9})
 
 
 def test_intervals():
