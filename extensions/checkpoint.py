@@ -42,8 +42,9 @@ class Stopped(Exception):
 
 
 class Checkpointer(training.Extension):
-    """Saves the trainer, on rank 0, in FOLDER/checkpoint-ITERATION.npz, and keeps the last ones, and
-    as FOLDER/best.npz the one with the highest top-1.
+    """Saves the trainer, on rank 0, in FOLDER/checkpoint-ITERATION.npz.
+
+    The last ones are kept, and as FOLDER/best.npz the one with the highest top-1.
 
     A checkpoint is written under another name, flushed to the disk, read again, and renamed: under
     its own name a file is complete. Every number in it is covered by a checksum, and nothing in it
