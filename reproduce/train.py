@@ -157,6 +157,7 @@ def main(argv=None):
         trainer.extend(report.EpochTable(log_report))
         trainer.extend(report.Curves(settings, log_report))
 
+    # Checkpoints: whatever ends the run, it goes on from the last one to the same bits.
     trainer.extend(
         extensions.Checkpointer(
             comm,
@@ -168,6 +169,8 @@ def main(argv=None):
     )
     if checkpoint:
         extensions.checkpoint.resume(trainer, checkpoint)
+
+    # Before the first iteration: the same program and the same numbers on all ranks.
     own = agreement.items(model)
     job.on_every_rank(mpi, lambda: agreement.check(mpi, own, train.path(0)))
     with batches:
