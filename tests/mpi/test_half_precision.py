@@ -403,3 +403,15 @@ def test_pure_nccl_on_gpus(mpirun, tmp_path, gpu, processes, scale):
             largest = np.max([np.abs(gradients(w)[name]) for w in range(processes)], axis=0)
             tolerance = processes * 2**-11 * largest + 2**-24 / scale
             assert np.all(np.abs(actual[name] - expected) <= tolerance)
+
+
+@pytest.mark.parametrize('accumulate', ['exact', 'ring'])
+def test_an_iteration_that_was_given_up_leaves_nothing(accumulate):
+    comm = create_communicator('mpi', accumulate=accumulate)
+    model = model_of({'/a': np.zeros(3)})
+    for value in (5, 7):
+        model.a.grad = np.full(3, value, np.float32)
+        comm.add_grad(model)
+    model.a.grad = np.full(3, 2, np.float32)
+    comm.multi_node_mean_grad(model)
+    np.testing.assert_array_equal(model.a.grad, np.full(3, 2))
