@@ -53,8 +53,8 @@ class Checkpointer(training.Extension):
     all ranks.
 
     SIGTERM, SIGINT and SIGUSR1, on any rank, end the training after the iteration under way, with a
-    checkpoint: :class:`Stopped` is raised on all ranks. A second one of them ends the process at
-    once.
+    checkpoint: :class:`Stopped` is raised on all ranks. Repeated, SIGINT ends the process at once;
+    the others come twice where a scheduler signals mpiexec and the ranks.
 
     A checkpoint that cannot be written (no space left, say) is reported, and the training goes on.
 
@@ -97,7 +97,7 @@ class Checkpointer(training.Extension):
         self._handlers.clear()
 
     def _remember(self, signum, frame):
-        if self._signum:
+        if self._signum == signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self._signum = signum

@@ -186,7 +186,8 @@ class _LocalMean:
             return
         for name, param in model.namedparams():
             if param.grad is not None:
-                rounded = (param.grad * self._scale).astype(self._dtype).astype(np.float32)
+                grad = param.grad if self._scale == 1 else param.grad * self._scale
+                rounded = grad.astype(self._dtype).astype(np.float32)
                 self._sums[name] = self._sums[name] + rounded if name in self._sums else rounded
                 self._counts[name] += 1
 
