@@ -197,8 +197,8 @@ def paper() -> Settings:
 
 def cifar10() -> Settings:
     """CIFAR-10 from an image folder with a slim ResNet-50: the paper's schedules on a data set that
-    one machine can train on. 8 workers x 32 images unless told otherwise. Not yet run to its end:
-    the first iterations on two CPU cores predict 25 minutes an epoch."""
+    one machine can train on. 8 workers x 32 images unless told otherwise. Two CPU cores take 13
+    minutes an epoch; 3 epochs were run (42.8 % top-1), the 30 were not: 6.6 hours predicted."""
     return Settings(
         preset='cifar10',
         workers=8,
