@@ -42,6 +42,10 @@ class ExactEvaluator(training.Extension):
         converter (callable): Turns a minibatch into the arrays (images, labels) on the predictor's
             device.
 
+    Attributes:
+        minibatches_left (int): Of this process in the evaluation under way, 0 while it waits for
+            the others; None outside.
+
     Raises:
         RuntimeError: ``batches`` gave another number of images than there are.
     """
@@ -59,6 +63,7 @@ class ExactEvaluator(training.Extension):
         self._n_images = n_images
         self._batch_size = batch_size
         self._converter = converter
+        self.minibatches_left = None
 
     def __call__(self, trainer=None):
         """Evaluates and reports.
@@ -76,6 +81,7 @@ class ExactEvaluator(training.Extension):
         counts = np.zeros(3, np.int64)  # images, top-1 correct, top-5 correct
         losses = np.zeros(-(-self._n_images // self._batch_size))  # of all minibatches
         start, stop = shard(self._comm.rank, self._comm.size, self._n_images, self._batch_size)
+        self.minibatches_left = -(-(stop - start) // self._batch_size)
         if start < stop:
             with chainer.using_config('train', False), chainer.no_backprop_mode():
                 for batch in self._batches(start, stop):
@@ -83,12 +89,14 @@ class ExactEvaluator(training.Extension):
                     batch_counts, loss = self._count(*self._converter(batch))
                     counts += batch_counts
                     losses[min(number, len(losses) - 1)] += loss
+                    self.minibatches_left -= 1
         if counts[0] != stop - start:
             raise RuntimeError(
                 f'rank {self._comm.rank} evaluated {counts[0]} images of its {stop - start}'
             )
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, counts, MPI.SUM)
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, losses, MPI.SUM)  # with zeros: exact
+        self.minibatches_left = None
         images, top1, top5 = (int(count) for count in counts)
         return {
             'main/loss': float(losses.sum()) / images,

@@ -166,6 +166,18 @@ class Progress(training.Extension):
         )
 
 
+def position_of(updater, evaluator):
+    """For the :class:`~reproduce.watchdog.Watchdog`: where this rank is, at any moment."""
+
+    def position():
+        done, left, iteration = updater.images_done, evaluator.minibatches_left, updater.iteration
+        if left is None:
+            return done, None, f'iteration {iteration + 1}, {done:,} images in all'
+        return done, left, f'validation after iteration {iteration}, {left} minibatches left'
+
+    return position
+
+
 class EpochTable(training.Extension):
     """Prints a row for each entry of the log, under one head.
 

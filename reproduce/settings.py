@@ -45,8 +45,18 @@ _MAY_CHANGE = (
     'keep_checkpoints',
     'resume',
     'overwrite',
+    'watchdog',
 )
-_NOT_NEGATIVE = ('lr_rmsprop', 'mu1', 'mu2', 'eps', 'weight_decay', 'loader_processes', 'seed')
+_NOT_NEGATIVE = (
+    'lr_rmsprop',
+    'mu1',
+    'mu2',
+    'eps',
+    'weight_decay',
+    'loader_processes',
+    'seed',
+    'watchdog',
+)
 
 
 def _setting(default, help, choices=None):
@@ -127,6 +137,9 @@ class Settings:
         None, 'checkpoint, or folder of them, to go on from; auto: those in --out, if there are any'
     )
     overwrite: bool = _setting(False, 'start anew where --out holds another run')
+    watchdog: float = _setting(
+        300.0, 'seconds without progress or a sign of life after which the job is ended; 0: never'
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -37,6 +37,7 @@ from reproduce import agreement, digits, images, job, output, report
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
+from reproduce.watchdog import Watchdog
 
 
 def main(argv=None):
@@ -133,18 +134,15 @@ def main(argv=None):
 
     # Validation after every epoch, of each image once.
     trainer.extend(batch_statistics)
-    trainer.extend(
-        extensions.ExactEvaluator(
-            lambda start, stop: batches.validation_batches(
-                start, stop, settings.validation_batch_size
-            ),
-            model,
-            comm,
-            len(val.labels),
-            settings.validation_batch_size,
-            converter=to_device,
-        )
+    evaluator = extensions.ExactEvaluator(
+        lambda start, stop: batches.validation_batches(start, stop, settings.validation_batch_size),
+        model,
+        comm,
+        len(val.labels),
+        settings.validation_batch_size,
+        converter=to_device,
     )
+    trainer.extend(evaluator)
     trainer.extend(extensions.MeanTrainingLoss(comm))
     if hasattr(comm, 'cast_counts'):
         trainer.extend(extensions.CastReport(comm))
@@ -173,17 +171,18 @@ def main(argv=None):
     # Before the first iteration: the same program and the same numbers on all ranks.
     own = agreement.items(model)
     job.on_every_rank(mpi, lambda: agreement.check(mpi, own, train.path(0)))
-    with batches:
-        trainer.run(show_loop_exception_msg=False)
-    peak_memory = report.peak_memory(comm)
-    if comm.rank == 0:
-        chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
-        summary = report.summarize(settings, comm, trainer, log_report.log, peak_memory)
-        print(
-            f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB a process; '
-            f'results in {settings.out}',
-            flush=True,
-        )
+    with Watchdog(mpi, settings.watchdog, report.position_of(updater, evaluator)):
+        with batches:
+            trainer.run(show_loop_exception_msg=False)
+        peak_memory = report.peak_memory(comm)
+        if comm.rank == 0:
+            chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
+            summary = report.summarize(settings, comm, trainer, log_report.log, peak_memory)
+            print(
+                f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB a process; '
+                f'results in {settings.out}',
+                flush=True,
+            )
     return trainer
 
 
