@@ -169,8 +169,9 @@ def main(argv=None):
         extensions.checkpoint.resume(trainer, checkpoint)
 
     # Before the first iteration: the same program and the same numbers on all ranks.
-    own = agreement.items(model)
-    job.on_every_rank(mpi, lambda: agreement.check(mpi, own, train.path(0)))
+    sample = agreement.sample(train, val)
+    own = agreement.items(model, settings, arguments, sample)
+    job.on_every_rank(mpi, lambda: agreement.check(mpi, own, sample))
     with Watchdog(mpi, settings.watchdog, report.position_of(updater, evaluator)):
         with batches:
             trainer.run(show_loop_exception_msg=False)

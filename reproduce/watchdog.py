@@ -125,17 +125,12 @@ class Watchdog:
         furthest = max(done for (done, _, _), _ in places.values())
         groups = defaultdict(list)
         for rank, ((done, left, words), where) in sorted(places.items()):
+            behind = done < furthest or left
+            what = f'{"not arrived" if behind else "waiting"} in {words}, {where}'
             if rank in silent:
-                what = 'no sign of life from (stopped, or its host cut off?)'
-            elif done < furthest or left:
-                what = 'not arrived'
-            else:
-                what = 'waiting'
-            groups[what, words, where].append(rank)
-        sentences = [
-            f'{what}: {self._names(ranks)} ({", in ".join(filter(None, (words, where)))})'
-            for (what, words, where), ranks in sorted(groups.items())
-        ]
+                what = 'no sign of life (stopped, or its host cut off?)'
+            groups[what].append(rank)
+        sentences = [f'{what}: {self._names(ranks)}' for what, ranks in sorted(groups.items())]
         return f'nothing has moved for {self._seconds:g} s (--watchdog); {"; ".join(sentences)}'
 
     def _name(self, rank) -> str:

@@ -307,6 +307,8 @@ def test_gpus_that_do_not_fit_together_end_the_job_at_once(mpirun, root, tmp_pat
         ('numpy', 'the ranks differ in numpy: rank 0 on '),
         ('code', 'the ranks differ in code: rank 0 on '),
         ('parameters', 'the ranks differ in parameters: rank 0 on '),
+        ('options', 'the ranks differ in options: rank 0 on '),
+        ('images', 'the ranks differ in images: rank 0 on '),
         ('folder', 'cannot be read by rank 2 on '),
     ],
 )

@@ -9,10 +9,10 @@ is_last = train.MPI.COMM_WORLD.rank == train.MPI.COMM_WORLD.size - 1
 items = train.agreement.items
 
 
-def others(model):
+def others(model, *rest):
     if what == 'parameters':
         next(model.params()).data.flat[0] += 1e-3
-    found = items(model)
+    found = items(model, *rest)
     if what == 'numpy':
         found['numpy'] = '1.0'
     if what == 'code':
@@ -22,6 +22,10 @@ def others(model):
 
 if is_last:
     train.agreement.items = others
+    if what == 'options':
+        sys.argv += ['--epochs', '4']
+    if what == 'images':
+        train.agreement.os.path.getsize = lambda path: 7
     if what == 'folder':
         train.agreement.os.access = lambda path, mode: False
 train.job.run(train.main)
