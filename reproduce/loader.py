@@ -10,6 +10,7 @@ import concurrent.futures
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ import threading
 
 import numpy as np
 
-from reproduce import images
+from reproduce import images, leftovers
 
 
 def start_forkserver():
@@ -27,6 +28,11 @@ def start_forkserver():
     A process forked after MPI has opened InfiniBand can crash or hang. The signals that stop a
     training are the rank's to handle: mpiexec sends them to all processes of its group.
     """
+    # Semaphores with a name by which they can be found when all their processes were killed.
+    prefix = f'/reproduce-{os.getpid()}'
+    multiprocessing.current_process()._config['semprefix'] = prefix  # type: ignore[attr-defined]
+    leftovers.remove_after_end(f'/dev/shm/sem.{prefix[1:]}-*')
+    leftovers.remove_after_end(multiprocessing.util.get_temp_dir())
     multiprocessing.set_forkserver_preload(['reproduce.loader'])  # instead of the main script
     handlers = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGUSR1)}
     multiprocessing.forkserver.ensure_running()  # what is ignored stays so in a new program

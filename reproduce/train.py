@@ -33,7 +33,7 @@ from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
 from extensions.virtual_workers import workers_of
-from reproduce import agreement, digits, images, job, output, report
+from reproduce import agreement, digits, images, job, leftovers, output, report
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
@@ -42,6 +42,7 @@ from reproduce.watchdog import Watchdog
 
 def main(argv=None):
     mpi = MPI.COMM_WORLD
+    leftovers.remove_those_of_open_mpi()
     arguments = sys.argv[1:] if argv is None else argv
     settings, dry_run = job.on_rank_zero(mpi, lambda: parse(arguments, mpi.size, __doc__))
     if dry_run:
