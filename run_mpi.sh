@@ -8,6 +8,8 @@ run_mpi.sh makes the Python environment (.venv) the first time, then starts a jo
 
   ./run_mpi.sh smoke [options]         train on two processes, with images that come along
   ./run_mpi.sh -n 4 smoke [options]    the same on four
+  ./run_mpi.sh preflight [mpiexec options] [-- train.py options]
+                                       check every host for that run, without training
   ./run_mpi.sh test [pytest options]   run the tests
   ./run_mpi.sh lint                    check style and types
   ./run_mpi.sh python [arguments]      the environment's Python, one process
@@ -148,6 +150,8 @@ set_environment() {
     if [[ $libraries != "$LD_LIBRARY_PATH" ]]; then settings+=("LD_LIBRARY_PATH=$libraries"); fi
     if ((${#settings[@]})); then export "${settings[@]}"; fi
     export PATH="$venv/bin:$PATH"
+    # Open MPI ends a job whose host is cut off with status 0; later than train.py's --watchdog, which does better.
+    if [[ -n $open_mpi && -z $PRTE_MCA_oob_tcp_keepalive_probes ]]; then export PRTE_MCA_oob_tcp_keepalive_probes=30; fi
     # The tests start mpiexec themselves.
     if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 }
@@ -223,10 +227,15 @@ case $1 in
         exit $status
         ;;
 esac
-# "smoke" is short for its preset on two ranks; it may be repeated.
+# "smoke" is short for its preset on two ranks; it may be repeated. "preflight" is a program of train.py's options.
 for ((i = 1; i <= $#; i++)); do
     case ${!i} in
         --) break ;;
+        preflight)
+            before=("${@:1:i-1}") && shift "$i"
+            while (($#)) && [[ $1 != -- ]]; do before+=("$1") && shift; done
+            start_job "${before[@]}" -- -m reproduce.preflight "${@:2}"
+            ;;
         smoke)
             before=("${@:1:i-1}")
             if ((i == 1)); then before=(-n 2); fi

@@ -34,6 +34,14 @@ class Sight:
     def __str__(self):
         return f'rank {self.rank} on {self.host}'
 
+    @property
+    def nccl_version(self):
+        """22304 is 2.23.4, 2708 is 2.7.8; - without NCCL."""
+        if not self.nccl:
+            return '-'
+        major = 10000 if self.nccl >= 10000 else 1000
+        return f'{self.nccl // major}.{self.nccl % major // 100}.{self.nccl % 100}'
+
 
 def look(rank: int) -> Sight:
     """Never fails: what is missing stands in the result."""
@@ -85,16 +93,16 @@ def choose(name: str, sights: list[Sight]) -> tuple[str, str]:
     for sight in sights:
         if sight.nccl < 2000:
             raise CommunicatorError(
-                f'{sight} has NCCL {_version(sight.nccl)}, but pure_nccl needs 2.0 or later: '
+                f'{sight} has NCCL {sight.nccl_version}, but pure_nccl needs 2.0 or later: '
                 'install a later one, or choose the communicator mpi'
             )
         if sight.nccl != first.nccl:
             raise CommunicatorError(
-                f'{first} has NCCL {_version(first.nccl)}, {sight} has {_version(sight.nccl)}: '
+                f'{first} has NCCL {first.nccl_version}, {sight} has {sight.nccl_version}: '
                 'install the same on every host'
             )
     reason = 'asked for' if name == 'pure_nccl' else 'auto: every rank has a GPU and NCCL'
-    return 'pure_nccl', f'{reason}, NCCL {_version(first.nccl)}'
+    return 'pure_nccl', f'{reason}, NCCL {first.nccl_version}'
 
 
 def own_gpus(sights: list[Sight]) -> list[int]:
@@ -121,9 +129,3 @@ def own_gpus(sights: list[Sight]) -> list[int]:
             )
         numbers.append(number)
     return numbers
-
-
-def _version(number: int) -> str:
-    """22304 is 2.23.4, 2708 is 2.7.8."""
-    major = 10000 if number >= 10000 else 1000
-    return f'{number // major}.{number % major // 100}.{number % 100}'

@@ -37,15 +37,22 @@ def items(model, settings, arguments, images) -> dict:
     parameters = hashlib.sha256()
     for name, param in sorted(model.namedparams()):
         parameters.update(name.encode() + cuda.to_cpu(param.data).tobytes())
+    return {
+        **of_host(),
+        'options': shlex.join(map(str, arguments)) or 'none',
+        'settings': _short(repr(settings).encode()),
+        'images': _short(repr(images).encode()),
+        'parameters': parameters.hexdigest()[:16],
+    }
+
+
+def of_host() -> dict:
+    """What must be the same on all hosts, whatever is run."""
     threads = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
     return {
         **report.versions(),
         'code': _code(),
         'BLAS threads': ' '.join(os.environ.get(name, '-') for name in threads),
-        'options': shlex.join(map(str, arguments)) or 'none',
-        'settings': _short(repr(settings).encode()),
-        'images': _short(repr(images).encode()),
-        'parameters': parameters.hexdigest()[:16],
     }
 
 
@@ -89,7 +96,7 @@ def check(mpi_comm, own: dict, images: dict):
     blind = [f'rank {r} on {host}' for r, (host, _, path, _) in enumerate(everyone) if path]
     if blind:
         path = next(path for _, _, path, _ in everyone if path)
-        raise InputError(f'{path} cannot be read by {_some(blind)}: is the folder on every host?')
+        raise InputError(f'{path} cannot be read by {some(blind)}: is the folder on every host?')
     host, first, _, processor = everyone[0]
     for name in first:
         others = [
@@ -100,7 +107,7 @@ def check(mpi_comm, own: dict, images: dict):
         if others:
             remedy = _REMEDIES.get(name, 'install the same on every host')
             raise InputError(
-                f'the ranks differ in {name}: rank 0 on {host} has {first[name]}, {_some(others)}; '
+                f'the ranks differ in {name}: rank 0 on {host} has {first[name]}, {some(others)}; '
                 f'{remedy}'
             )
     differing = sorted({theirs for *_, theirs in everyone} - {processor})
@@ -122,6 +129,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _some(texts, n=3) -> str:
+def some(texts, n=3) -> str:
+    """The first of them, and how many more there are."""
     more = f' and {len(texts) - n} more' if len(texts) > n else ''
     return ', '.join(texts[:n]) + more

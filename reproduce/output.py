@@ -48,10 +48,18 @@ def prepare(settings):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return
-    finished = (out / 'summary.json').exists()
-    if finished and settings.resume == 'auto':
+    if (out / 'summary.json').exists() and settings.resume == 'auto':
         print(f'the run in {out} is finished', flush=True)
         sys.exit()
+    refuse_other_run(settings)
+
+
+def refuse_other_run(settings):
+    """Raises InputError if --out holds a run that is neither gone on with nor overwritten."""
+    out = Path(settings.out)
+    finished = (out / 'summary.json').exists()
+    if settings.overwrite:
+        return
     if finished or (checkpoint.checkpoints(checkpoints_of(out)) and settings.resume is None):
         what = 'a finished run' if finished else 'checkpoints of a run, which --resume auto takes'
         raise InputError(f'--out {out} holds {what}: choose another folder, or give --overwrite')

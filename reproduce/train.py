@@ -50,17 +50,7 @@ def main(argv=None):
         return None
 
     # Half-precision all-reduce: gradients are float16 on the wire, float32 everywhere else.
-    comm = job.on_every_rank(
-        mpi,
-        lambda: extensions.create_communicator(
-            settings.communicator,
-            settings.allreduce_grad_dtype,
-            mpi,
-            accumulate=settings.accumulate,
-            gradient_scale=settings.gradient_scale,
-            stop_on_nonfinite=settings.stop_on_nonfinite,
-        ),
-    )
+    comm = job.on_every_rank(mpi, lambda: communicator_of(settings, mpi))
 
     # Data: rank 0 lists it and tells the others.
     train, val = job.on_rank_zero(mpi, lambda: prepare_data(settings, comm.size))
@@ -186,6 +176,18 @@ def main(argv=None):
                 flush=True,
             )
     return trainer
+
+
+def communicator_of(settings, mpi):
+    """The communicator that the settings ask for."""
+    return extensions.create_communicator(
+        settings.communicator,
+        settings.allreduce_grad_dtype,
+        mpi,
+        accumulate=settings.accumulate,
+        gradient_scale=settings.gradient_scale,
+        stop_on_nonfinite=settings.stop_on_nonfinite,
+    )
 
 
 def decayed_parameters(model):
