@@ -17,6 +17,8 @@ _USER_ERRORS = (InputError, DataError, CommunicatorError, CheckpointError)
 class AgreedExit(SystemExit):
     """All ranks leave together, so that nobody waits for anybody."""
 
+    agreed = True
+
 
 def on_every_rank(mpi_comm, function):
     """Runs ``function`` on every rank. What it raises on any of them ends all: one line on the

@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import defaultdict
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from reproduce.watchdog import Watchdog
 
 _MIB, _GIB = 2**20, 2**30
 _NCCL_SHARED_MEMORY = 10 * _MIB  # of a rank, roughly (P)
+_MARGIN = 1.5  # of memory: validation, and what the loader has ahead (P)
 _CLOCK_SKEW = 1.0  # seconds; beyond it, the logs of several hosts mislead (P)
 _COLUMNS = (  # of the table: key, head, format
     ('ranks', 'ranks', '{:d}'),
@@ -72,7 +74,7 @@ def main(argv=None):
 
 
 class Preflight:
-    """The checks of one rank, all collective; they add to ``problems`` and to the host's ``row``."""
+    """The checks of one rank, all collective; they fill ``problems`` and the host's ``row``."""
 
     def __init__(self, mpi, settings):
         self.problems = []
@@ -244,13 +246,17 @@ class Preflight:
         """Two and three images tell what one needs."""
         s = self._settings
         peaks = []
+        tracemalloc.start()
         for n in (2, 3):
+            tracemalloc.reset_peak()
             self._step_of(n)
-            peaks.append(_peak_memory())
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
         image = peaks[1] - peaks[0]
         before, available = self._start
-        rank = peaks[1] + max(0, s.local_batch_size - 3) * image
-        self.row['memory'] = self.row['ranks'] * (rank + s.loader_processes * before) / _GIB
+        rank = _peak_memory() + max(0, s.local_batch_size - 3) * image
+        need = _MARGIN * self.row['ranks'] * (rank + s.loader_processes * before)
+        self.row['memory'] = need / _GIB
         self.row['available'] = (available + self.row['ranks'] * before) / _GIB
         if self.row['memory'] > self.row['available']:
             self._fits = False
@@ -273,7 +279,7 @@ class Preflight:
             )
 
     def _device_memory(self):
-        """On GPUs: what the pool took for three images, and how it grew, against the GPU's memory."""
+        """On GPUs: what the pool took for three images, and how it grew."""
         if extensions.device_of(self._comm).xp is np:
             return
         pool, taken = cuda.cupy.get_default_memory_pool(), []
@@ -283,11 +289,11 @@ class Preflight:
             taken.append(pool.total_bytes())
         need = taken[1] + max(0, self._settings.local_batch_size - 3) * (taken[1] - taken[0])
         _, total = cuda.cupy.cuda.runtime.memGetInfo()
-        if need > total:
+        if _MARGIN * need > total:
             self._fits = False
             self.problems.append(
                 f'the GPU has {total / _GIB:.1f} GiB, and a minibatch needs about '
-                f'{need / _GIB:.1f}: choose a smaller --local-batch-size'
+                f'{_MARGIN * need / _GIB:.1f}: choose a smaller --local-batch-size'
             )
 
     def _minibatch(self):

@@ -4,6 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
+import uuid
 from pathlib import Path
 
 import extensions  # noqa: F401  isort: skip  (it makes Chainer importable on NumPy 2)
@@ -74,6 +77,42 @@ def job_environment():
 @pytest.fixture(scope='session')
 def mpiexec():
     return mpiexec_path()
+
+
+@pytest.fixture
+def leaves_nothing():
+    """After the test, all that its jobs have left on this machine goes within 20 seconds:
+    processes, semaphores and shared memory, temporary folders."""
+    marker = f'REPRODUCE_TEST={uuid.uuid4().hex}'
+    os.environ.update([marker.split('=')])
+    before = _left()
+    yield
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        left = _left() - before, _processes_with(marker)
+        if not any(left):
+            break
+        time.sleep(0.2)
+    del os.environ['REPRODUCE_TEST']
+    assert not any(left), left
+
+
+def _left():
+    temporary = Path(tempfile.gettempdir())
+    return {*Path('/dev/shm').iterdir(), *temporary.glob('ompi.*'), *temporary.glob('pymp-*')}
+
+
+def _processes_with(marker):
+    found = {}
+    for process in Path('/proc').glob('[0-9]*'):
+        try:
+            if int(process.name) != os.getpid() and marker.encode() in (
+                process / 'environ'
+            ).read_bytes().split(b'\0'):
+                found[process.name] = (process / 'cmdline').read_bytes()
+        except OSError:
+            continue
+    return found
 
 
 @pytest.fixture

@@ -1,0 +1,28 @@
+"""reproduce/preflight.py, but the last rank has the fault that the first argument names."""
+
+import sys
+
+from reproduce import preflight
+
+what = sys.argv.pop(1)
+is_last = preflight.MPI.COMM_WORLD.rank == preflight.MPI.COMM_WORLD.size - 1
+of_host, now = preflight.agreement.of_host, preflight.time.time
+Communicator = preflight.extensions.HalfPrecisionMpiCommunicator
+mean_grad = Communicator.multi_node_mean_grad
+
+
+def wrong_mean_grad(self, model, zero_fill=False):
+    mean_grad(self, model, zero_fill)
+    model.fc.W.grad[0, 1] += 0.01
+
+
+if is_last:
+    if what == 'version':
+        preflight.agreement.of_host = lambda: {**of_host(), 'numpy': '1.0'}
+    if what == 'clock':
+        preflight.time.time = lambda: now() + 5
+    if what == 'sum':
+        Communicator.multi_node_mean_grad = wrong_mean_grad
+    if what == 'shared memory':
+        preflight._shared_memory_to_come = lambda: 1 << 50
+preflight.job.run(preflight.main)

@@ -1,0 +1,18 @@
+"""reproduce/invariance.py, but from the third update on the clock is an hour back."""
+
+import sys
+import time
+
+from reproduce import invariance, train
+
+update, now = train.extensions.VirtualWorkersUpdater.update, time.time
+
+
+def update_and_set_clock(self):
+    if self.iteration == 2:
+        time.time = lambda: now() - 3600
+    update(self)
+
+
+train.extensions.VirtualWorkersUpdater.update = update_and_set_clock
+train.job.run(lambda: invariance.main(sys.argv[1:]))

@@ -1,0 +1,36 @@
+"""Ranks under a watchdog of 2 seconds: watched.py HOW."""
+
+import sys
+import time
+
+from mpi4py import MPI
+
+from reproduce import job
+from reproduce.watchdog import Watchdog
+
+how = sys.argv[1]
+mpi = MPI.COMM_WORLD
+done = 0
+
+
+def main():
+    global done
+    with Watchdog(mpi, 0 if how == 'off' else 2, lambda: (done, None, f'iteration {done}')):
+        mpi.barrier()
+        print(f'started {time.time()}', flush=True)
+        if how == 'slow':  # one rank, for longer than 2 seconds, but it moves
+            for _ in range(8 * (mpi.rank == 1)):
+                time.sleep(0.7)
+                done += 1
+        elif how == 'behind':
+            done = int(mpi.rank != 1)
+            time.sleep(60 * (mpi.rank == 1))
+        elif how == 'agreed':
+            raise job.AgreedExit(3)
+        else:
+            time.sleep(3)
+        mpi.barrier()
+    print(f'rank {mpi.rank} ended', flush=True)
+
+
+job.run(main)

@@ -1,0 +1,68 @@
+"""The watchdog on real ranks: whom it names, and when it keeps still."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture
+def watched(mpirun, root):
+    return lambda how: mpirun(3, root / 'tests' / 'mpi' / 'programs' / 'watched.py', how)
+
+
+@pytest.mark.parametrize('how', ['slow', 'off'])
+def test_it_keeps_still_while_any_rank_moves_or_when_it_is_off(watched, how):
+    done = watched(how)
+    assert done.returncode == 0, done.stdout
+    assert all(f'rank {rank} ended' in done.stdout for rank in range(3))
+    assert 'error' not in done.stdout
+
+
+def test_it_names_the_rank_that_the_others_wait_for(watched):
+    done = watched('behind')
+    ended = time.time()
+    started = max(map(float, re.findall(r'^started (.*)$', done.stdout, re.MULTILINE)))
+    assert done.returncode == 1, done.stdout
+    assert re.search(
+        r'^error: nothing has moved for 2 s \(--watchdog\); not arrived in iteration 0, .*: '
+        r'rank 1 on \S+; waiting in iteration 1, .*: rank 0 on \S+, rank 2 on \S+$',
+        done.stdout,
+        re.MULTILINE,
+    ), done.stdout
+    assert 2 < ended - started < 10
+
+
+def test_an_ending_that_all_agreed_on_is_not_held_up(watched):
+    done = watched('agreed')
+    assert done.returncode == 3, done.stdout
+    assert 'nothing has moved' not in done.stdout
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(root, mpiexec, job_environment):
+    program = root / 'tests' / 'mpi' / 'programs' / 'watched.py'
+    job = subprocess.Popen(
+        [mpiexec, '-n', '3', sys.executable, program, 'pause'],
+        env=job_environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(3):
+        assert 'started' in job.stdout.readline()
+    children = subprocess.run(
+        ['pgrep', '-P', str(job.pid)], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert len(children) == 3
+    for signum in (signal.SIGSTOP, signal.SIGCONT):
+        for child in children:
+            os.kill(int(child), signum)
+        time.sleep(5)
+    assert job.wait(20) == 0
+    assert job.stdout.read().count('ended') == 3
