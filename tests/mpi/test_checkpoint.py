@@ -263,7 +263,7 @@ def number_of(process):
     ids=' '.join,
 )
 def test_a_rank_that_fails_loses_nothing(start, uninterrupted, root, tmp_path, program):
-    """An infinite gradient, an exception and a segmentation fault in the third iteration."""
+    """An infinite gradient, an exception, a segmentation fault in an early iteration."""
     out = tmp_path / 'out'
     name, *how = program
     path = root / 'tests' / 'mpi' / 'programs' / name
@@ -271,7 +271,7 @@ def test_a_rank_that_fails_loses_nothing(start, uninterrupted, root, tmp_path, p
     job = start(2, out, '--checkpoint-every', '0.0001m', program=program)
     assert job.wait(60) != 0
     iterations = [int(p.stem[-9:]) for p in (out / 'checkpoints').glob('checkpoint-*')]
-    assert max(iterations, default=0) == 2, Path(f'{out}.txt').read_text()
+    assert max(iterations, default=0) in (1, 2), Path(f'{out}.txt').read_text()
     assert start(2, out, '--resume', 'auto').wait(100) == 0
     assert digests_of(out) == uninterrupted
 
