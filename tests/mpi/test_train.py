@@ -254,6 +254,8 @@ def test_however_a_rank_ends_the_others_do_not_wait(mpirun, root, tmp_path, how)
     program = root / 'tests' / 'mpi' / 'programs' / 'train_that_fails.py'
     options = '--preset smoke --local-batch-size 8 --epochs 50 --width 4'.split()
     done = mpirun(2, program, how, *options, '--out', tmp_path / 'out', timeout=40)
+    failed = float(re.search(r'^fails at (.*)$', done.stdout, re.MULTILINE).group(1))
+    assert time.time() - failed < 10
     assert done.returncode != 0
     if how not in ('_exit', 'segfault'):  # which leave no time; mpiexec names the rank
         assert re.search(r'^error: rank 1 on \S+ failed: ', done.stdout, re.MULTILINE)

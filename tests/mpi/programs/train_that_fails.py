@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import time
 
 from reproduce import train  # first: it starts the loader's server before MPI
 
@@ -12,6 +13,7 @@ update = train.extensions.VirtualWorkersUpdater.update
 
 def failing_update(self):
     if self.iteration == 2 and train.MPI.COMM_WORLD.rank == 1:
+        print(f'fails at {time.time()}', flush=True)
         if how == 'raise':
             raise KeyError('on purpose')
         if how == 'exit':
