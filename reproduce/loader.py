@@ -158,6 +158,11 @@ class ImageLoader:
             raise self._died() from error
 
     def _result(self, future):
+        # The pool itself does not notice a process that died while it wrote a result.
+        while not concurrent.futures.wait([future], timeout=1).done:
+            processes = self._executor._processes or {}
+            if any(process.exitcode is not None for process in list(processes.values())):
+                raise self._died()
         try:
             return future.result()
         except concurrent.futures.process.BrokenProcessPool as error:

@@ -50,6 +50,53 @@ def test_batches_are_what_the_order_and_the_augmentation_say(folder):
     assert pixels.dtype == np.uint8 and labels.dtype == np.int32
 
 
+_KILLED_WHILE_WRITING = """
+import os, signal, sys, threading, time
+from reproduce import loader, images
+from reproduce.order import ImageOrder
+
+loader.start_forkserver()
+folder = images.list_images(sys.argv[1])
+large = images.Preprocessing(image_size=3000, resize=3000)
+batches = loader.ImageLoader(folder, folder, ImageOrder(21, 1, 4, 0), large, 0, range(1), 1)
+
+
+def received():
+    with open('/proc/self/io') as file:
+        return int(file.readline().split()[1])
+
+
+def kill():
+    before = received()
+    while received() < before + 2**22:
+        time.sleep(0.001)
+    for process in batches._executor._processes.values():
+        os.kill(process.pid, signal.SIGKILL)
+
+
+threading.Thread(target=kill, daemon=True).start()
+try:
+    for i in range(3):
+        batches.train_batch(i, 0)
+except RuntimeError as error:
+    print(error, flush=True)
+os._exit(0)  # as MPI's abort does: the pool's own thread waits for ever
+"""
+
+
+def test_a_process_killed_while_it_hands_over_a_batch_is_an_error(folder, root):
+    done = subprocess.run(
+        [sys.executable, '-c', _KILLED_WHILE_WRITING, folder.root],
+        cwd=root,
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.startswith('a process that loads images died')
+
+
 @pytest.mark.parametrize('n_processes', [1, 3])
 def test_same_bits_from_processes_and_after_a_jump(folder, n_processes):
     places = [(i, w) for i in (0, 1, 2, 3, 1000, 1001, 5) for w in range(2)]
