@@ -34,7 +34,7 @@ class ExactEvaluator(training.Extension):
 
     Args:
         batches (callable): ``batches(start, stop)`` iterates over minibatches of the validation
-            images [start, stop).
+            images [start, stop). An image whose label is -1 is not counted.
         predictor (~chainer.Link): Takes images, returns logits [N, classes].
         comm (~chainermn.CommunicatorBase): The processes.
         n_images (int): Images of the validation set.
@@ -46,8 +46,10 @@ class ExactEvaluator(training.Extension):
         minibatches_left (int): Of this process in the evaluation under way, 0 while it waits for
             the others; None outside.
 
+        after_minibatch (callable): Called without arguments after each minibatch, for progress.
+
     Raises:
-        RuntimeError: ``batches`` gave another number of images than there are.
+        RuntimeError: ``batches`` gave another number of images than there are, or none to count.
     """
 
     trigger = (1, 'epoch')
@@ -64,6 +66,7 @@ class ExactEvaluator(training.Extension):
         self._batch_size = batch_size
         self._converter = converter
         self.minibatches_left = None
+        self.after_minibatch = lambda: None
 
     def __call__(self, trainer=None):
         """Evaluates and reports.
@@ -82,22 +85,27 @@ class ExactEvaluator(training.Extension):
         losses = np.zeros(-(-self._n_images // self._batch_size))  # of all minibatches
         start, stop = shard(self._comm.rank, self._comm.size, self._n_images, self._batch_size)
         self.minibatches_left = -(-(stop - start) // self._batch_size)
+        seen = 0
         if start < stop:
             with chainer.using_config('train', False), chainer.no_backprop_mode():
                 for batch in self._batches(start, stop):
-                    number = (start + int(counts[0])) // self._batch_size
+                    number = (start + seen) // self._batch_size
+                    seen += len(batch[1])
                     batch_counts, loss = self._count(*self._converter(batch))
                     counts += batch_counts
                     losses[min(number, len(losses) - 1)] += loss
                     self.minibatches_left -= 1
-        if counts[0] != stop - start:
+                    self.after_minibatch()
+        if seen != stop - start:
             raise RuntimeError(
-                f'rank {self._comm.rank} evaluated {counts[0]} images of its {stop - start}'
+                f'rank {self._comm.rank} evaluated {seen} images of its {stop - start}'
             )
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, counts, MPI.SUM)
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, losses, MPI.SUM)  # with zeros: exact
         self.minibatches_left = None
         images, top1, top5 = (int(count) for count in counts)
+        if images == 0:
+            raise RuntimeError('no validation image can be counted')
         return {
             'main/loss': float(losses.sum()) / images,
             'main/accuracy': top1 / images,
@@ -115,6 +123,6 @@ class ExactEvaluator(training.Extension):
         true = logits[xp.arange(len(t)), t][:, None]
         before = ~(logits <= true) | ((logits == true) & (classes < t[:, None]))
         rank = before.sum(axis=1)
-        sums = xp.stack([(rank < 1).sum(), (rank < 5).sum()])
-        top1, top5 = cuda.to_cpu(sums)
-        return (len(t), top1, top5), float(cuda.to_cpu(loss.sum(dtype=np.float64)))
+        counted = t >= 0
+        sums = xp.stack([counted.sum(), (counted & (rank < 1)).sum(), (counted & (rank < 5)).sum()])
+        return cuda.to_cpu(sums), float(cuda.to_cpu(loss.sum(dtype=np.float64)))

@@ -357,7 +357,7 @@ def start_ranks(n: int, arguments, module='reproduce.benchmark', **options):
 
 def study_precision(parser, options):
     from reproduce import precision
-    from reproduce.images import DataError
+    from reproduce.listing import DataError
 
     try:
         workers = tuple(sorted(int(n) for n in options.workers.split(',')))

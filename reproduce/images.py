@@ -1,110 +1,26 @@
-"""Image folders, and the way from a file to what the network sees."""
+"""The way from a file to what the network sees; ``python -m reproduce.images`` has commands."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
+import functools
+import io
 from pathlib import Path
 
+import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
+
+from reproduce.listing import DataError
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, in units of the full scale (G)
 STD = (0.229, 0.224, 0.225)
 
-_SUFFIXES = ('.jpeg', '.jpg', '.png')
+FILTERS = ('area', 'antialiased', 'linear')
 _TRIES = 10
 
-
-class DataError(Exception):
-    """The images cannot be used; the message names the path, what is wrong and what helps."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """The listing of ROOT/CLASS/FILE: files sorted by class and name, whatever the file system's
-    order.
-
-    Attributes:
-        root (str): The folder.
-        classes (tuple of str): Names of the class folders, sorted; a label is an index into it.
-        names (tuple of str): CLASS/FILE of each image.
-        labels (int32 array): Label of each image.
-    """
-
-    root: str
-    classes: tuple
-    names: tuple
-    labels: np.ndarray
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])
-
-    def digest(self) -> str:
-        """Identifies the classes and names, wherever the folder is."""
-        return hashlib.sha256('\0'.join((*self.classes, *self.names)).encode()).hexdigest()[:16]
-
-    def pack(self) -> tuple:
-        """The listing as three strings and an array: quick to send, however long it is."""
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        files = '\0'.join(name.partition('/')[2] for name in self.names)
-        return self.root, '\0'.join(self.classes), counts, files
-
-    @classmethod
-    def unpack(cls, packed: tuple) -> ImageFolder:
-        root, classes, counts, files = packed
-        classes = tuple(classes.split('\0'))
-        labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-        names = tuple(f'{classes[t]}/{file}' for t, file in zip(labels, files.split('\0')))
-        return cls(root, classes, names, labels)
-
-
-def list_images(root) -> ImageFolder:
-    """Lists ROOT/CLASS/*.jpg, .jpeg and .png, whatever the case of the suffix.
-
-    Raises:
-        DataError: There is no such folder, it has no class folder, or a class has no image.
-    """
-    root = os.fspath(root)
-    try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    except OSError as error:
-        raise DataError(
-            f'image folder {root}: {error.strerror}; it must hold a folder of images for each class'
-        ) from error
-    if not classes:
-        raise DataError(
-            f'image folder {root} has no class folders; images belong into {root}/CLASS/'
-        )
-    names, counts = [], []
-    for name in classes:
-        files = sorted(
-            entry.name
-            for entry in os.scandir(os.path.join(root, name))
-            if entry.name.lower().endswith(_SUFFIXES)
-        )
-        if not files:
-            raise DataError(
-                f'class folder {os.path.join(root, name)} has no image ({", ".join(_SUFFIXES)}); '
-                'fill it or remove it'
-            )
-        names += [f'{name}/{file}' for file in files]
-        counts.append(len(files))
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return ImageFolder(root, tuple(classes), tuple(names), labels)
-
-
-def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
-    """Raises DataError, with names, if the two folders do not have the same classes."""
-    for one, other in ((train, val), (val, train)):
-        extra = sorted(set(one.classes) - set(other.classes))
-        if extra:
-            shown = ', '.join(extra[:3]) + (', ...' if len(extra) > 3 else '')
-            raise DataError(
-                f'{one.root} has {len(extra)} class folder(s) that {other.root} has not: {shown}; '
-                'both must have the same'
-            )
+cv2.setNumThreads(0)  # a loader process is one thread of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +33,10 @@ class Preprocessing:
         min_crop_area (float): Smallest random crop, as a fraction of the image's area.
         max_aspect (float): Largest aspect ratio of a random crop; the smallest is its inverse.
         horizontal_flip (bool): Flip half of the training images.
+        resize_filter (str): ``'area'``: OpenCV's INTER_AREA, the mean over the pixels that a new
+            one covers, and INTER_LINEAR where the image grows. ``'antialiased'``: Pillow's
+            bilinear filter, as wide as the reduction. ``'linear'``: OpenCV's INTER_LINEAR, which
+            aliases.
     """
 
     image_size: int = 224
@@ -124,11 +44,21 @@ class Preprocessing:
     min_crop_area: float = 0.08
     max_aspect: float = 4 / 3
     horizontal_flip: bool = True
+    resize_filter: str = FILTERS[0]
 
 
-def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.RandomState:
-    """The random numbers for an image in an epoch: the same whichever process draws them."""
-    return np.random.RandomState([seed, epoch, index])
+def augmentation_rng(seed: int, epoch: int, index: int, rng=None) -> np.random.RandomState:
+    """The random numbers for an image in an epoch: the same whichever process draws them.
+
+    Args:
+        seed, epoch, index (int): Of the run, from 0 on, and of the image.
+        rng (numpy.random.RandomState): Seeded and returned, instead of a new one: a tenth of the
+            time.
+    """
+    if rng is None:
+        return np.random.RandomState([seed, epoch, index])
+    rng.seed([seed, epoch, index])
+    return rng
 
 
 def random_crop(size, rng, preprocessing) -> tuple[int, int, int, int]:
@@ -159,9 +89,14 @@ def random_crop(size, rng, preprocessing) -> tuple[int, int, int, int]:
     return left, upper, left + side, upper + side
 
 
-def train_image(path, rng, preprocessing) -> np.ndarray:
-    """Decodes an image for training: a random crop, resized with Pillow's antialiased bilinear
-    filter, flipped or not.
+def train_image(path, rng, preprocessing, out=None) -> np.ndarray:
+    """Decodes an image for training: a random crop, resized, flipped or not.
+
+    Args:
+        path (str or Path): The file.
+        rng (numpy.random.RandomState): From :func:`augmentation_rng`.
+        preprocessing (Preprocessing): What is done.
+        out (uint8 array): Where the result is written, contiguous; a new array by default.
 
     Returns:
         uint8 array [image_size, image_size, 3].
@@ -169,51 +104,124 @@ def train_image(path, rng, preprocessing) -> np.ndarray:
     Raises:
         DataError: The file cannot be decoded.
     """
-    image = _decode(path)
-    box = random_crop(image.size, rng, preprocessing)
+    pixels = decode(path)
+    height, width = pixels.shape[:2]
+    left, upper, right, lower = random_crop((width, height), rng, preprocessing)
     side = preprocessing.image_size
-    # Cropped first: with resize(box=...) the filter would see across the border of the crop.
-    pixels = np.asarray(image.crop(box).resize((side, side), Image.Resampling.BILINEAR))
+    # Cropped first: the filter must not see across the border of the crop.
+    crop = pixels[upper:lower, left:right]
     if preprocessing.horizontal_flip and rng.randint(2):
-        pixels = pixels[:, ::-1]
-    return pixels
+        return cv2.flip(resized(crop, side, side, preprocessing.resize_filter), 1, dst=out)
+    return resized(crop, side, side, preprocessing.resize_filter, out)
 
 
-def validation_image(path, preprocessing) -> np.ndarray:
+def validation_image(path, preprocessing, out=None) -> np.ndarray:
     """Decodes an image for validation: the centre of the image whose shorter side was resized.
 
+    Args:
+        path (str or Path): The file.
+        preprocessing (Preprocessing): What is done.
+        out (uint8 array): Where the result is written; a new array by default.
+
     Returns:
         uint8 array [image_size, image_size, 3].
 
     Raises:
         DataError: The file cannot be decoded.
     """
-    image = _decode(path)
-    shorter = min(image.size)
-    width, height = (round(length * preprocessing.resize / shorter) for length in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = decode(path)
+    height, width = pixels.shape[:2]
+    shorter = min(width, height)
+    width, height = (round(n * preprocessing.resize / shorter) for n in (width, height))
+    pixels = resized(pixels, width, height, preprocessing.resize_filter)
     side = preprocessing.image_size
     left, upper = (width - side) // 2, (height - side) // 2
-    return np.asarray(image.crop((left, upper, left + side, upper + side)))
+    centre = pixels[upper : upper + side, left : left + side]
+    if out is None:
+        return centre.copy()
+    np.copyto(out, centre)
+    return out
 
 
-def _decode(path) -> Image.Image:
-    """8-bit RGB, upright, whatever the file has; transparent parts lie on white."""
+def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np.ndarray:
+    """Pixels of another size; ``resize_filter`` as in :class:`Preprocessing`.
+
+    Args:
+        pixels (uint8 array): [H, W, 3].
+        width, height (int): Of the result.
+        resize_filter (str): One of ``FILTERS``.
+        out (uint8 array): Where the result is written, contiguous; a new array by default.
+
+    Returns:
+        uint8 array [height, width, 3].
+    """
+    if resize_filter == 'antialiased':
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+        if out is None:
+            return np.asarray(image)
+        np.copyto(out, np.asarray(image))
+        return out
+    shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
+    method = cv2.INTER_AREA if resize_filter == 'area' and shrinks else cv2.INTER_LINEAR
+    return cv2.resize(pixels, (width, height), dst=out, interpolation=method)
+
+
+def decode(path) -> np.ndarray:
+    """8-bit RGB, upright, whatever the file has; transparent parts lie on white.
+
+    JPEG files in colour or grey go through simplejpeg, which gives Pillow's pixels in two thirds of
+    the time; everything else, and what simplejpeg will not have, through Pillow.
+
+    Returns:
+        uint8 array [H, W, 3].
+
+    Raises:
+        DataError: The file cannot be read or decoded.
+    """
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):  # 16-bit grey, which convert() would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ('LA', 'PA', 'RGBA') or 'transparency' in image.info:
-                image = image.convert('RGBA')
-                white = Image.new('RGBA', image.size, 'white')
-                image = Image.alpha_composite(white, image)
-            return image.convert('RGB')
+        data = Path(path).read_bytes()
+        # What simplejpeg would not do: turn an image as its EXIF says, convert CMYK.
+        if data[:2] == b'\xff\xd8' and b'Exif\0\0' not in data:
+            try:
+                if simplejpeg.decode_jpeg_header(data)[2] in ('YCbCr', 'Gray', 'RGB'):
+                    return simplejpeg.decode_jpeg(data)
+            except ValueError:
+                pass  # Pillow decides whether it is broken
+        return _decode_with_pillow(data)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f'image {Path(path)} cannot be decoded ({error}); replace it or remove it'
         ) from error
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith('I'):  # 16-bit grey, which convert() would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ('LA', 'PA', 'RGBA') or 'transparency' in image.info:
+            image = image.convert('RGBA')
+            white = Image.new('RGBA', image.size, 'white')
+            image = Image.alpha_composite(white, image)
+        return np.array(image.convert('RGB'))
+
+
+# For CuPy's ElementwiseKernel: parameters in, parameters out, operation, name. One pass that reads
+# bytes and writes floats; each product and sum is rounded, as NumPy does.
+NORMALIZE = (
+    'raw uint8 pixels, int64 area, float32 scale0, float32 scale1, float32 scale2, '
+    'float32 shift0, float32 shift1, float32 shift2',
+    'float32 x',
+    """
+    const long long channel = i / area % 3;
+    const long long pixel = i / (3 * area) * area + i % area;
+    const float scale = channel == 0 ? scale0 : channel == 1 ? scale1 : scale2;
+    const float shift = channel == 0 ? shift0 : channel == 1 ? shift1 : shift2;
+    x = __fadd_rn(__fmul_rn((float)pixels[3 * pixel + channel], scale), shift);
+    """,
+    'normalize',
+)
 
 
 def normalize(batch, mean=MEAN, std=STD, xp=np):
@@ -225,11 +233,26 @@ def normalize(batch, mean=MEAN, std=STD, xp=np):
         xp (module): numpy or cupy.
 
     Returns:
-        array: float32 [N, 3, H, W], contiguous.
+        array: float32 [N, 3, H, W], contiguous; the same bits from both.
     """
-    scale = xp.asarray(1 / (255 * np.asarray(std)), np.float32)
-    shift = xp.asarray(-np.asarray(mean) / np.asarray(std), np.float32)
-    x = xp.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32)
-    x *= scale[:, None, None]
-    x += shift[:, None, None]
-    return x
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32)
+    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    if xp is np:
+        x = np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32)
+        x *= scale[:, None, None]
+        x += shift[:, None, None]
+        return x
+    n, height, width, _ = batch.shape
+    x = xp.empty((n, 3, height, width), np.float32)
+    return _normalize_kernel(xp)(batch, height * width, *scale, *shift, x)
+
+
+@functools.lru_cache(maxsize=None)
+def _normalize_kernel(xp):
+    return xp.ElementwiseKernel(*NORMALIZE)
+
+
+if __name__ == '__main__':
+    from reproduce import image_commands
+
+    image_commands.main()

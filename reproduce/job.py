@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from extensions import CheckpointError, CommunicatorError, NonFiniteGradients, Stopped
 from reproduce.abort import abort
-from reproduce.images import DataError
+from reproduce.listing import DataError
 from reproduce.settings import InputError
 
 _USER_ERRORS = (InputError, DataError, CommunicatorError, CheckpointError)

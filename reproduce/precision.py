@@ -15,6 +15,7 @@ import chainer.links as L
 import numpy as np
 
 from reproduce import digits, figures, images, report
+from reproduce.listing import list_images
 from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
@@ -72,7 +73,7 @@ def run(study: Study, out: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         if study.image_root is None:
             digits.write_image_folder(Path(folder) / 'digits')
-        listing = images.list_images(study.image_root or Path(folder) / 'digits' / 'train')
+        listing = list_images(study.image_root or Path(folder) / 'digits' / 'train')
         gradient_of = Gradients(study, listing)
         os.makedirs(out, exist_ok=True)
         gradient_of.train()
@@ -101,7 +102,7 @@ class Gradients:
             ImageOrder(len(listing.labels), 1, b, study.seed),
             images.Preprocessing(size, size, horizontal_flip=study.image_root is not None),
             study.seed,
-            workers=range(1),
+            range(1),
         )
         self._lr = 0.5 * extensions.base_learning_rate(b)
 
@@ -145,7 +146,7 @@ def accumulation(study: Study) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         digits.write_image_folder(Path(folder) / 'digits')
         root = study.image_root or Path(folder) / 'digits' / 'train'
-        gradient_of = Gradients(study, images.list_images(root))
+        gradient_of = Gradients(study, list_images(root))
         gradient_of.train()
         model = gradient_of.model
         comm = extensions.create_communicator('mpi')

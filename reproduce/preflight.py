@@ -33,6 +33,7 @@ from mpi4py import MPI
 
 from extensions import gpus
 from reproduce import agreement, images, job, leftovers, output, report, train
+from reproduce.listing import DataError, ImageFolder
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
 from reproduce.watchdog import Watchdog
@@ -171,18 +172,17 @@ class Preflight:
         folders = None
         if self._mpi.rank == 0:
             try:
-                train_root, val_root = train.roots(self._settings)
+                train_root, _ = train.roots(self._settings)
                 if train_root:
-                    folders = images.list_images(train_root), images.list_images(val_root)
-                    images.check_same_classes(*folders)
-                    train.check_total_batch(self._settings, len(folders[0].labels))
-            except (InputError, images.DataError) as error:
+                    folders = train.list_folders(self._settings)
+                    train.check_total_batch(self._settings, len(folders[0]))
+            except (InputError, DataError) as error:
                 self.problems.append(str(error))
                 folders = None
         packed = self._mpi.bcast(folders and [folder.pack() for folder in folders])
         if not packed:
             return
-        folders = [images.ImageFolder.unpack(folder) for folder in packed]
+        folders = [ImageFolder.unpack(folder) for folder in packed]
         self._n_classes = len(folders[0].classes)
         sample = agreement.sample(*folders)
         unreadable = sorted(path for path, size in sample.items() if size is None)
@@ -195,16 +195,15 @@ class Preflight:
 
     def _decode(self, paths, n=8):
         s = self._settings
-        preprocessing = images.Preprocessing(s.image_size, s.resize, s.min_crop_area)
         start = time.perf_counter()
         try:
             for i, path in enumerate(paths[:: max(1, len(paths) // n)]):
-                images.train_image(path, images.augmentation_rng(0, 0, i), preprocessing)
-        except images.DataError as error:
+                images.train_image(path, images.augmentation_rng(0, 0, i), s.preprocessing)
+        except DataError as error:
             self.problems.append(str(error))
             return
         seconds = (time.perf_counter() - start) / (i + 1) * s.local_batch_size
-        self.row['loading'] = seconds / max(1, s.loader_processes)
+        self.row['loading'] = seconds / max(1, loader.parse(s.loader)[1])
 
     def _communicator(self):
         s = self._settings
@@ -255,14 +254,17 @@ class Preflight:
         image = peaks[1] - peaks[0]
         before, available = self._start
         rank = _peak_memory() + max(0, s.local_batch_size - 3) * image
-        need = _MARGIN * self.row['ranks'] * (rank + s.loader_processes * before)
+        kind, n = loader.parse(s.loader)
+        processes = n if kind == 'processes' else 0
+        shared = (2 * n + 1) * (s.local_batch_size + s.validation_batch_size) * 3 * s.image_size**2
+        need = _MARGIN * self.row['ranks'] * (rank + processes * before + shared)
         self.row['memory'] = need / _GIB
         self.row['available'] = (available + self.row['ranks'] * before) / _GIB
         if self.row['memory'] > self.row['available']:
             self._fits = False
             self.problems.append(
                 'not enough memory (see the table): fewer ranks a host, a smaller '
-                '--local-batch-size or fewer --loader-processes'
+                '--local-batch-size or fewer processes in --loader'
             )
         self._device_memory()
         on_gpus = extensions.device_of(self._comm).xp is not np
@@ -365,7 +367,7 @@ def _estimate(settings, rows) -> str:
         for key in ('minibatch', 'loading', 'all_reduce', 'update')
     }
     # Where there is a core for each loader process, loading goes on beside the computation.
-    beside = all(r['cores'] >= r['ranks'] * (1 + settings.loader_processes) for r in rows)
+    beside = all(r['cores'] >= r['ranks'] * (1 + loader.parse(settings.loader)[1]) for r in rows)
     both = slowest['minibatch'], slowest['loading']
     seconds = each * (max(both) if beside else sum(both))
     seconds += slowest['all_reduce'] + slowest['update']

@@ -106,10 +106,10 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
         'all-reduce': all_reduce_of(comm, s),
         'update': f'RMSpropWarmup, {arithmetic_of(device)}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
-        'training': f'{len(train.labels):,} images in {train.root}',
-        'validation': f'{len(val.labels):,} images in {val.root}',
+        'training': f'{len(train):,} images in {train.root}',
+        'validation': f'{len(val):,} images in {val.root}',
         'classes': f'{len(train.classes):,}',
-        'length': f'{s.epochs} epochs, {s.iterations(len(train.labels)):,} iterations',
+        'length': f'{s.epochs} epochs, {s.iterations(len(train)):,} iterations',
         'versions': ', '.join(f'{name} {version}' for name, version in versions().items()),
         'output': s.out,
     }
@@ -130,7 +130,7 @@ def arithmetic_of(device) -> str:
 
 class Progress(training.Extension):
     """Prints a line with images/s and the time left, at most one in ``seconds``, also within an
-    iteration, between the workers that a process plays.
+    iteration, between the workers that a process plays, and within a validation.
 
     Always whole lines, never a line drawn over: what mpiexec gives a rank looks like a terminal
     even where it ends in a file.
@@ -139,15 +139,18 @@ class Progress(training.Extension):
     trigger = (1, 'iteration')
     priority = extension.PRIORITY_READER
 
-    def __init__(self, total_batch_size, n_iterations, seconds=10.0):
+    def __init__(self, total_batch_size, n_iterations, evaluator, seconds=10.0):
         self._total_batch_size = total_batch_size
         self._n_iterations = n_iterations
+        self._evaluator = evaluator
         self._seconds = seconds
+        self._validation = None  # its start, and the minibatches that were then left
         self._last = None
 
     def initialize(self, trainer):
         self._last = (time.monotonic(), trainer.updater.images_done)
         trainer.updater.after_worker = lambda: self(trainer)
+        self._evaluator.after_minibatch = lambda: self._validating(trainer.updater.images_done)
 
     def __call__(self, trainer):
         now, images = time.monotonic(), trainer.updater.images_done
@@ -164,6 +167,18 @@ class Progress(training.Extension):
             f'epoch {trainer.updater.epoch_detail:.2f}, {rate:,.0f} images/s, {left} left',
             flush=True,
         )
+
+    def _validating(self, images):
+        now, left = time.monotonic(), self._evaluator.minibatches_left
+        if self._validation is None:
+            self._validation = now, left
+        start, n = self._validation
+        if left == 0:  # the training's images per second are counted from here
+            self._validation, self._last = None, (now, images)
+        elif now - self._last[0] >= self._seconds and left < n:
+            self._last = now, images
+            time_left = duration((now - start) / (n - left) * left)
+            print(f'  validation: {left:,} minibatches, {time_left} left', flush=True)
 
 
 def position_of(updater, evaluator):
@@ -240,7 +255,14 @@ def peak_memory(comm) -> int:
     return 1024 * comm.mpi_comm.allreduce(kilobytes, MPI.MAX)
 
 
-def summarize(settings, comm, trainer, log, peak_memory) -> dict:
+def bad_images(comm, batches) -> dict:
+    """Path to message of the images that the job has skipped, this time. Collective."""
+    return dict(
+        sorted(item for bad in comm.mpi_comm.allgather(batches.bad) for item in bad.items())
+    )
+
+
+def summarize(settings, comm, trainer, log, peak_memory, bad_images) -> dict:
     """Writes ``summary.json`` and the final ``curves.png``.
 
     Args:
@@ -249,6 +271,7 @@ def summarize(settings, comm, trainer, log, peak_memory) -> dict:
         trainer (~chainer.training.Trainer): After its run.
         log (list of dict): Of the LogReport.
         peak_memory (int): From :func:`peak_memory`.
+        bad_images (dict): From :func:`bad_images`.
 
     Returns:
         dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the
@@ -269,6 +292,7 @@ def summarize(settings, comm, trainer, log, peak_memory) -> dict:
         'total_batch_size': settings.total_batch_size,
         'seconds': trainer.elapsed_time,
         'peak_memory_bytes': peak_memory,
+        'bad_images': {'count': len(bad_images), 'messages': list(bad_images.values())},
         'images_per_second': iterations * settings.total_batch_size / trainer.elapsed_time,
         'versions': versions(),
     }

@@ -10,10 +10,12 @@ import argparse
 import dataclasses
 import math
 import textwrap
+from pathlib import Path
 
 from extensions import base_learning_rate
 from extensions.checkpoint import interval
 from extensions.half_precision import NAMES, SUMS
+from reproduce import images, loader
 
 
 class InputError(Exception):
@@ -39,7 +41,9 @@ _MAY_CHANGE = (
     'val_root',
     'n_train_images',
     'validation_batch_size',
-    'loader_processes',
+    'loader',
+    'bad_images',
+    'manifests',
     'out',
     'checkpoint_every',
     'keep_checkpoints',
@@ -53,7 +57,6 @@ _NOT_NEGATIVE = (
     'mu2',
     'eps',
     'weight_decay',
-    'loader_processes',
     'seed',
     'watchdog',
 )
@@ -125,8 +128,22 @@ class Settings:
     min_crop_area: float = _setting(0.08, 'smallest random crop, as a fraction of the area (G)')
     horizontal_flip: bool = _setting(True, 'flip half of the training images (G)')
     validation_batch_size: int = _setting(64, 'images at a time in validation (P)')
-    loader_processes: int = _setting(
-        2, 'processes per rank that decode images; 0: the rank itself (P)'
+    resize_filter: str = _setting(
+        'area',
+        'how an image is made smaller: the mean over an area (OpenCV), antialiased bilinear '
+        '(Pillow), or linear, which aliases (OpenCV) (P)',
+        images.FILTERS,
+    )
+    loader: str = _setting(
+        'processes:2', 'who decodes the images of a rank: processes:N, threads:N, or serial (P)'
+    )
+    bad_images: str = _setting(
+        'error',
+        'an image that cannot be decoded ends the run, or is skipped and counted (P)',
+        ('error', 'skip'),
+    )
+    manifests: str | None = _setting(
+        None, 'folder that lists of images are kept in [manifests, beside --out]'
     )
 
     seed: int = _setting(0, 'of the initial values, the order of images and their augmentation (P)')
@@ -173,6 +190,10 @@ class Settings:
             interval(self.checkpoint_every)
         except ValueError as error:
             raise InputError(f'--checkpoint-every is {error}') from error
+        try:
+            loader.parse(self.loader)
+        except ValueError as error:
+            raise InputError(f'--loader is {error}') from error
         if not 0 < self.min_crop_area <= 1:
             raise InputError(f'--min-crop-area must be in (0, 1], not {self.min_crop_area}')
         if self.resize < self.image_size:
@@ -185,6 +206,20 @@ class Settings:
     def total_batch_size(self) -> int:
         assert self.workers is not None, 'parse() knows the number of processes'
         return self.workers * self.local_batch_size
+
+    @property
+    def preprocessing(self) -> images.Preprocessing:
+        return images.Preprocessing(
+            self.image_size,
+            self.resize,
+            self.min_crop_area,
+            horizontal_flip=self.horizontal_flip,
+            resize_filter=self.resize_filter,
+        )
+
+    @property
+    def manifests_folder(self) -> str:
+        return self.manifests or str(Path(self.out).parent / 'manifests')
 
     @property
     def identity(self) -> dict:
@@ -222,7 +257,7 @@ def cifar10() -> Settings:
         image_size=32,
         resize=32,
         min_crop_area=0.25,
-        loader_processes=1,
+        loader='processes:1',
         out='results/cifar10',
     )
 
@@ -241,7 +276,7 @@ def smoke() -> Settings:
         resize=32,
         min_crop_area=0.8,
         horizontal_flip=False,
-        loader_processes=1,
+        loader='processes:1',
         out='results/smoke',
     )
 
@@ -256,6 +291,12 @@ class _Parser(argparse.ArgumentParser):
 
 def _flag(name: str) -> str:
     return '--' + name.replace('_', '-')
+
+
+def _help(field) -> str:
+    """With the default, unless that is described in it."""
+    text = field.metadata['help']
+    return (text if ']' in text else f'{text} [{field.default}]').replace('%', '%%')
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
@@ -277,7 +318,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for field in dataclasses.fields(Settings):
-        options: dict = {'help': f'{field.metadata["help"]} [{field.default}]'.replace('%', '%%')}
+        options: dict = {'help': _help(field)}
         kind = field.metadata['kind']
         if kind is bool:
             options['action'] = argparse.BooleanOptionalAction

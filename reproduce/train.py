@@ -33,7 +33,7 @@ from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
 from extensions.virtual_workers import workers_of
-from reproduce import agreement, digits, images, job, leftovers, output, report
+from reproduce import agreement, digits, images, job, leftovers, listing, output, report
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
@@ -54,26 +54,22 @@ def main(argv=None):
 
     # Data: rank 0 lists it and tells the others.
     train, val = job.on_rank_zero(mpi, lambda: prepare_data(settings, comm.size))
-    train, val = images.ImageFolder.unpack(train), images.ImageFolder.unpack(val)
+    train, val = listing.ImageFolder.unpack(train), listing.ImageFolder.unpack(val)
     identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
     checkpoint = job.on_rank_zero(mpi, lambda: output.find_checkpoint(settings, identity))
-    n_images = len(train.labels)
+    n_images = len(train)
     order = ImageOrder(n_images, settings.workers, settings.local_batch_size, settings.seed)
-    preprocessing = images.Preprocessing(
-        settings.image_size,
-        settings.resize,
-        settings.min_crop_area,
-        horizontal_flip=settings.horizontal_flip,
-    )
     workers = workers_of(comm.rank, comm.size, settings.workers)
     batches = loader.ImageLoader(
         train,
         val,
         order,
-        preprocessing,
+        settings.preprocessing,
         settings.seed,
-        workers=workers,
-        n_processes=settings.loader_processes,
+        workers,
+        settings.loader,
+        settings.validation_batch_size,
+        settings.bad_images,
     )
 
     # Model: every rank starts from rank 0's initial values; no minibatch is spent on the broadcast.
@@ -126,10 +122,10 @@ def main(argv=None):
     # Validation after every epoch, of each image once.
     trainer.extend(batch_statistics)
     evaluator = extensions.ExactEvaluator(
-        lambda start, stop: batches.validation_batches(start, stop, settings.validation_batch_size),
+        batches.validation_batches,
         model,
         comm,
-        len(val.labels),
+        len(val),
         settings.validation_batch_size,
         converter=to_device,
     )
@@ -142,7 +138,7 @@ def main(argv=None):
         print(report.header(settings, comm, train, val, model.count_params()), flush=True)
         report.write_settings(settings, settings.out)
         trainer.extend(log_report)
-        trainer.extend(report.Progress(settings.total_batch_size, n_iterations))
+        trainer.extend(report.Progress(settings.total_batch_size, n_iterations, evaluator))
         trainer.extend(report.EpochTable(log_report))
         trainer.extend(report.Curves(settings, log_report))
 
@@ -166,13 +162,16 @@ def main(argv=None):
     with Watchdog(mpi, settings.watchdog, report.position_of(updater, evaluator)):
         with batches:
             trainer.run(show_loop_exception_msg=False)
-        peak_memory = report.peak_memory(comm)
+        peak_memory, bad_images = report.peak_memory(comm), report.bad_images(comm, batches)
         if comm.rank == 0:
             chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
-            summary = report.summarize(settings, comm, trainer, log_report.log, peak_memory)
+            summary = report.summarize(
+                settings, comm, trainer, log_report.log, peak_memory, bad_images
+            )
             print(
                 f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB a process; '
-                f'results in {settings.out}',
+                + (f'{len(bad_images):,} bad images skipped; ' if bad_images else '')
+                + f'results in {settings.out}',
                 flush=True,
             )
     return trainer
@@ -230,7 +229,9 @@ def print_plan(settings):
 def count_images(settings) -> int:
     """Training images, counted where there is a folder."""
     train_root, _ = roots(settings)
-    return len(images.list_images(train_root).labels) if train_root else settings.n_train_images
+    if not train_root:
+        return settings.n_train_images
+    return len(listing.listing_of(train_root, settings.manifests_folder))
 
 
 def prepare_data(settings, n_processes):
@@ -241,13 +242,13 @@ def prepare_data(settings, n_processes):
         tuple: The packed listings of training and validation images.
 
     Raises:
-        InputError, ~reproduce.images.DataError: What does not fit, and how to mend it.
+        InputError, ~reproduce.listing.DataError: What does not fit, and how to mend it.
     """
     try:
         workers_of(0, n_processes, settings.workers)
     except ValueError as error:
         raise InputError(f'--workers: {error}') from error
-    train_root, val_root = roots(settings)
+    train_root, _ = roots(settings)
     ships_data = settings.preset == 'smoke' and train_root is None
     if train_root is None and not ships_data:
         raise InputError(
@@ -257,15 +258,25 @@ def prepare_data(settings, n_processes):
     if ships_data:
         check_total_batch(settings, len(digits.split()[0]))
     else:
-        train, val = images.list_images(train_root), images.list_images(val_root)
-        images.check_same_classes(train, val)
-        check_total_batch(settings, len(train.labels))
+        train, val = list_folders(settings)
+        check_total_batch(settings, len(train))
     output.prepare(settings)
     if ships_data:
         root = Path(settings.out) / 'digits'
         digits.write_image_folder(root)
-        train, val = images.list_images(root / 'train'), images.list_images(root / 'val')
+        train, val = listing.list_images(root / 'train'), listing.list_images(root / 'val')
+    else:
+        for folder in (train, val):
+            listing.keep(folder, settings.manifests_folder)
     return train.pack(), val.pack()
+
+
+def list_folders(settings):
+    """The listings of the folders of training and validation images, from their manifests where
+    these are up to date."""
+    train, val = (listing.listing_of(root, settings.manifests_folder) for root in roots(settings))
+    listing.check_same_classes(train, val)
+    return train, val
 
 
 def check_total_batch(settings, n_images):

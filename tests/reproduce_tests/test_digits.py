@@ -33,8 +33,8 @@ def test_image_folder(tmp_path):
     root = tmp_path / 'digits'
     digits.write_image_folder(root)
     assert [path.name for path in tmp_path.iterdir()] == ['digits']
-    train, val = images.list_images(root / 'train'), images.list_images(root / 'val')
-    images.check_same_classes(train, val)
+    train, val = list_images(root / 'train'), images.list_images(root / 'val')
+    check_same_classes(train, val)
     assert (len(train.labels), len(val.labels), train.classes) == (1437, 360, tuple('0123456789'))
     pixels, labels = digits.load()
     for folder in (train, val):

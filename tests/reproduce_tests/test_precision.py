@@ -16,7 +16,7 @@ KINDS = {'convolution': '/conv', 'batch normalization': '/bn', 'fully connected'
 def test_errors_are_those_of_the_definition(tmp_path, capsys):
     result = precision.run(STUDY, tmp_path / 'out')
     digits.write_image_folder(tmp_path / 'digits')
-    gradient_of = precision.Gradients(STUDY, images.list_images(tmp_path / 'digits' / 'train'))
+    gradient_of = precision.Gradients(STUDY, list_images(tmp_path / 'digits' / 'train'))
     gradient_of.train()
     gradients = []
     for worker in range(3):
@@ -59,7 +59,7 @@ def test_other_ways_to_a_total_batch(tmp_path, capsys):
     study = precision.Study(workers=(3,), local_batch_size=2, steps=1)
     result = precision.accumulation(study)
     digits.write_image_folder(tmp_path / 'digits')
-    gradient_of = precision.Gradients(study, images.list_images(tmp_path / 'digits' / 'train'))
+    gradient_of = precision.Gradients(study, list_images(tmp_path / 'digits' / 'train'))
     gradient_of.train()
     links = [link for link in gradient_of.model.links() if hasattr(link, 'avg_mean')]
     gradients, means, variances = [], [], []
