@@ -9,6 +9,8 @@ python -m reproduce.benchmark accumulation    8 workers against gradient accumul
                                               one large batch
 python -m reproduce.benchmark workers         8 virtual workers against Chainer's StandardUpdater
 python -m reproduce.benchmark checkpoint      a checkpoint of ResNet-50 against a plain np.savez
+python -m reproduce.benchmark loader          decoding and augmentation against plain Pillow; two
+                                              loader processes against one
 python -m reproduce.benchmark invariance      8 workers on 1, 2, 4 and 8 processes: the same bits?
 """
 
@@ -330,12 +332,20 @@ def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
     return same
 
 
+def loading(repeat: int) -> dict:
+    """Loading images: see :mod:`reproduce.loading`."""
+    from reproduce import loading
+
+    return loading.run(repeat)
+
+
 _MEASURES = {
     'update': update,
     'statistics': statistics,
     'allreduce': allreduce,
     'workers': workers,
     'checkpoint': checkpoint,
+    'loader': loading,
 }
 
 

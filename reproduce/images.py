@@ -17,8 +17,9 @@ from reproduce.listing import DataError
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, in units of the full scale (G)
 STD = (0.229, 0.224, 0.225)
 
-FILTERS = ('area', 'antialiased', 'linear')
+FILTERS = ('antialiased', 'pillow', 'linear')
 _TRIES = 10
+_ORIENTATION = 0x0112  # the EXIF tag
 
 cv2.setNumThreads(0)  # a loader process is one thread of its own
 
@@ -33,10 +34,10 @@ class Preprocessing:
         min_crop_area (float): Smallest random crop, as a fraction of the image's area.
         max_aspect (float): Largest aspect ratio of a random crop; the smallest is its inverse.
         horizontal_flip (bool): Flip half of the training images.
-        resize_filter (str): ``'area'``: OpenCV's INTER_AREA, the mean over the pixels that a new
-            one covers, and INTER_LINEAR where the image grows. ``'antialiased'``: Pillow's
-            bilinear filter, as wide as the reduction. ``'linear'``: OpenCV's INTER_LINEAR, which
-            aliases.
+        resize_filter (str): ``'pillow'``: Pillow's bilinear filter, a triangle as wide as the
+            reduction. ``'antialiased'``: nearly the same, by OpenCV, see :func:`triangle`; on
+            another kind of processor, one value in some millions may be rounded otherwise.
+            ``'linear'``: OpenCV's INTER_LINEAR, which aliases.
     """
 
     image_size: int = 224
@@ -155,15 +156,38 @@ def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np
     Returns:
         uint8 array [height, width, 3].
     """
-    if resize_filter == 'antialiased':
+    if resize_filter == 'pillow':
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
         if out is None:
             return np.asarray(image)
         np.copyto(out, np.asarray(image))
         return out
-    shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
-    method = cv2.INTER_AREA if resize_filter == 'area' and shrinks else cv2.INTER_LINEAR
-    return cv2.resize(pixels, (width, height), dst=out, interpolation=method)
+    if resize_filter == 'antialiased':
+        x, y = triangle(pixels.shape[1] / width), triangle(pixels.shape[0] / height)
+        if max(len(x), len(y)) > 1:
+            pixels = cv2.sepFilter2D(pixels, -1, x, y, borderType=cv2.BORDER_REFLECT)
+    return cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+
+
+def triangle(scale: float) -> np.ndarray:
+    """What to filter with before a linear interpolation that makes an image ``scale`` times
+    smaller, so that both together are an antialiased bilinear filter.
+
+    Where s is an integer, the triangle of radius s is a sum of triangles of radius 1, at j = 1 - s
+    ... s - 1 with weights (s - abs(j)) / s**2: then the result is Pillow's, but for the rounding.
+    Between two integers their weights are mixed, so that the variance is that of the triangle of
+    radius s, s**2 / 6.
+
+    Returns:
+        float32 array: Odd length, sum 1; [1] where the image grows.
+    """
+    if scale <= 1:
+        return np.ones(1, np.float32)
+    n = int(scale)
+    share = (scale**2 - n**2) / (2 * n + 1)
+    j = abs(np.arange(-n, n + 1))
+    weights = (1 - share) * np.maximum(n - j, 0) / n**2 + share * (n + 1 - j) / (n + 1) ** 2
+    return weights.astype(np.float32)
 
 
 def decode(path) -> np.ndarray:
@@ -180,10 +204,11 @@ def decode(path) -> np.ndarray:
     """
     try:
         data = Path(path).read_bytes()
-        # What simplejpeg would not do: turn an image as its EXIF says, convert CMYK.
-        if data[:2] == b'\xff\xd8' and b'Exif\0\0' not in data:
+        if data[:2] == b'\xff\xd8':
             try:
-                if simplejpeg.decode_jpeg_header(data)[2] in ('YCbCr', 'Gray', 'RGB'):
+                # What simplejpeg does not do: convert CMYK, turn an image as its EXIF says.
+                colours = simplejpeg.decode_jpeg_header(data)[2]
+                if colours in ('YCbCr', 'Gray', 'RGB') and not _is_turned(data):
                     return simplejpeg.decode_jpeg(data)
             except ValueError:
                 pass  # Pillow decides whether it is broken
@@ -192,6 +217,17 @@ def decode(path) -> np.ndarray:
         raise DataError(
             f'image {Path(path)} cannot be decoded ({error}); replace it or remove it'
         ) from error
+
+
+def _is_turned(jpeg: bytes) -> bool:
+    """Whether the file has EXIF that says so; Pillow is asked only if it has any."""
+    position = 2
+    while position < len(jpeg) and jpeg[position : position + 2] != b'\xff\xda':
+        if jpeg[position + 4 : position + 10] == b'Exif\0\0':
+            with Image.open(io.BytesIO(jpeg)) as image:
+                return image.getexif().get(_ORIENTATION, 1) != 1
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], 'big')
+    return False
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
@@ -210,8 +246,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
 # For CuPy's ElementwiseKernel: parameters in, parameters out, operation, name. One pass that reads
 # bytes and writes floats; each product and sum is rounded, as NumPy does.
 NORMALIZE = (
-    'raw uint8 pixels, int64 area, float32 scale0, float32 scale1, float32 scale2, '
-    'float32 shift0, float32 shift1, float32 shift2',
+    """raw uint8 pixels, int64 area, float32 scale0, float32 scale1, float32 scale2,
+    float32 shift0, float32 shift1, float32 shift2""",
     'float32 x',
     """
     const long long channel = i / area % 3;
@@ -247,7 +283,7 @@ def normalize(batch, mean=MEAN, std=STD, xp=np):
     return _normalize_kernel(xp)(batch, height * width, *scale, *shift, x)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _normalize_kernel(xp):
     return xp.ElementwiseKernel(*NORMALIZE)
 

@@ -74,7 +74,7 @@ class _Serial(concurrent.futures.Executor):
         future: concurrent.futures.Future = concurrent.futures.Future()
         try:
             future.set_result(function(*arguments))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (the future raises it)
             future.set_exception(error)
         return future
 

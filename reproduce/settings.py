@@ -129,9 +129,9 @@ class Settings:
     horizontal_flip: bool = _setting(True, 'flip half of the training images (G)')
     validation_batch_size: int = _setting(64, 'images at a time in validation (P)')
     resize_filter: str = _setting(
-        'area',
-        'how an image is made smaller: the mean over an area (OpenCV), antialiased bilinear '
-        '(Pillow), or linear, which aliases (OpenCV) (P)',
+        'antialiased',
+        'how images are resized: antialiased bilinear, by OpenCV or, slower, by Pillow; or linear, '
+        'which aliases (P)',
         images.FILTERS,
     )
     loader: str = _setting(

@@ -15,6 +15,7 @@ from mpi4py import MPI
 import extensions
 import reproduce
 from extensions import gpus, rmsprop_warmup
+from reproduce import images
 
 if importlib.util.find_spec('cupy') is None:
     pytest.skip('no CuPy: EXTRAS=gpu ./run_mpi.sh installs it', allow_module_level=True)
@@ -37,6 +38,23 @@ def generated_source(dtype):
     return _kernel._get_elementwise_kernel_code(
         tuple(_kernel._ArgInfo(*kind) for kind in kinds),
         _kernel._TypeMap((('T', np.dtype(dtype).type),)),
+        kernel.params,
+        kernel.operation,
+        kernel.name,
+        kernel.preamble,
+    )
+
+
+def source_of_normalization():
+    """The same for the kernel that normalizes images."""
+    kernel = cupy.ElementwiseKernel(*images.NORMALIZE)
+    pixels = (NDARRAY, cupy.ndarray, np.uint8, 4, True, True)
+    result = (NDARRAY, cupy.ndarray, np.float32, 1, True, True)
+    scalars = [(SCALAR, _scalar.CScalar, p.dtype, 0, True, True) for p in kernel.params[1:-2]]
+    indexer = (INDEXER, _carray.Indexer, None, 1, True, True)
+    return _kernel._get_elementwise_kernel_code(
+        tuple(_kernel._ArgInfo(*kind) for kind in [pixels, *scalars, result, indexer]),
+        _kernel._TypeMap(()),
         kernel.params,
         kernel.operation,
         kernel.name,
@@ -75,6 +93,15 @@ def test_the_kernel_compiles(capability, dtype):
         loads, stores = ptx.count('ld.global'), ptx.count('st.global')
         assert loads >= 4 and 3 * loads == 4 * stores
         assert '.f64' not in ptx[ptx.index('.entry') :]
+
+
+@pytest.mark.parametrize('capability', [60, 70, 80, 90])
+def test_the_normalization_compiles(capability):
+    ptx = compile_to_ptx(source_of_normalization(), capability)
+    assert f'.target sm_{capability}' in ptx and '.entry normalize' in ptx
+    loads, stores = ptx.count('ld.global'), ptx.count('st.global')
+    assert loads == stores >= 1 and 'ld.global.u8' in ptx.replace('.nc', '')
+    assert 'fma.rn.f32' not in ptx  # the bits of NumPy: two roundings
 
 
 def test_a_kernel_that_does_not_compile_fails_here():

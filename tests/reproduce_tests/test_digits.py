@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from reproduce import digits, images
+from reproduce.listing import check_same_classes, list_images
 
 
 def test_the_file_is_the_published_one(root):
@@ -33,12 +34,12 @@ def test_image_folder(tmp_path):
     root = tmp_path / 'digits'
     digits.write_image_folder(root)
     assert [path.name for path in tmp_path.iterdir()] == ['digits']
-    train, val = list_images(root / 'train'), images.list_images(root / 'val')
+    train, val = list_images(root / 'train'), list_images(root / 'val')
     check_same_classes(train, val)
     assert (len(train.labels), len(val.labels), train.classes) == (1437, 360, tuple('0123456789'))
     pixels, labels = digits.load()
     for folder in (train, val):
-        for name, label in list(zip(folder.names, folder.labels))[::50]:
+        for name, label in list(zip(map(folder.name, range(len(folder))), folder.labels))[::50]:
             number = int(name.split('/')[1].split('.')[0])
             assert labels[number] == label
             image = Image.open(f'{folder.root}/{name}')

@@ -1,11 +1,18 @@
+import ctypes
+import os
+import shutil
+import subprocess
 import zipfile
 
+import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
-from reproduce import images
-from reproduce.images import DataError, Preprocessing
+from reproduce import images, loading
+from reproduce.images import Preprocessing
+from reproduce.listing import DataError
 
 
 def picture(width=50, height=40, seed=0):
@@ -16,67 +23,39 @@ def picture(width=50, height=40, seed=0):
     return np.stack([x * 255 / (width - 1), y * 255 / (height - 1), blue], axis=2).astype(np.uint8)
 
 
-def folder_of(top, **classes):
-    for name, files in classes.items():
-        (top / name).mkdir(parents=True)
-        for file in files:
-            Image.fromarray(picture()).save(top / name / file)
-    return top
+def test_crop_has_the_distribution_of_the_definition():
+    """Area uniform in [0.08, 1], logarithm of the aspect ratio uniform, drawn again until it fits.
 
-
-def test_listing_is_sorted_and_sees_all_suffixes(tmp_path):
-    folder_of(tmp_path, b=['2.png', '10.JPEG', 'ä b.Jpg'], a=['x.png'])
-    (tmp_path / 'b' / 'notes.txt').write_text('no image')
-    (tmp_path / 'README').write_text('no class')
-    listing = images.list_images(tmp_path)
-    assert listing.classes == ('a', 'b')
-    assert listing.names == ('a/x.png', 'b/10.JPEG', 'b/2.png', 'b/ä b.Jpg')
-    assert listing.labels.tolist() == [0, 1, 1, 1] and listing.labels.dtype == np.int32
-    again = images.ImageFolder.unpack(listing.pack())
-    assert again.names == listing.names and again.classes == listing.classes
-    assert again.labels.tolist() == listing.labels.tolist() and again.path(3) == listing.path(3)
-
-
-def test_impossible_folders_are_named(tmp_path):
-    with pytest.raises(DataError, match='none.*No such file'):
-        images.list_images(tmp_path / 'none')
-    (tmp_path / 'flat').mkdir()
-    with pytest.raises(DataError, match='flat has no class folders'):
-        images.list_images(tmp_path / 'flat')
-    folder_of(tmp_path / 'top', full=['1.png'], empty=[])
-    with pytest.raises(DataError, match='top/empty has no image'):
-        images.list_images(tmp_path / 'top')
-
-
-def test_different_classes_are_named(tmp_path):
-    train = images.list_images(folder_of(tmp_path / 'train', cat=['1.png'], dog=['1.png']))
-    val = images.list_images(folder_of(tmp_path / 'val', cat=['1.png']))
-    with pytest.raises(DataError, match='train has 1 class folder.*val has not: dog'):
-        images.check_same_classes(train, val)
-    with pytest.raises(DataError, match='dog'):
-        images.check_same_classes(val, train)
-    images.check_same_classes(train, train)
-
-
-def test_crop_has_the_distribution_of_the_paper():
-    preprocessing = Preprocessing()
+    A crop of less than 3/4 of a square fits with every aspect ratio; one of area a above it, where
+    |log aspect| <= -log a. Kolmogorov and Smirnov's distance for a chance of 1 in 1,000 is 1.95 /
+    sqrt(n); whole pixels add less than 0.001.
+    """
+    n = 100_000
     rng = np.random.RandomState(0)
-    boxes = np.array([images.random_crop((1000, 1000), rng, preprocessing) for _ in range(20000)])
+    boxes = np.array([images.random_crop((4000, 4000), rng, Preprocessing()) for _ in range(n)])
+    assert boxes.min() >= 0 and boxes.max() <= 4000
     widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    assert boxes.min() >= 0 and boxes.max() <= 1000
-    areas, aspects = widths * heights / 1e6, widths / heights
-    assert 0.079 < areas.min() < 0.09 and areas.max() > 0.95
-    assert 0.745 < aspects.min() < 0.755 and 1.325 < aspects.max() < 1.34
-    # Below 3/4 of the area every aspect ratio fits: there the draws are uniform, whatever was drawn
-    # again.
-    small = areas[areas < 0.74]
-    assert np.mean(small) == pytest.approx((0.08 + 0.74) / 2, abs=0.01)
-    assert np.mean(np.log(aspects[areas < 0.74])) == pytest.approx(0, abs=0.01)
-    assert np.std(np.log(aspects[areas < 0.74])) == pytest.approx(
-        np.log(16 / 9) / 12**0.5, rel=0.03
-    )
-    centres = (boxes[:, 0] + boxes[:, 2]) / 2
-    assert np.mean(centres) == pytest.approx(500, abs=5)
+    areas, log_aspects = widths * heights / 4000**2, np.log(widths / heights)
+    small = areas < 0.75
+    fits = (0.25 + 0.75 * np.log(0.75)) / np.log(4 / 3)  # integral of -log a / log(4/3) from 3/4 on
+    share = 0.67 / (0.67 + fits)
+    assert np.mean(small) == pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
+    limit = 1.95 / small.sum() ** 0.5 + 0.001
+    assert distance(areas[small], lambda a: (a - 0.08) / 0.67) < limit
+    uniform = lambda log_aspect: (log_aspect / np.log(4 / 3) + 1) / 2
+    assert distance(log_aspects[small], uniform) < limit
+    halves = [log_aspects[small & (areas < 0.4)], log_aspects[small & (areas >= 0.4)]]
+    assert all(distance(half, uniform) < 1.95 / len(half) ** 0.5 + 0.001 for half in halves)
+    large = areas[~small]
+    cdf = lambda a: (a - a * np.log(a) - 0.75 + 0.75 * np.log(0.75)) / np.log(4 / 3) / fits
+    assert distance(large, cdf) < 1.95 / len(large) ** 0.5 + 0.001
+
+
+def distance(values, cdf):
+    """Kolmogorov and Smirnov's, between a sample and a distribution."""
+    values = np.sort(values)
+    steps = np.arange(len(values) + 1) / len(values)
+    return max(abs(cdf(values) - steps[:-1]).max(), abs(cdf(values) - steps[1:]).max())
 
 
 def test_crop_lies_anywhere():
@@ -94,24 +73,116 @@ def test_crop_of_a_long_strip_falls_back_to_the_centre():
     assert box == (495, 0, 505, 10)
 
 
-def test_training_image_is_its_crop(tmp_path):
+def antialiased(pixels, width, height):
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def weights_of_lines(old, new):
+    """[new, old]: linear interpolation at the middle of each new pixel."""
+    x = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return np.maximum(1 - abs(x[:, None] - np.arange(old)), 0)
+
+
+def resized(pixels, width, height, weights):
+    rows, columns = weights(pixels.shape[0], height), weights(pixels.shape[1], width)
+    return np.einsum('yh,xw,hwc->yxc', rows, columns, pixels.astype(np.float64))
+
+
+SIZES = [(30, 24), (61, 47), (100, 30), (29, 80)]
+
+
+@pytest.mark.parametrize('old', SIZES)
+def test_linear_interpolation(old):
+    """OpenCV's weights have 11 bits, twice: an error of 0.3 before it rounds."""
+    pixels = np.random.RandomState(0).randint(0, 256, (*old[::-1], 3)).astype(np.uint8)
+    for new in ((30, 24), (28, 22), (64, 50)):
+        actual = images.resized(pixels, *new, 'linear')
+        expected = resized(pixels, *new, weights_of_lines)
+        np.testing.assert_allclose(actual, expected, atol=0.8)
+
+
+@pytest.mark.parametrize('scale', [1, 2, 3, 4, 7])
+def test_reductions_by_an_integer_are_pillow_s(scale):
+    """Up to the rounding of two steps here and of two there; one pixel at the border, where the
+    triangle hangs over, is left out."""
+    pixels = np.random.RandomState(0).randint(0, 256, (40 * scale, 30 * scale, 3)).astype(np.uint8)
+    actual = images.resized(pixels, 30, 40, 'antialiased')
+    expected = antialiased(pixels, 30, 40)
+    inside = np.s_[1:-1, 1:-1]
+    difference = abs(actual[inside].astype(int) - expected[inside])
+    assert difference.max() <= (2 if scale > 1 else 0)
+
+
+@pytest.mark.parametrize('scale', [0.3, 1, 1.01, 1.5, 1.999, 2, 2.7, 5.3])
+def test_triangle_has_the_variance_of_its_width(scale):
+    weights = images.triangle(scale).astype(np.float64)
+    j = np.arange(len(weights)) - len(weights) // 2
+    assert weights.sum() == pytest.approx(1, abs=1e-6) and weights.min() >= 0
+    np.testing.assert_array_equal(weights, weights[::-1])
+    # Linear interpolation adds 1/6, that of the triangle of radius 1.
+    assert (weights * j**2).sum() + 1 / 6 == pytest.approx(max(scale, 1) ** 2 / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize('name', images.FILTERS)
+def test_sizes_and_outputs(name):
+    for old in SIZES:
+        pixels = np.random.RandomState(0).randint(0, 256, (*old[::-1], 3)).astype(np.uint8)
+        for new in ((30, 24), (28, 40), (64, 50)):
+            actual = images.resized(pixels, *new, name)
+            assert actual.shape == (new[1], new[0], 3) and actual.dtype == np.uint8
+            out = np.empty_like(actual)
+            images.resized(pixels, *new, name, out)
+            np.testing.assert_array_equal(out, actual)
+            if name == 'pillow':
+                np.testing.assert_array_equal(actual, antialiased(pixels, *new))
+            constant = images.resized(np.full_like(pixels, 201), *new, name)
+            np.testing.assert_array_equal(constant, 201)
+
+
+def test_pixels_hardly_depend_on_the_processor():
+    """OpenCV's plain code gives what its vector code gives, but for how a half is rounded."""
+    rng = np.random.RandomState(0)
+    pixels = rng.randint(0, 256, (333, 500, 3)).astype(np.uint8)
+    crops = [pixels[: rng.randint(40, 334), : rng.randint(40, 501)] for _ in range(60)]
+    optimized = cv2.useOptimized()
+    results = []
+    for use in (True, False):
+        cv2.setUseOptimized(use)
+        results.append(
+            {
+                name: np.array([images.resized(c, 224, 224, name) for c in crops], np.int16)
+                for name in images.FILTERS
+            }
+        )
+    cv2.setUseOptimized(optimized)
+    for name in ('pillow', 'linear'):
+        np.testing.assert_array_equal(results[0][name], results[1][name])
+    difference = abs(results[0]['antialiased'] - results[1]['antialiased'])
+    assert difference.max() <= 1 and difference.mean() < 1e-5
+
+
+@pytest.mark.parametrize('name', images.FILTERS)
+def test_training_image_is_its_crop(tmp_path, name):
     path = tmp_path / 'a.png'
     pixels = picture(90, 70)
     Image.fromarray(pixels).save(path)
-    preprocessing = Preprocessing(image_size=24)
+    preprocessing = Preprocessing(image_size=24, resize_filter=name)
     flips = 0
     for index in range(20):
         actual = images.train_image(path, images.augmentation_rng(5, 1, index), preprocessing)
         rng = images.augmentation_rng(5, 1, index)
         left, upper, right, lower = images.random_crop((90, 70), rng, preprocessing)
-        crop = Image.fromarray(pixels[upper:lower, left:right])
+        crop = pixels[upper:lower, left:right]
         flip = bool(rng.randint(2))
         flips += flip
-        expected = np.asarray(crop.resize((24, 24), Image.BILINEAR))[:, :: -1 if flip else 1]
+        expected = images.resized(crop, 24, 24, name)[:, :: -1 if flip else 1]
         assert actual.shape == (24, 24, 3) and actual.dtype == np.uint8
         np.testing.assert_array_equal(actual, expected)
         increasing = actual[:, -1, 0].mean() > actual[:, 0, 0].mean()
         assert increasing != flip
+        out = np.empty_like(actual)
+        images.train_image(path, images.augmentation_rng(5, 1, index), preprocessing, out)
+        np.testing.assert_array_equal(out, actual)
     assert 3 < flips < 17
     unflipped = Preprocessing(image_size=24, horizontal_flip=False)
     for index in range(20):
@@ -124,14 +195,20 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(tmp_path):
     draws = [tuple(images.augmentation_rng(*key).uniform(size=3)) for key in keys]
     assert len(set(draws)) == 4
     assert draws == [tuple(images.augmentation_rng(*key).uniform(size=3)) for key in keys]
+    rng = np.random.RandomState(9)
+    assert draws == [tuple(images.augmentation_rng(*key, rng).uniform(size=3)) for key in keys]
 
 
 @pytest.mark.parametrize('size', [(90, 70), (70, 90), (33, 32), (500, 40)])
 def test_validation_image_is_the_centre(tmp_path, size):
     path = tmp_path / 'a.png'
     Image.fromarray(picture(*size)).save(path)
-    actual = images.validation_image(path, Preprocessing(image_size=32, resize=40))
+    preprocessing = Preprocessing(image_size=32, resize=40)
+    actual = images.validation_image(path, preprocessing)
     assert actual.shape == (32, 32, 3)
+    out = np.empty_like(actual)
+    images.validation_image(path, preprocessing, out)
+    np.testing.assert_array_equal(out, actual)
     # Red is proportional to x, green to y: their mean is the picture's centre, their slope the
     # scale.
     shorter = min(size)
@@ -162,12 +239,14 @@ def test_every_kind_of_file_becomes_8_bit_rgb(tmp_path):
     decoded = {}
     for name, image in files.items():
         image.save(tmp_path / name, quality=95)
-        decoded[name] = images._decode(tmp_path / name)
-        assert decoded[name].mode == 'RGB' and decoded[name].size == (50, 40)
+        decoded[name] = images.decode(tmp_path / name)
+        assert decoded[name].dtype == np.uint8 and decoded[name].shape == (40, 50, 3)
     exact = np.asarray(rgb).astype(int)
     np.testing.assert_array_equal(decoded['rgb.png'], exact)
     for name in ('grey.png', 'sixteen.png'):
-        np.testing.assert_array_equal(np.asarray(decoded[name])[..., 0], np.asarray(grey))
+        for channel in range(3):
+            np.testing.assert_array_equal(decoded[name][..., channel], np.asarray(grey))
+    assert np.abs(decoded['palette.png'] - exact).mean() < 12
     assert np.abs(np.asarray(decoded['cmyk.jpg']) - exact).mean() < 12
     alpha = np.asarray(decoded['alpha.png'])
     np.testing.assert_array_equal(alpha[:, :25], 255)  # transparent: white
@@ -179,23 +258,63 @@ def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     rgb.rotate(90, expand=True).save(tmp_path / 'turned.jpg', exif=exif, quality=95)
-    upright = images._decode(tmp_path / 'turned.jpg')
-    assert upright.size == (50, 40)
-    assert np.abs(np.asarray(upright).astype(int) - np.asarray(rgb)).mean() < 12
+    upright = images.decode(tmp_path / 'turned.jpg')
+    assert upright.shape == (40, 50, 3)
+    assert np.abs(upright.astype(int) - np.asarray(rgb)).mean() < 12
 
 
-@pytest.mark.parametrize('content', [b'', b'text, not an image', None])
+@pytest.mark.parametrize(
+    'mode, options',
+    [
+        ('RGB', {'subsampling': '4:2:0'}),
+        ('RGB', {'subsampling': '4:2:2'}),
+        ('RGB', {'subsampling': '4:4:4'}),
+        ('RGB', {'progressive': True, 'quality': 40}),
+        ('L', {}),
+    ],
+)
+def test_jpegs_have_pillow_s_pixels(tmp_path, monkeypatch, mode, options):
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(picture(123, 77)).convert(mode).save(path, **options)
+    expected = np.asarray(Image.open(path).convert('RGB'))
+    monkeypatch.setattr(images, '_decode_with_pillow', None)  # it goes the fast way
+    np.testing.assert_array_equal(images.decode(path), expected)
+
+
+def test_what_pillow_decodes_is_not_broken(tmp_path):
+    """A warning of the fast decoder, about bytes between two markers, is none of Pillow's."""
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(picture(64, 64)).save(path)
+    content = path.read_bytes()
+    tables = content.index(b'\xff\xdb')
+    path.write_bytes(content[:tables] + b'\0\0' + content[tables:])
+    with pytest.raises(ValueError):
+        simplejpeg.decode_jpeg(path.read_bytes())
+    np.testing.assert_array_equal(images.decode(path), np.asarray(Image.open(path).convert('RGB')))
+
+
+@pytest.mark.parametrize(
+    'content', ['empty', 'text', 'truncated', 'truncated png', 'no permission', 'a folder', 'gone']
+)
 def test_a_file_that_cannot_be_decoded_is_named(tmp_path, content):
-    path = tmp_path / 'broken.jpg'
-    if content is None:  # truncated
-        Image.fromarray(picture(400, 400)).save(path)
-        content = path.read_bytes()[:2000]
-    path.write_bytes(content)
+    path = tmp_path / 'broken ä.jpg'
+    if content in ('empty', 'text'):
+        path.write_bytes(b'' if content == 'empty' else b'text, not an image')
+    elif content.startswith('truncated'):
+        Image.fromarray(picture(400, 400)).save(path, 'PNG' if 'png' in content else 'JPEG')
+        path.write_bytes(path.read_bytes()[:2000])
+    elif content == 'no permission':
+        if os.geteuid() == 0:
+            pytest.skip('root may read everything')
+        Image.fromarray(picture()).save(path)
+        path.chmod(0)
+    elif content == 'a folder':
+        path.mkdir()
     for decode in (
         lambda: images.train_image(path, images.augmentation_rng(0, 0, 0), Preprocessing()),
         lambda: images.validation_image(path, Preprocessing()),
     ):
-        with pytest.raises(DataError, match='broken.jpg cannot be decoded'):
+        with pytest.raises(DataError, match='broken ä.jpg cannot be decoded'):
             decode()
 
 
@@ -207,18 +326,72 @@ def test_normalize():
     np.testing.assert_allclose(actual, expected.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-6)
 
 
-def test_real_imagenet_files(root, tmp_path):
+KERNEL = """
+#define __fmul_rn(a, b) ((a) * (b))
+#define __fadd_rn(a, b) ((a) + (b))
+void normalize(const unsigned char* pixels, long long area, float scale0, float scale1, float scale2,
+               float shift0, float shift1, float shift2, float* result, long long n) {
+    for (long long i = 0; i < n; ++i) {
+        float x;
+        OPERATION
+        result[i] = x;
+    }
+}
+"""
+
+
+def test_the_body_of_the_cuda_kernel_gives_the_same_bits(tmp_path):
+    """Its text, compiled for the host."""
+    compiler = shutil.which('cc')
+    if compiler is None:
+        pytest.skip('no C compiler')
+    (tmp_path / 'kernel.c').write_text(KERNEL.replace('OPERATION', images.NORMALIZE[2]))
+    library = tmp_path / 'kernel.so'
+    command = [compiler, '-shared', '-fPIC', '-O2', '-ffp-contract=off', '-o', library]
+    subprocess.run([*command, tmp_path / 'kernel.c'], check=True)
+    batch = np.random.RandomState(0).randint(0, 256, (3, 5, 7, 3)).astype(np.uint8)
+    scale = (1 / (255 * np.array(images.STD))).astype(np.float32)
+    shift = (-np.array(images.MEAN) / images.STD).astype(np.float32)
+    result = np.empty((3, 3, 5, 7), np.float32)
+    ctypes.CDLL(str(library)).normalize(
+        batch.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_longlong(35),
+        *map(ctypes.c_float, [*scale, *shift]),
+        result.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_longlong(result.size),
+    )
+    np.testing.assert_array_equal(result, images.normalize(batch))
+
+
+def jpegs(root, folder):
+    """The sample of ImageNet where it lies beside the repository, else JPEG files that are made."""
     sample = root.parent / 'shared' / 'data' / 'imagenet-sample.zip'
-    if not sample.exists():
-        pytest.skip('no sample of ImageNet beside the repository')
-    with zipfile.ZipFile(sample) as archive:
-        names = [name for name in archive.namelist() if name.lower().endswith(('.jpeg', '.jpg'))][
-            :20
-        ]
-        archive.extractall(tmp_path, names)
-    for name in names:
-        train = images.train_image(
-            tmp_path / name, images.augmentation_rng(0, 0, 0), Preprocessing()
+    if sample.exists():
+        with zipfile.ZipFile(sample) as archive:
+            archive.extractall(folder)
+        return sorted(
+            path for path in folder.rglob('*') if path.suffix.lower() in ('.jpeg', '.jpg')
         )
-        val = images.validation_image(tmp_path / name, Preprocessing())
-        assert train.shape == val.shape == (224, 224, 3)
+    return [loading.write_jpeg(folder / f'{i}.jpg', i) for i in range(20)]
+
+
+def test_crops_are_near_those_of_pillow_s_filter(root, tmp_path):
+    """Less than one grey level on average; aliased ones are not that near."""
+    paths = jpegs(root, tmp_path)
+    errors: dict = {name: [] for name in images.FILTERS}
+    for index, path in enumerate(paths):
+        for name in errors:
+            actual = images.train_image(
+                path, images.augmentation_rng(0, 0, index), Preprocessing(resize_filter=name)
+            )
+            assert actual.shape == (224, 224, 3)
+            if name == 'pillow':
+                continue
+            expected = images.train_image(
+                path,
+                images.augmentation_rng(0, 0, index),
+                Preprocessing(resize_filter='pillow'),
+            )
+            errors[name].append(np.abs(actual.astype(int) - expected).mean())
+    assert len(paths) >= 20
+    assert np.mean(errors['antialiased']) < 0.8 < 0.85 < np.mean(errors['linear'])

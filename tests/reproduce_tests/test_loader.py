@@ -3,12 +3,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from reproduce import images, loader
+from reproduce.listing import DataError, list_images
 from reproduce.order import ImageOrder
 
 PREPROCESSING = images.Preprocessing(image_size=16, resize=20)
@@ -24,18 +26,18 @@ def folder(tmp_path_factory):
             Image.fromarray(rng.randint(0, 256, (30, 40, 3), np.uint8)).save(
                 top / name / f'{i}.png'
             )
-    return images.list_images(top)
+    return list_images(top)
 
 
-def loader_of(folder, n_processes, workers=range(2), **options):
-    order = ImageOrder(len(folder.labels), 2, 4, seed=1)
+def loader_of(folder, how='serial', workers=range(2), **options):
+    order = ImageOrder(len(folder), 2, 4, seed=1)
     return loader.ImageLoader(
-        folder, folder, order, PREPROCESSING, 1, workers, n_processes, **options
+        folder, folder, order, PREPROCESSING, 1, workers, how, validation_batch_size=4, **options
     )
 
 
 def test_batches_are_what_the_order_and_the_augmentation_say(folder):
-    with loader_of(folder, 0) as serial:
+    with loader_of(folder) as serial:
         for iteration in (0, 3, 1000):
             for worker in range(2):
                 pixels, labels = serial.train_batch(iteration, worker)
@@ -50,96 +52,214 @@ def test_batches_are_what_the_order_and_the_augmentation_say(folder):
     assert pixels.dtype == np.uint8 and labels.dtype == np.int32
 
 
-_KILLED_WHILE_WRITING = """
-import os, signal, sys, threading, time
-from reproduce import loader, images
-from reproduce.order import ImageOrder
-
-loader.start_forkserver()
-folder = images.list_images(sys.argv[1])
-large = images.Preprocessing(image_size=3000, resize=3000)
-batches = loader.ImageLoader(folder, folder, ImageOrder(21, 1, 4, 0), large, 0, range(1), 1)
-
-
-def received():
-    with open('/proc/self/io') as file:
-        return int(file.readline().split()[1])
-
-
-def kill():
-    before = received()
-    while received() < before + 2**22:
-        time.sleep(0.001)
-    for process in batches._executor._processes.values():
-        os.kill(process.pid, signal.SIGKILL)
-
-
-threading.Thread(target=kill, daemon=True).start()
-try:
-    for i in range(3):
-        batches.train_batch(i, 0)
-except RuntimeError as error:
-    print(error, flush=True)
-os._exit(0)  # as MPI's abort does: the pool's own thread waits for ever
-"""
-
-
-def test_a_process_killed_while_it_hands_over_a_batch_is_an_error(folder, root):
-    done = subprocess.run(
-        [sys.executable, '-c', _KILLED_WHILE_WRITING, folder.root],
-        cwd=root,
-        env={**os.environ, 'PYTHONPATH': str(root)},
-        check=False,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout.startswith('a process that loads images died')
-
-
-@pytest.mark.parametrize('n_processes', [1, 3])
-def test_same_bits_from_processes_and_after_a_jump(folder, n_processes):
+@pytest.mark.parametrize('how', ['processes:1', 'processes:3', 'threads:1', 'threads:3'])
+def test_same_bits_whoever_decodes_and_after_a_jump(folder, how):
     places = [(i, w) for i in (0, 1, 2, 3, 1000, 1001, 5) for w in range(2)]
-    with loader_of(folder, 0) as serial, loader_of(folder, n_processes) as parallel:
+    with loader_of(folder) as serial, loader_of(folder, how) as parallel:
         for place in places:
             for one, other in zip(serial.train_batch(*place), parallel.train_batch(*place)):
                 np.testing.assert_array_equal(one, other)
-        one, other = (list(x.validation_batches(3, 20, 4)) for x in (serial, parallel))
-    assert [len(labels) for _, labels in other] == [4, 4, 4, 4, 1]
-    np.testing.assert_array_equal(np.concatenate([t for _, t in other]), folder.labels[3:20])
-    for (pixels, _), (expected, _), first in zip(other, one, range(3, 20, 4)):
-        np.testing.assert_array_equal(pixels, expected)
-        np.testing.assert_array_equal(
-            pixels[0], images.validation_image(folder.path(first), PREPROCESSING)
-        )
+        n = 0
+        for (pixels, labels), (expected, same), first in zip(
+            parallel.validation_batches(3, 20), serial.validation_batches(3, 20), range(3, 20, 4)
+        ):
+            np.testing.assert_array_equal(pixels, expected)
+            np.testing.assert_array_equal(labels, same)
+            np.testing.assert_array_equal(labels, folder.labels[first : first + 4][: 20 - first])
+            n += len(labels)
+            for k, index in enumerate(range(first, min(first + 4, 20))):
+                np.testing.assert_array_equal(
+                    pixels[k], images.validation_image(folder.path(index), PREPROCESSING)
+                )
+        assert n == 17
 
 
-def test_following_batches_are_decoded_ahead(folder):
-    with loader_of(folder, 1, workers=range(1, 2), prefetch=3) as parallel:
+def test_minibatches_on_three_ranks_are_those_of_one(folder):
+    """Workers spread over processes, in every layout of six workers."""
+    order = ImageOrder(len(folder), 6, 2, seed=1)
+
+    def batches(workers, how):
+        with loader.ImageLoader(folder, folder, order, PREPROCESSING, 1, workers, how) as one:
+            for place in [(i, w) for i in (0, 1, 2, 1000) for w in workers]:
+                pixels, labels = one.train_batch(*place)
+                yield place, (pixels.tobytes(), labels.tobytes())
+
+    expected = dict(batches(range(6), 'serial'))
+    assert len(expected) == 24
+    for n, how in ((3, 'processes:1'), (2, 'threads:2')):
+        each = 6 // n
+        for rank in range(n):
+            for place, batch in batches(range(rank * each, rank * each + each), how):
+                assert expected[place] == batch
+
+
+@pytest.mark.parametrize('how', ['processes:1', 'threads:1'])
+def test_following_batches_are_decoded_ahead(folder, how):
+    with loader_of(folder, how, workers=range(1, 2), prefetch=3) as parallel:
         parallel.train_batch(4, 1)
-        assert [place for place, _ in parallel._ahead] == [(5, 1), (6, 1), (7, 1)]
+        assert [batch.place for batch in parallel._ahead] == [(5, 1), (6, 1), (7, 1)]
+        parallel.train_batch(9, 1)
+        assert [batch.place for batch in parallel._ahead] == [(10, 1), (11, 1), (12, 1)]
+
+
+@pytest.mark.parametrize('how', ['processes:2', 'threads:2'])
+def test_training_goes_on_after_a_validation_that_was_left(folder, how):
+    """What was given up may still be written while its place is wanted again."""
+    with loader_of(folder) as serial, loader_of(folder, how) as parallel:
+        for iteration in range(30):
+            wanted = iteration * 7 % 30, iteration % 2
+            pixels, labels = parallel.train_batch(*wanted)
+            expected, same = serial.train_batch(*wanted)
+            np.testing.assert_array_equal(pixels, expected)
+            np.testing.assert_array_equal(labels, same)
+            for k, (pixels, _) in zip(range(2), parallel.validation_batches(0, 20)):
+                expected = images.validation_image(folder.path(4 * k), PREPROCESSING)
+                np.testing.assert_array_equal(pixels[0], expected)
+
+
+def test_a_minibatch_is_not_copied(folder):
+    with loader_of(folder, 'processes:1') as parallel:
+        pixels, _ = parallel.train_batch(0, 0)
+        assert np.shares_memory(pixels, parallel._slots[0].pixels)
 
 
 def test_a_killed_process_is_an_error_at_once(folder):
-    with loader_of(folder, 2) as parallel:
+    with loader_of(folder, 'processes:2') as parallel:
         parallel.train_batch(0, 0)
-        os.kill(next(iter(parallel._executor._processes)), signal.SIGKILL)
+        pid = next(iter(parallel._executor._processes))
+        os.kill(pid, signal.SIGKILL)
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match='died'):
+        with pytest.raises(RuntimeError, match=f'process {pid} that loads .* ended by SIGKILL'):
             for iteration in range(1000):
                 parallel.train_batch(iteration, 1)
         assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize('n_processes', [0, 1])
-def test_a_broken_file_is_named(tmp_path, n_processes):
-    for name in 'ab':
-        (tmp_path / name).mkdir()
+def test_an_exception_in_a_loader_process_brings_its_traceback(folder):
+    with loader_of(folder, 'processes:1') as parallel:
+        paths = [None]  # what a mistake in the program would do
+        future = parallel._executor.submit(loader._fill_shared, 0, 0, paths, None)
+        with pytest.raises(TypeError) as raised:
+            future.result()
+    assert 'in _fill' in str(raised.value.__cause__)
+
+
+CRASH = """
+import faulthandler, sys
+from reproduce import loader
+loader.start_forkserver()
+from reproduce import images
+from reproduce.listing import list_images
+from reproduce.order import ImageOrder
+folder = list_images(sys.argv[1])
+order = ImageOrder(21, 2, 4, 1)
+with loader.ImageLoader(folder, folder, order, images.Preprocessing(16, 20), 1, range(2),
+                        'processes:1') as batches:
+    batches.train_batch(0, 0)
+    batches._executor.submit(faulthandler._sigsegv)
+    for iteration in range(1000):
+        batches.train_batch(iteration, 1)
+"""
+
+
+def test_a_crash_of_a_loader_process_shows_where(folder, root):
+    done = subprocess.run(
+        [sys.executable, '-c', CRASH, folder.root],
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert 'Segmentation fault' in done.stderr and 'in _process_worker' in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith('RuntimeError: process ')
+    assert 'ended by SIGSEGV' in done.stderr
+
+
+def broken(tmp_path, which):
+    """Eight images of two classes; those in ``which`` cannot be decoded."""
+    for label in range(2):
+        (tmp_path / f'{label}').mkdir()
         for i in range(4):
-            (tmp_path / name / f'{i}.png').write_bytes(b'nothing')
-    message = pytest.raises(images.DataError, match=r'[ab]/\d.png cannot be decoded')
-    with loader_of(images.list_images(tmp_path), n_processes) as broken, message:
-        broken.train_batch(0, 0)
+            path = tmp_path / f'{label}' / f'{i}.png'
+            Image.fromarray(np.full((20, 20, 3), 4 * label + i, np.uint8)).save(path)
+            if 4 * label + i in which:
+                path.write_bytes(b'nothing')
+    return list_images(tmp_path)
+
+
+@pytest.mark.parametrize('how', ['serial', 'threads:1', 'processes:1'])
+def test_a_bad_image_is_an_error_that_names_it(tmp_path, how):
+    folder = broken(tmp_path, {5})
+    with loader_of(folder, how) as batches:
+        with pytest.raises(DataError, match='1/1.png cannot be decoded.*--bad-images skip'):
+            batches.train_batch(0, 0), batches.train_batch(0, 1)
+    with loader_of(folder, how) as batches:
+        with pytest.raises(DataError, match='1/1.png cannot be decoded'):
+            list(batches.validation_batches(0, 8))
+
+
+@pytest.mark.parametrize('how', ['serial', 'threads:2', 'processes:2'])
+def test_bad_images_are_skipped_and_counted(tmp_path, how, capsys):
+    """In training the next image stands in, with its label; validation leaves them out."""
+    folder = broken(tmp_path, {3, 6, 7})
+    stands_in = {3: 4, 6: 0, 7: 0}
+    with loader_of(folder, how, bad_images='skip') as batches:
+        seen = 0
+        for iteration, worker in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            pixels, labels = batches.train_batch(iteration, worker)
+            _, indices = ImageOrder(8, 2, 4, seed=1)(iteration, worker)
+            for k, index in enumerate(indices):
+                shown = stands_in.get(index, index)
+                assert np.all(pixels[k] == shown) and labels[k] == shown // 4
+                seen += 1
+        assert seen == 16
+        (one, first), (two, second) = (
+            (pixels.copy(), labels) for pixels, labels in batches.validation_batches(0, 8)
+        )
+        assert [*first, *second] == [0, 0, 0, -1, 1, 1, -1, -1]
+        assert np.all(one[3] == 0) and np.all(two[1] == 5)
+        assert sorted(batches.bad) == [folder.path(i) for i in (3, 6, 7)]
+    said = capsys.readouterr().err
+    assert said.count('note: image') == 3
+    assert '0/3.png cannot be decoded' in said
+
+
+def test_a_replacement_is_cropped_as_the_bad_image_would_have_been(folder, tmp_path):
+    """So the run with it is a pure function of seed, epoch and image, too."""
+    for label, name in enumerate('abc'):
+        (tmp_path / name).mkdir()
+        for i in range(7):
+            index = 7 * label + i
+            content = b'' if index == 9 else Path(folder.path(index)).read_bytes()
+            (tmp_path / name / f'{i}.png').write_bytes(content)
+    spoilt = list_images(tmp_path)
+    with loader_of(spoilt, 'processes:1', bad_images='skip') as batches:
+        for iteration in range(3):
+            for worker in range(2):
+                pixels, _ = batches.train_batch(iteration, worker)
+                epochs, indices = ImageOrder(21, 2, 4, seed=1)(iteration, worker)
+                for k in np.flatnonzero(indices == 9):
+                    rng = np.random.RandomState([1, epochs[k], 9])
+                    expected = images.train_image(folder.path(10), rng, PREPROCESSING)
+                    np.testing.assert_array_equal(pixels[k], expected)
+                    return
+    raise AssertionError('image 9 was not in the epoch')
+
+
+def test_nothing_but_bad_images_is_an_error(tmp_path):
+    with loader_of(broken(tmp_path, set(range(8))), bad_images='skip') as batches:
+        with pytest.raises(DataError, match='no image of .* can be decoded'):
+            batches.train_batch(0, 0)
+
+
+@pytest.mark.parametrize(
+    'how', ['', 'processes', 'processes:0', 'threads:-1', 'serial:2', 'forks:2']
+)
+def test_who_decodes_must_be_known(how):
+    with pytest.raises(ValueError, match='must be serial, threads:N or processes:N'):
+        loader.parse(how)
 
 
 SCRIPT = """
@@ -150,9 +270,10 @@ import sys
 if 'reproduce.order' not in sys.modules:
     from reproduce.order import ImageOrder
 from reproduce import images
-folder = images.list_images(sys.argv[1])
+from reproduce.listing import list_images
+folder = list_images(sys.argv[1])
 parallel = loader.ImageLoader(
-    folder, folder, ImageOrder(21, 2, 4, 1), images.Preprocessing(16, 20), 1, range(2), 2
+    folder, folder, ImageOrder(21, 2, 4, 1), images.Preprocessing(16, 20), 1, range(2), 'processes:2'
 )
 parallel.train_batch(0, 0)
 print('children', *parallel._executor._processes, flush=True)

@@ -1,0 +1,161 @@
+"""How fast images are loaded: one core against plain Pillow, and processes against one."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from reproduce import benchmark, images, loader
+from reproduce.listing import ImageFolder, list_images
+from reproduce.order import ImageOrder
+
+_SAMPLE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'imagenet-sample.zip'
+_N_MADE = 64
+# Images a second that the 8 GPUs of a node train on.
+_NODES = (
+    ('P100', 1_500, 'in float32; an assumption'),
+    ('A100', 16_621, 'in mixed precision: NVIDIA DeepLearningExamples, PyTorch, DGX A100'),
+    ('H100', 29_918, '1.8 x A100, as 16 GPUs of each in MLPerf Training 3.0, of Dell'),
+)
+
+
+def write_jpeg(path, seed: int, size=(500, 375)) -> Path:
+    """Makes a JPEG file about as large as those of ImageNet are: smooth shapes and grain."""
+    rng = np.random.RandomState(seed)
+    image = np.zeros((size[1], size[0], 3))
+    for pixels, contrast in ((6, 70), (40, 30), (size[1], 12)):
+        coarse = rng.standard_normal((pixels, pixels, 3)) * 20 + 128
+        coarse = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
+        image += contrast / 20 * (np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) - 128.0)
+    image = Image.fromarray(np.clip(image + 128, 0, 255).astype(np.uint8))
+    image.save(path, quality=95)
+    return path
+
+
+def with_plain_pillow(path, rng, preprocessing, out):
+    """What most programs do: open, convert, crop, resize, flip."""
+    image = Image.open(path).convert('RGB')
+    box = images.random_crop(image.size, rng, preprocessing)
+    side = preprocessing.image_size
+    image = image.crop(box).resize((side, side), Image.Resampling.BILINEAR)
+    if rng.randint(2):
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    out[...] = image
+
+
+def run(repeat: int, image_root=None) -> dict:
+    """Prints all there is to know about loading; returns it for JSON.
+
+    Args:
+        repeat (int): Rounds that count.
+        image_root (str): Folder CLASS/FILE; by default the sample of ImageNet where it is beside
+            the repository, and JPEG files that are made where not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        listing = _images(image_root, Path(folder))
+        result = {'one core': one_core(listing, repeat), 'processes': processes(listing, repeat)}
+    per_core = result['processes']['processes:1']['images_per_second']
+    print(f'cores that feed 8 GPUs, at {per_core:,.0f} images/s each:')
+    for gpu, rate, source in _NODES:
+        print(f'  {rate / per_core:6.1f}  {gpu}: {rate:,} images/s ({source})')
+    result['cores of a node'] = {gpu: rate / per_core for gpu, rate, _ in _NODES}
+    return result
+
+
+def _images(root, folder) -> ImageFolder:
+    if root is not None:
+        return list_images(root)
+    if _SAMPLE.exists():
+        with zipfile.ZipFile(_SAMPLE) as archive:
+            archive.extractall(folder)
+        files = [path for path in folder.rglob('*') if path.suffix.lower() in ('.jpeg', '.jpg')]
+        return _folder_of(folder, sorted(str(path.relative_to(folder)) for path in files))
+    return _folder_of(folder, [write_jpeg(folder / f'{i}.jpg', i).name for i in range(_N_MADE)])
+
+
+def _folder_of(root, files) -> ImageFolder:
+    names = ''.join(f'{name}\0' for name in files).encode()
+    return ImageFolder(str(root), ('.',), np.array([len(files)]), names)
+
+
+def one_core(listing, repeat) -> dict:
+    """Training's augmentation by this process, into a minibatch."""
+    paths = [listing.path(i) for i in range(len(listing))]
+    out = np.empty((len(paths), 224, 224, 3), np.uint8)
+    rng = np.random.RandomState(0)
+
+    def load(function, resize_filter='antialiased'):
+        preprocessing = images.Preprocessing(resize_filter=resize_filter)
+
+        def all_of_them():
+            for i, path in enumerate(paths):
+                images.augmentation_rng(0, 0, i, rng=rng)
+                function(path, rng, preprocessing, out[i])
+
+        return all_of_them
+
+    ours = 'train_image, antialiased'
+    candidates = {
+        ours: load(images.train_image),
+        'train_image, pillow': load(images.train_image, 'pillow'),
+        'train_image, linear': load(images.train_image, 'linear'),
+        'Pillow: open, convert, crop, resize, flip': load(with_plain_pillow),
+    }
+    shape = images.decode(paths[0]).shape
+    title = f'{len(paths)} JPEGs, the first of {shape[1]} x {shape[0]}, to 224 x 224, one core'
+    result = benchmark.table(title, benchmark.side_by_side(candidates, repeat), ours)
+    load(with_plain_pillow)()
+    expected = out.astype(int)
+    for name, candidate in candidates.items():
+        candidate()
+        differences = abs(out - expected).mean(axis=(1, 2, 3))
+        result[name]['images_per_second'] = len(paths) / result[name]['median_seconds']
+        result[name]['grey_levels_from_pillow'] = float(differences.mean())
+        print(
+            f'{name:44}{result[name]["images_per_second"]:9.0f} images/s, {differences.mean():.2f} '
+            f'grey levels from Pillow on average, {differences.max():.2f} in the worst image'
+        )
+    return result
+
+
+def processes(listing, repeat, seconds=4.0) -> dict:
+    """The loader as a rank uses it: images/s, and what the rank itself spends on it."""
+    order = ImageOrder(len(listing), 1, min(32, len(listing)), 0)
+    kinds = ('processes:1', 'processes:2', 'threads:1', 'threads:2', 'serial')
+    found: dict = {kind: [] for kind in kinds}
+    for _ in range(max(1, repeat // 5)):
+        for kind in kinds:
+            with loader.ImageLoader(
+                listing, listing, order, images.Preprocessing(), 0, range(1), kind
+            ) as batches:
+                found[kind].append(_rate(batches, order.local_batch_size, seconds))
+    print(f'{"loader":16}{"images/s":>10}{"of processes:1":>16}{"the rank, of a core":>22}')
+    result = {}
+    for kind, values in found.items():
+        rate, own = np.median(values, axis=0)
+        ratio = float(np.median(np.array(values)[:, 0] / np.array(found[kinds[0]])[:, 0]))
+        result[kind] = {'images_per_second': rate, 'ratio': ratio, 'own_core': own}
+        print(f'{kind:16}{rate:10,.0f}{ratio:16.2f}{own:22.1%}')
+    return result
+
+
+def _rate(batches, batch_size, seconds) -> tuple[float, float]:
+    for iteration in range(5):  # while the processes start
+        batches.train_batch(iteration, 0)
+    start, cpu = time.perf_counter(), _own_seconds()
+    while time.perf_counter() < start + seconds:
+        iteration += 1
+        batches.train_batch(iteration, 0)
+    passed = time.perf_counter() - start
+    return (iteration - 4) * batch_size / passed, (_own_seconds() - cpu) / passed
+
+
+def _own_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

@@ -1,0 +1,201 @@
+import os
+import pickle
+import re
+import time
+
+import numpy as np
+import pytest
+
+from reproduce import listing
+from reproduce.listing import DataError, ImageFolder
+
+
+def names_of(folder):
+    return [folder.name(i) for i in range(len(folder))]
+
+
+def folder_of(top, **classes):
+    for name, files in classes.items():
+        (top / name).mkdir(parents=True)
+        for file in files:
+            (top / name / file).write_bytes(b'')
+    return top
+
+
+def test_listing_is_sorted_and_sees_all_suffixes(tmp_path):
+    folder_of(tmp_path, b=['2.png', '10.JPEG', 'ä b.Jpg'], a=['x.png'])
+    (tmp_path / 'b' / 'notes.txt').write_text('no image')
+    (tmp_path / 'README').write_text('no class')
+    folder = listing.list_images(tmp_path)
+    assert folder.classes == ('a', 'b') and len(folder) == 4
+    assert names_of(folder) == ['a/x.png', 'b/10.JPEG', 'b/2.png', 'b/ä b.Jpg']
+    assert folder.labels.tolist() == [0, 1, 1, 1] and folder.labels.dtype == np.int32
+    assert folder.path(3) == str(tmp_path / 'b' / 'ä b.Jpg')
+    again = ImageFolder.unpack(folder.pack())
+    assert names_of(again) == names_of(folder) and again.classes == folder.classes
+    assert again.labels.tolist() == folder.labels.tolist() and again.path(3) == folder.path(3)
+    assert again.digest() == folder.digest()
+
+
+def test_impossible_folders_are_named(tmp_path):
+    with pytest.raises(DataError, match='none.*No such file'):
+        listing.list_images(tmp_path / 'none')
+    (tmp_path / 'flat').mkdir()
+    with pytest.raises(DataError, match='flat has no class folders'):
+        listing.list_images(tmp_path / 'flat')
+    folder_of(tmp_path / 'top', full=['1.png'], empty=[])
+    with pytest.raises(DataError, match='top/empty has no image'):
+        listing.list_images(tmp_path / 'top')
+
+
+def test_different_classes_are_named(tmp_path):
+    train = listing.list_images(folder_of(tmp_path / 'train', cat=['1.png'], dog=['1.png']))
+    val = listing.list_images(folder_of(tmp_path / 'val', cat=['1.png']))
+    with pytest.raises(DataError, match='train has 1 class folder.*val has not: dog'):
+        listing.check_same_classes(train, val)
+    with pytest.raises(DataError, match='dog'):
+        listing.check_same_classes(val, train)
+    listing.check_same_classes(train, train)
+
+
+def test_a_name_that_is_no_text_is_found_again(tmp_path):
+    (tmp_path / 'a').mkdir()
+    with open(os.fsencode(tmp_path / 'a') + b'/\xff\xfe.jpg', 'wb') as file:
+        file.write(b'found')
+    folder = ImageFolder.unpack(pickle.loads(pickle.dumps(listing.list_images(tmp_path).pack())))
+    with open(folder.path(0), 'rb') as file:
+        assert file.read() == b'found'
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder_of(tmp_path, a=['1.png'], b=['1.png'])
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('/b'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(DataError, match='class folder .*/b: Permission denied'):
+        listing.list_images(tmp_path)
+
+
+# --- Manifests ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path, capsys):
+    """A folder that has not changed for a while, and the folder of its manifest."""
+    root = folder_of(tmp_path / 'train', a=['1.png', '2.png'], b=['1.png'])
+    age(root)
+    listing.keep(listing.list_images(root), tmp_path / 'manifests')
+    return root, tmp_path / 'manifests'
+
+
+def age(root, seconds=60.0):
+    for path in (root, *root.iterdir()):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def without_listing(monkeypatch):
+    def refuse(root):
+        raise AssertionError(f'{root} was listed')
+
+    monkeypatch.setattr(listing, 'list_images', refuse)
+
+
+def test_a_manifest_stands_for_the_folder(kept, monkeypatch):
+    root, manifests = kept
+    expected = listing.list_images(root)
+    without_listing(monkeypatch)
+    folder = listing.listing_of(root, manifests)
+    assert names_of(folder) == names_of(expected) == ['a/1.png', 'a/2.png', 'b/1.png']
+    assert folder.digest() == expected.digest() and folder.path(2) == str(root / 'b' / '1.png')
+    with np.load(listing.manifest_of(root, manifests), allow_pickle=False) as file:
+        assert file['counts'].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize('change', ['added', 'removed', 'renamed', 'class added', 'class renamed'])
+def test_a_folder_that_changed_is_listed_again(kept, change, capsys):
+    root, manifests = kept
+    before = listing.list_images(root).digest()
+    if change == 'added':
+        (root / 'a' / '3.png').write_bytes(b'')
+    elif change == 'removed':
+        (root / 'a' / '1.png').unlink()
+    elif change == 'renamed':
+        (root / 'b' / '1.png').rename(root / 'b' / '2.png')
+    elif change == 'class added':
+        folder_of(root, c=['1.png'])
+    else:
+        (root / 'b').rename(root / 'c')
+    age(root, 30)
+    folder = listing.listing_of(root, manifests)
+    assert folder.digest() == listing.list_images(root).digest() != before
+    assert 'the folder has changed since' in capsys.readouterr().out
+    listing.keep(folder, manifests)
+    assert listing.listing_of(root, manifests).digest() == folder.digest()
+    assert 'is not used' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('damage', ['cut short', 'empty', 'text', 'a flipped bit', 'other layout'])
+def test_a_damaged_manifest_is_not_used(kept, damage, capsys):
+    root, manifests = kept
+    path = listing.manifest_of(root, manifests)
+    content = path.read_bytes()
+    if damage == 'other layout':
+        with np.load(path) as file:
+            np.savez(path, **{**{name: file[name] for name in file.files}, 'layout': 99})
+    else:
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        damaged = {
+            'cut short': content[:-50],
+            'empty': b'',
+            'text': b'none',
+            'a flipped bit': flipped,
+        }
+        path.write_bytes(damaged[damage])
+    folder = listing.listing_of(root, manifests)
+    assert names_of(folder) == ['a/1.png', 'a/2.png', 'b/1.png']
+    listing.keep(folder, manifests)
+    assert listing.listing_of(root, manifests).digest() == folder.digest()
+
+
+def test_a_folder_that_is_changing_is_not_kept(kept):
+    root, manifests = kept
+    path = listing.manifest_of(root, manifests)
+    path.unlink()
+    age(root, 1)
+    listing.keep(listing.list_images(root), manifests)
+    assert not path.exists()
+    age(root, 3)
+    listing.keep(listing.list_images(root), manifests)
+    assert path.exists()
+
+
+def test_a_manifest_that_cannot_be_written_is_a_note(kept, tmp_path, capsys):
+    root, _ = kept
+    (tmp_path / 'file').write_text('')
+    listing.keep(listing.list_images(root), tmp_path / 'file' / 'manifests')
+    assert re.search('note: manifest .* cannot be written', capsys.readouterr().out)
+
+
+def test_imagenet_s_names_are_small_on_the_wire():
+    """Names as ImageNet's are: the class, and a random number of up to five digits."""
+    rng = np.random.RandomState(0)
+    counts = np.full(1000, 1281)
+    counts[:167] += 1
+    classes = [f'n{i:08}' for i in np.sort(rng.choice(10**8, 1000, replace=False))]
+    files = b''.join(
+        b''.join(b'%s_%d.JPEG\0' % (name.encode(), i) for i in rng.choice(10**5, n, replace=False))
+        for name, n in zip(classes, counts)
+    )
+    folder = ImageFolder('/data/train', tuple(classes), counts, files)
+    assert len(folder) == 1_281_167
+    wire = pickle.dumps(folder.pack())
+    assert len(wire) < 20e6
+    again = ImageFolder.unpack(pickle.loads(wire))
+    assert again.name(1_281_166).startswith(classes[-1] + '/' + classes[-1] + '_')
+    assert again.digest() == folder.digest()
