@@ -167,8 +167,8 @@ def manifest_of(root, manifests) -> Path:
 
 
 def listing_of(root, manifests) -> ImageFolder:
-    """The listing of an image folder: of its manifest where that matches, else of the folder itself.
-    It writes nothing: see :func:`keep`.
+    """The listing of an image folder: its manifest's where that matches, else the folder's own. It
+    writes nothing: see :func:`keep`.
 
     Args:
         root (str): The folder.

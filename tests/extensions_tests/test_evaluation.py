@@ -1,6 +1,7 @@
 import chainer
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from extensions import ExactEvaluator, create_communicator
 from extensions.evaluation import shard
@@ -23,7 +24,7 @@ def evaluator_of(logits, labels, comm, batch=4, n_images=None):
         assert not chainer.config.train and not chainer.config.enable_backprop
         return chainer.Variable(table[indices])
 
-    return ExactEvaluator(batches, predictor, comm, n_images or len(labels))
+    return ExactEvaluator(batches, predictor, comm, n_images or len(labels), batch)
 
 
 def test_equal_to_a_plain_loop(comm):
@@ -78,3 +79,60 @@ def test_shards_are_each_image_once(n_images, size):
     assert seen == list(range(n_images))
     lengths = [stop - start for start, stop in shards]
     assert max(lengths) - min(lengths) <= 1
+
+
+class Rank:
+    """One of many, in turn: what it would send is added up, and what it gets is of no interest."""
+
+    def __init__(self, rank, size, sent):
+        self.rank, self.size, self.mpi_comm, self._sent = rank, size, self, sent
+
+    def Allreduce(self, _, values, op):
+        assert op is MPI.SUM
+        self._sent.setdefault(values.dtype.kind, []).append(values.copy())
+        values[0] = max(values[0], 1)
+
+
+@pytest.mark.parametrize('batch', [32, 64])
+def test_50_000_images_on_1024_ranks_are_each_counted_once(comm, batch):
+    """All ranks, one after the other; the counts are a plain loop's."""
+    n, size = 50_000, 1024
+    rng = np.random.RandomState(0)
+    logits, labels = rng.randint(0, 50, (n, 10)).astype(np.float32), rng.randint(10, size=n)
+    sent: dict = {}
+    for rank in range(size):
+        evaluator_of(logits, labels, Rank(rank, size, sent), batch).evaluate()
+    counts = np.sum(sent['i'], axis=0)
+    # The first of equal logits wins: a stable sort puts it first.
+    order = np.argsort(-logits, axis=1, kind='stable')
+    top1 = sum(int(row[0]) == t for row, t in zip(order, labels))
+    top5 = sum(t in row[:5] for row, t in zip(order, labels))
+    assert counts.tolist() == [n, top1, top5]
+    losses = np.sum(sent['f'], axis=0)
+    assert len(losses) == -(-n // batch)
+    plain = np.log(np.exp(logits.astype(np.float64)).sum(axis=1)) - logits[np.arange(n), labels]
+    assert losses.sum() == pytest.approx(plain.sum(), rel=1e-5)
+    serial = evaluator_of(logits, labels, comm, batch).evaluate()
+    assert (serial['images'], serial['main/accuracy']) == (n, top1 / n)
+    assert losses.sum() / n == serial['main/loss']  # bit by bit
+
+
+def test_an_image_without_a_label_is_not_counted(comm):
+    rng = np.random.RandomState(0)
+    logits, labels = rng.standard_normal((10, 9)), rng.randint(9, size=10)
+    without = np.delete(logits, [3, 9], axis=0), np.delete(labels, [3, 9])
+    expected = evaluator_of(*without, comm, batch=1).evaluate()
+    labels[[3, 9]] = -1
+    result = evaluator_of(logits, labels, comm, batch=1).evaluate()
+    assert result.pop('main/loss') == pytest.approx(expected.pop('main/loss'), rel=1e-12)
+    assert result == expected and result['images'] == 8
+    with pytest.raises(RuntimeError, match='no validation image can be counted'):
+        evaluator_of(logits, np.full(10, -1), comm).evaluate()
+
+
+def test_progress_sees_every_minibatch(comm):
+    evaluator = evaluator_of(np.zeros((10, 3)), [0] * 10, comm)
+    left = []
+    evaluator.after_minibatch = lambda: left.append(evaluator.minibatches_left)
+    evaluator.evaluate()
+    assert left == [2, 1, 0] and evaluator.minibatches_left is None

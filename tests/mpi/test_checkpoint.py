@@ -196,7 +196,7 @@ def test_a_killed_helper_ends_the_job_and_loses_nothing(start, uninterrupted, tm
     wait_for(lambda: not ranks_of(out), 10)
     if victim != 'mpiexec':
         said = Path(f'{out}.txt').read_text()
-        assert 'error: rank ' in said and 'a process that loads images died' in said
+        assert 'error: rank ' in said and 'that loads images ended by SIGKILL' in said
     assert start(2, out, '--resume', 'auto').wait(100) == 0
     assert digests_of(out) == uninterrupted
 

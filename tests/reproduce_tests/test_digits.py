@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import digits, images
+from reproduce import digits
 from reproduce.listing import check_same_classes, list_images
 
 

@@ -192,12 +192,12 @@ def broken(tmp_path, which):
 @pytest.mark.parametrize('how', ['serial', 'threads:1', 'processes:1'])
 def test_a_bad_image_is_an_error_that_names_it(tmp_path, how):
     folder = broken(tmp_path, {5})
-    with loader_of(folder, how) as batches:
-        with pytest.raises(DataError, match='1/1.png cannot be decoded.*--bad-images skip'):
-            batches.train_batch(0, 0), batches.train_batch(0, 1)
-    with loader_of(folder, how) as batches:
-        with pytest.raises(DataError, match='1/1.png cannot be decoded'):
-            list(batches.validation_batches(0, 8))
+    message = pytest.raises(DataError, match='1/1.png cannot be decoded.*--bad-images skip')
+    with loader_of(folder, how) as batches, message:
+        for worker in range(2):
+            batches.train_batch(0, worker)
+    with loader_of(folder, how) as batches, message:
+        list(batches.validation_batches(0, 8))
 
 
 @pytest.mark.parametrize('how', ['serial', 'threads:2', 'processes:2'])
@@ -249,9 +249,10 @@ def test_a_replacement_is_cropped_as_the_bad_image_would_have_been(folder, tmp_p
 
 
 def test_nothing_but_bad_images_is_an_error(tmp_path):
-    with loader_of(broken(tmp_path, set(range(8))), bad_images='skip') as batches:
-        with pytest.raises(DataError, match='no image of .* can be decoded'):
-            batches.train_batch(0, 0)
+    folder = broken(tmp_path, set(range(8)))
+    message = pytest.raises(DataError, match='no image of .* can be decoded')
+    with loader_of(folder, bad_images='skip') as batches, message:
+        batches.train_batch(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +273,9 @@ if 'reproduce.order' not in sys.modules:
 from reproduce import images
 from reproduce.listing import list_images
 folder = list_images(sys.argv[1])
+order = ImageOrder(21, 2, 4, 1)
 parallel = loader.ImageLoader(
-    folder, folder, ImageOrder(21, 2, 4, 1), images.Preprocessing(16, 20), 1, range(2), 'processes:2'
+    folder, folder, order, images.Preprocessing(16, 20), 1, range(2), 'processes:2'
 )
 parallel.train_batch(0, 0)
 print('children', *parallel._executor._processes, flush=True)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from reproduce import digits, images, precision
+from reproduce import digits, precision
 from reproduce.listing import list_images
 
 STUDY = precision.Study(workers=(1, 3), local_batch_size=2, steps=1)

@@ -47,6 +47,8 @@ def other_value(field):
     value = field.default
     if field.name == 'checkpoint_every':
         return '10m'
+    if field.name == 'loader':
+        return 'threads:3'
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):

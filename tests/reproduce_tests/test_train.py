@@ -80,7 +80,7 @@ def trained(folders, tmp_path):
         train.main(
             [
                 *'--preset cifar10 --workers 2 --local-batch-size 4 --epochs 4 --width 2'.split(),
-                *'--image-size 16 --resize 20 --stem imagenet --loader-processes 0'.split(),
+                *'--image-size 16 --resize 20 --stem imagenet --loader serial'.split(),
                 *('--train-root', str(folders / 'train'), '--val-root', str(folders / 'val')),
                 *('--out', str(out)),
                 *options,
@@ -139,7 +139,7 @@ def test_every_option_reaches_the_training(trained):
         assert np.array_equal(model[name], pooled[name]) == (not name.endswith('avg_var')), name
     _, other = trained('--resize', '24')
     assert other['validation/main/loss'] != log['validation/main/loss']
-    for options in ('--validation-batch-size 4', '--loader-processes 1'):
+    for options in ('--validation-batch-size 4', '--loader processes:1'):
         other, _ = trained(*options.split())
         assert same(model, other), options
 
@@ -159,7 +159,7 @@ def test_what_main_hands_to_the_trainer(folders, tmp_path, monkeypatch):
         train.main(
             [
                 *'--preset cifar10 --workers 2 --local-batch-size 3 --width 2 --seed 5'.split(),
-                *'--weight-decay 0.003 --loader-processes 0'.split(),
+                *'--weight-decay 0.003 --loader serial'.split(),
                 *('--train-root', str(folders / 'train'), '--val-root', str(folders / 'val')),
                 *('--out', str(tmp_path / 'out')),
             ]
