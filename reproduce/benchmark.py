@@ -11,6 +11,7 @@ python -m reproduce.benchmark workers         8 virtual workers against Chainer'
 python -m reproduce.benchmark checkpoint      a checkpoint of ResNet-50 against a plain np.savez
 python -m reproduce.benchmark loader          decoding and augmentation against plain Pillow; two
                                               loader processes against one
+python -m reproduce.benchmark listing         1,281,167 names from their manifest, on 4 ranks
 python -m reproduce.benchmark invariance      8 workers on 1, 2, 4 and 8 processes: the same bits?
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -332,7 +334,55 @@ def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
     return same
 
 
-def loading(repeat: int) -> dict:
+def _names_like_imagenet(root):
+    """A listing of ROOT with as many classes and images as ImageNet's; makes the empty folders."""
+    from reproduce.listing import ImageFolder
+
+    rng = np.random.RandomState(0)
+    classes = [f'n{number:08}' for number in np.sort(rng.choice(10**8, 1000, replace=False))]
+    counts = np.full(1000, 1281) + (np.arange(1000) < 167)
+    files = bytearray()
+    for name, n in zip(classes, counts):
+        (root / name).mkdir(parents=True)
+        os.utime(root / name, (0, 0))
+        numbers = np.sort(rng.choice(10**5, n, replace=False))
+        files += ''.join(f'{name}_{number}.JPEG\0' for number in numbers).encode()
+    return ImageFolder(str(root), tuple(classes), counts, bytes(files))
+
+
+def manifest(repeat: int) -> dict | None:
+    """A training set of ImageNet's size: from its manifest to all ranks, against pickling names."""
+    from mpi4py import MPI
+
+    from reproduce import listing
+
+    mpi = MPI.COMM_WORLD
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / 'train'
+        if mpi.rank == 0:
+            made = _names_like_imagenet(root)
+            listing.keep(made, folder)
+        sent = None
+
+        def from_manifest():
+            nonlocal sent
+            sent = listing.listing_of(root, folder).pack() if mpi.rank == 0 else None
+            return listing.ImageFolder.unpack(mpi.bcast(sent)).labels
+
+        names = [made.name(i) for i in range(len(made))] if mpi.rank == 0 else None
+        ours = 'manifest, packed, on every rank'
+        candidates = {ours: from_manifest, 'pickled list of names': lambda: mpi.bcast(names)}
+        seconds = side_by_side(candidates, repeat, mpi.barrier)
+        slowest = {name: np.max(mpi.allgather(values), axis=0) for name, values in seconds.items()}
+    if mpi.rank > 0:
+        return None
+    result = table(f'{len(made):,} images in 1,000 classes, {mpi.size} ranks', slowest, ours)
+    megabytes = len(pickle.dumps(sent)) / 1e6
+    print(f'{megabytes:.1f} MB on the wire; pickled names: {len(pickle.dumps(names)) / 1e6:.1f} MB')
+    return {**result, 'megabytes': megabytes}
+
+
+def load(repeat: int) -> dict:
     """Loading images: see :mod:`reproduce.loading`."""
     from reproduce import loading
 
@@ -345,7 +395,8 @@ _MEASURES = {
     'allreduce': allreduce,
     'workers': workers,
     'checkpoint': checkpoint,
-    'loader': loading,
+    'loader': load,
+    'listing': manifest,
 }
 
 
@@ -395,7 +446,9 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('what', choices=[*_MEASURES, 'precision', 'accumulation', 'invariance'])
-    parser.add_argument('--ranks', type=int, help='of statistics [16] and allreduce [4]')
+    parser.add_argument(
+        '--ranks', type=int, help='of statistics [16], allreduce [4] and listing [4]'
+    )
     parser.add_argument('--repeat', type=int, default=15, help='rounds that count [15]')
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
     group = parser.add_argument_group('precision and accumulation')
@@ -413,7 +466,7 @@ def main():
     for name in _THREADS:
         os.environ.setdefault(name, '1')
     is_rank = any(name in os.environ for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'))
-    ranks = {'statistics': 16, 'allreduce': 4}.get(options.what)
+    ranks = {'statistics': 16, 'allreduce': 4, 'listing': 4}.get(options.what)
     if ranks and not is_rank:
         sys.exit(start_ranks(options.ranks or ranks, sys.argv[1:]).returncode)
     result = _MEASURES[options.what](options.repeat)

@@ -370,7 +370,8 @@ def _fill(pixels, paths, keys, preprocessing) -> dict:
             if keys is None:
                 images.validation_image(path, preprocessing, pixels[position])
             else:
-                images.augmentation_rng(*keys[position], rng=rng)
+                seed, epoch, index = keys[position]
+                images.augmentation_rng(seed, epoch, index, rng)
                 images.train_image(path, rng, preprocessing, pixels[position])
         except DataError as error:
             bad[position] = str(error)

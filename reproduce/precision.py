@@ -100,7 +100,12 @@ class Gradients:
             listing,
             listing,
             ImageOrder(len(listing.labels), 1, b, study.seed),
-            images.Preprocessing(size, size, horizontal_flip=study.image_root is not None),
+            images.Preprocessing(
+                size,
+                size,
+                horizontal_flip=study.image_root is not None,
+                resize_filter='pillow',  # as in the figures that README has
+            ),
             study.seed,
             range(1),
         )

@@ -32,6 +32,8 @@ def test_ratio_is_the_median_of_the_rounds(capsys):
         ('checkpoint', 'np.savez'),
         ('statistics', 'AllreducePersistent'),
         ('allreduce', 'MPI.Allreduce float32'),
+        ('loader', 'Pillow: open'),
+        ('listing', 'pickled'),
     ],
 )
 def test_commands_print_and_write_their_ratios(root, tmp_path, what, peer):

@@ -125,6 +125,7 @@ def test_every_option_reaches_the_training(trained):
         '--image-size 20',
         '--min-crop-area 0.9',
         '--no-horizontal-flip',
+        '--resize-filter linear',
         '--seed 1',
     ):
         other, _ = trained(*options.split())
