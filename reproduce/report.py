@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import time
+from importlib.metadata import version
 
 import chainer
 import mpi4py
@@ -39,6 +40,7 @@ def versions() -> dict:
         'python': platform.python_version(),
         'chainer': chainer.__version__,
         'numpy': np.__version__,
+        **{name: version(name) for name in ('simplejpeg', 'opencv-python-headless', 'Pillow')},
         'mpi4py': mpi4py.__version__,
         'mpi': MPI.Get_library_version().split(',')[0].strip(),
     }

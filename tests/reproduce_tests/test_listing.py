@@ -81,6 +81,20 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         listing.list_images(tmp_path)
 
 
+def test_digest_tells_classes_names_and_their_places(tmp_path):
+    layouts = [
+        {'a': ['1.png', '2.png'], 'b': ['3.png']},
+        {'a': ['1.png'], 'b': ['2.png', '3.png']},
+        {'a': ['1.png', '2.png'], 'c': ['3.png']},
+        {'a': ['1.png', '2.png'], 'b': ['4.png']},
+    ]
+    folders = [folder_of(tmp_path / str(i), **layout) for i, layout in enumerate(layouts)]
+    digests = [listing.list_images(folder).digest() for folder in folders]
+    assert len(set(digests)) == len(layouts)
+    elsewhere = folder_of(tmp_path / 'elsewhere', **layouts[0])
+    assert listing.list_images(elsewhere).digest() == digests[0]
+
+
 # --- Manifests ------------------------------------------------------------------------------------
 
 
