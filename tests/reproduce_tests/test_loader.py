@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -117,6 +118,34 @@ def test_training_goes_on_after_a_validation_that_was_left(folder, how):
                 np.testing.assert_array_equal(pixels[0], expected)
 
 
+def test_a_place_is_not_given_away_while_it_is_written(folder, monkeypatch):
+    """A minibatch ahead that nobody wants any more, still being decoded when its place is due."""
+    goes_on, original = threading.Event(), images.train_image
+
+    def decode(path, rng, preprocessing, out):
+        if threading.current_thread() is not threading.main_thread() and path in held:
+            goes_on.wait()
+        return original(path, rng, preprocessing, out)
+
+    order = ImageOrder(21, 2, 4, seed=1)
+    held = {folder.path(i) for i in order(0, 1)[1]}
+    others = [
+        {folder.path(i) for worker in range(2) for i in order(j, worker)[1]} for j in range(99)
+    ]
+    jump = next(j for j in range(5, 99) if not held & (others[j] | others[0] - held))
+    held -= {folder.path(i) for i in order(0, 0)[1]}
+    with loader_of(folder) as serial, loader_of(folder, 'threads:2', prefetch=1) as parallel:
+        expected = serial.train_batch(jump, 1)[0].copy()
+        monkeypatch.setattr(images, 'train_image', decode)
+        parallel.train_batch(0, 0)
+        threading.Timer(0.5, goes_on.set).start()
+        parallel.train_batch(jump, 0)
+        pixels, _ = parallel.train_batch(jump, 1)
+        goes_on.wait()
+        time.sleep(0.2)
+        np.testing.assert_array_equal(pixels, expected)
+
+
 def test_a_minibatch_is_not_copied(folder):
     with loader_of(folder, 'processes:1') as parallel:
         pixels, _ = parallel.train_batch(0, 0)
@@ -219,7 +248,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path, how, capsys):
             (pixels.copy(), labels) for pixels, labels in batches.validation_batches(0, 8)
         )
         assert [*first, *second] == [0, 0, 0, -1, 1, 1, -1, -1]
-        assert np.all(one[3] == 0) and np.all(two[1] == 5)
+        assert np.all(one[3] == 0) and np.all(two[1] == 5) and np.all(two[2:] == 0)
         assert sorted(batches.bad) == [folder.path(i) for i in (3, 6, 7)]
     said = capsys.readouterr().err
     assert said.count('note: image') == 3
