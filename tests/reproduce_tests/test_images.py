@@ -80,6 +80,18 @@ def test_crop_of_a_long_strip_falls_back_to_the_centre():
     assert box == (495, 0, 505, 10)
 
 
+def test_a_crop_is_drawn_ten_times_at_most():
+    draws = []
+
+    class Draws(np.random.RandomState):
+        def uniform(self, *arguments):
+            draws.append(arguments)
+            return super().uniform(*arguments)
+
+    images.random_crop((1000, 10), Draws(0), Preprocessing(min_crop_area=0.9))
+    assert len(draws) == 20  # area and aspect ratio
+
+
 def antialiased(pixels, width, height):
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
@@ -227,6 +239,24 @@ def test_validation_image_is_the_centre(tmp_path, size):
         assert slope == pytest.approx(255 / length * shorter / 40, rel=0.05)
 
 
+@pytest.mark.parametrize('size', [(500, 375), (375, 500), (300, 301), (1024, 231), (256, 400)])
+def test_validation_is_the_centre_224_of_a_shorter_side_of_256(tmp_path, size):
+    """Pillow's own steps, with the defaults."""
+    path = tmp_path / 'a.png'
+    image = Image.fromarray(picture(*size))
+    image.save(path)
+    shorter = min(size)
+    width, height = (round(256 * n / shorter) for n in size)
+    left, upper = (width - 224) // 2, (height - 224) // 2
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    expected = np.asarray(resized.crop((left, upper, left + 224, upper + 224)))
+    actual = images.validation_image(path, Preprocessing(resize_filter='pillow'))
+    np.testing.assert_array_equal(actual, expected)
+    for name, limit in (('antialiased', 2), ('linear', 4)):
+        near = images.validation_image(path, Preprocessing(resize_filter=name))
+        assert np.abs(near.astype(int) - expected).mean() < limit
+
+
 def test_every_kind_of_file_becomes_8_bit_rgb(tmp_path):
     rgb = Image.fromarray(picture())
     grey = rgb.convert('L')
@@ -240,13 +270,15 @@ def test_every_kind_of_file_becomes_8_bit_rgb(tmp_path):
         'grey.png': grey,
         'sixteen.png': sixteen,
         'palette.png': rgb.quantize(256),
+        'transparent palette.png': rgb.quantize(16),
         'cmyk.jpg': rgb.convert('CMYK'),
         'alpha.png': half_transparent,
         'binary.png': grey.convert('1'),
     }
     decoded = {}
     for name, image in files.items():
-        image.save(tmp_path / name, quality=95)
+        options = {'transparency': 7} if name.startswith('transparent') else {}
+        image.save(tmp_path / name, quality=95, **options)
         decoded[name] = images.decode(tmp_path / name)
         assert decoded[name].dtype == np.uint8 and decoded[name].shape == (40, 50, 3)
     exact = np.asarray(rgb).astype(int)
@@ -255,6 +287,9 @@ def test_every_kind_of_file_becomes_8_bit_rgb(tmp_path):
         for channel in range(3):
             np.testing.assert_array_equal(decoded[name][..., channel], np.asarray(grey))
     assert np.abs(decoded['palette.png'] - exact).mean() < 12
+    hidden = np.asarray(files['transparent palette.png']) == 7
+    assert 0 < hidden.sum() < hidden.size
+    np.testing.assert_array_equal((decoded['transparent palette.png'] == 255).all(axis=2), hidden)
     assert np.abs(np.asarray(decoded['cmyk.jpg']) - exact).mean() < 12
     alpha = np.asarray(decoded['alpha.png'])
     np.testing.assert_array_equal(alpha[:, :25], 255)  # transparent: white

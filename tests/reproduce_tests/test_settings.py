@@ -56,6 +56,25 @@ def other_value(field):
     return 'elsewhere' if value is None or isinstance(value, str) else value + 3
 
 
+def test_settings_of_the_images_reach_their_preprocessing():
+    settings = Settings(
+        image_size=20, resize=24, min_crop_area=0.3, horizontal_flip=False, resize_filter='linear'
+    )
+    preprocessing = settings.preprocessing
+    assert (preprocessing.image_size, preprocessing.resize) == (20, 24)
+    assert (preprocessing.min_crop_area, preprocessing.max_aspect) == (0.3, 4 / 3)
+    assert (preprocessing.horizontal_flip, preprocessing.resize_filter) == (False, 'linear')
+    assert Settings().preprocessing == type(preprocessing)(
+        224, 256, 0.08, 4 / 3, True, 'antialiased'
+    )
+
+
+def test_manifests_lie_beside_the_output():
+    assert Settings(out='results/paper').manifests_folder == 'results/manifests'
+    assert Settings(out='here/').manifests_folder == 'manifests'
+    assert Settings(manifests='/lists').manifests_folder == '/lists'
+
+
 @pytest.mark.parametrize(
     'name', [f.name for f in dataclasses.fields(Settings) if f.name != 'preset']
 )
