@@ -46,7 +46,8 @@ class ExactEvaluator(training.Extension):
         minibatches_left (int): Of this process in the evaluation under way, 0 while it waits for
             the others; None outside.
 
-        after_minibatch (callable): Called without arguments after each minibatch, for progress.
+        after_minibatch (callable): Called without arguments before the first and after each
+            minibatch, for progress.
 
     Raises:
         RuntimeError: ``batches`` gave another number of images than there are, or none to count.
@@ -85,6 +86,7 @@ class ExactEvaluator(training.Extension):
         losses = np.zeros(-(-self._n_images // self._batch_size))  # of all minibatches
         start, stop = shard(self._comm.rank, self._comm.size, self._n_images, self._batch_size)
         self.minibatches_left = -(-(stop - start) // self._batch_size)
+        self.after_minibatch()
         seen = 0
         if start < stop:
             with chainer.using_config('train', False), chainer.no_backprop_mode():

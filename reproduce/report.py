@@ -146,13 +146,13 @@ class Progress(training.Extension):
         self._n_iterations = n_iterations
         self._evaluator = evaluator
         self._seconds = seconds
-        self._validation = None  # its start, and the minibatches that were then left
+        self._validation = None  # its start, the minibatches then left, the time of the last line
         self._last = None
 
     def initialize(self, trainer):
         self._last = (time.monotonic(), trainer.updater.images_done)
         trainer.updater.after_worker = lambda: self(trainer)
-        self._evaluator.after_minibatch = lambda: self._validating(trainer.updater.images_done)
+        self._evaluator.after_minibatch = self._validating
 
     def __call__(self, trainer):
         now, images = time.monotonic(), trainer.updater.images_done
@@ -170,17 +170,19 @@ class Progress(training.Extension):
             flush=True,
         )
 
-    def _validating(self, images):
+    def _validating(self):
         now, left = time.monotonic(), self._evaluator.minibatches_left
         if self._validation is None:
-            self._validation = now, left
-        start, n = self._validation
-        if left == 0:  # the training's images per second are counted from here
-            self._validation, self._last = None, (now, images)
-        elif now - self._last[0] >= self._seconds and left < n:
-            self._last = now, images
+            self._validation = now, left, now
+        start, n, said = self._validation
+        if now - said >= self._seconds and left:
             time_left = duration((now - start) / (n - left) * left)
             print(f'  validation: {left:,} minibatches, {time_left} left', flush=True)
+            self._validation = start, n, now
+        if left == 0:
+            self._validation = None
+            then, images = self._last
+            self._last = then + now - start, images  # it does not count as training
 
 
 def position_of(updater, evaluator):

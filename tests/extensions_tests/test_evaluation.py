@@ -135,4 +135,4 @@ def test_progress_sees_every_minibatch(comm):
     left = []
     evaluator.after_minibatch = lambda: left.append(evaluator.minibatches_left)
     evaluator.evaluate()
-    assert left == [2, 1, 0] and evaluator.minibatches_left is None
+    assert left == [3, 2, 1, 0] and evaluator.minibatches_left is None

@@ -19,6 +19,13 @@ def test_progress_in_training_and_in_a_long_validation(clock, capsys):
     evaluator = types.SimpleNamespace(minibatches_left=None, after_minibatch=None)
     progress = report.Progress(100, 50, evaluator)
     progress.initialize(trainer)
+
+    def validate(n):
+        """One minibatch a second."""
+        for evaluator.minibatches_left in range(n, -1, -1):
+            evaluator.after_minibatch()
+            clock.now += evaluator.minibatches_left > 0
+
     for _ in range(30):  # 10 images a second
         clock.now += 1
         updater.images_done += 10
@@ -30,20 +37,25 @@ def test_progress_in_training_and_in_a_long_validation(clock, capsys):
         'iteration 3 of 50',
     ]
     assert lines[-1].endswith('10 images/s, 7 min 50 s left')
-    for evaluator.minibatches_left in range(24, -1, -1):  # one a second
-        clock.now += 1
-        evaluator.after_minibatch()
+    validate(24)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        '  validation: 15 minibatches, 15 s left',
-        '  validation: 5 minibatches, 5 s left',
+        '  validation: 14 minibatches, 14 s left',
+        '  validation: 4 minibatches, 4 s left',
     ]
     for _ in range(10):  # the validation's seconds do not count as training
         clock.now += 1
         updater.images_done += 10
         progress(trainer)
     assert '10 images/s, 7 min 40 s left' in capsys.readouterr().out
-    for evaluator.minibatches_left in range(5, -1, -1):  # a short one says nothing
-        clock.now += 1
-        evaluator.after_minibatch()
+    for _ in range(4):  # short ones say nothing, and do not keep the training from it
+        validate(3)
+        for _ in range(4):
+            clock.now += 1
+            updater.images_done += 10
+            progress(trainer)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and '10 images/s' in lines[0]
+    evaluator.minibatches_left = 0  # of a rank without images
+    evaluator.after_minibatch()
     assert capsys.readouterr().out == ''
