@@ -11,6 +11,7 @@ import dataclasses
 import faulthandler
 import mmap
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.util
@@ -19,6 +20,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from multiprocessing import reduction
 
 import numpy as np
@@ -338,13 +340,29 @@ class ImageLoader:
     def _wait(self, future):
         # The pool itself does not notice a process that died while it wrote a result.
         while not concurrent.futures.wait([future], timeout=1).done:
-            if any(process.exitcode is not None for process in list(self._processes.values())):
+            if self._dead():
                 raise self._died()
 
+    def _dead(self) -> list:
+        ready = multiprocessing.connection.wait([p.sentinel for p in self._processes.values()], 0)
+        return [
+            process
+            for process in self._processes.values()
+            if process.sentinel in ready or process._popen.returncode is not None
+        ]
+
     def _died(self):
-        ended = [(p.exitcode, p.pid) for p in self._processes.values() if p.exitcode is not None]
-        # The pool then ends the others, by SIGTERM.
-        code, pid = max(ended, key=lambda end: end[0] != -signal.SIGTERM, default=(None, '?'))
+        dead = self._dead()
+        # The others may wait for ever for a lock that the dead one held, and the pool for them.
+        for process in self._processes.values():
+            process.kill()
+        # The pool's own thread asks for the exit codes; only one can get them.
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and any(p._popen.returncode is None for p in dead):
+            time.sleep(0.01)
+        # It ends the others by SIGTERM.
+        ended = sorted(dead, key=lambda process: process.exitcode == -signal.SIGTERM)
+        pid, code = (ended[0].pid, ended[0].exitcode) if ended else ('?', None)
         how = f'by {signal.Signals(-code).name}' if code and code < 0 else f'with status {code}'
         return RuntimeError(
             f'process {pid} that loads images ended {how} (killed, or out of memory?); '

@@ -203,7 +203,7 @@ def test_imagenet_s_names_are_small_on_the_wire():
     counts[:167] += 1
     classes = [f'n{i:08}' for i in np.sort(rng.choice(10**8, 1000, replace=False))]
     files = b''.join(
-        b''.join(b'%s_%d.JPEG\0' % (name.encode(), i) for i in rng.choice(10**5, n, replace=False))
+        b''.join(b'%s_%d.JPEG\0' % (name.encode(), i) for i in rng.randint(10**5, size=n))
         for name, n in zip(classes, counts)
     )
     folder = ImageFolder('/data/train', tuple(classes), counts, files)

@@ -173,6 +173,21 @@ def test_an_exception_in_a_loader_process_brings_its_traceback(folder):
     assert 'in _fill' in str(raised.value.__cause__)
 
 
+def test_a_process_that_does_not_end_is_not_waited_for(folder):
+    """One is dead, and another deaf to SIGTERM: it is stopped."""
+    with loader_of(folder, 'processes:2') as parallel:
+        for iteration in range(3):
+            parallel.train_batch(iteration, 0)
+        dead, deaf = parallel._executor._processes
+        os.kill(deaf, signal.SIGSTOP)
+        os.kill(dead, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match=f'process {dead} that loads .* ended by SIGKILL'):
+            for iteration in range(1000):
+                parallel.train_batch(iteration, 1)
+    assert time.monotonic() - start < 5
+
+
 CRASH = """
 import faulthandler, sys
 from reproduce import loader
