@@ -336,7 +336,7 @@ def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
 
 def _names_like_imagenet(root):
     """A listing of ROOT with as many classes and images as ImageNet's; makes the empty folders."""
-    from reproduce.listing import ImageFolder
+    from reproduce.listing import ImageFolder, fingerprint
 
     rng = np.random.RandomState(0)
     classes = [f'n{number:08}' for number in np.sort(rng.choice(10**8, 1000, replace=False))]
@@ -347,7 +347,8 @@ def _names_like_imagenet(root):
         os.utime(root / name, (0, 0))
         numbers = np.sort(rng.choice(10**5, n, replace=False))
         files += ''.join(f'{name}_{number}.JPEG\0' for number in numbers).encode()
-    return ImageFolder(str(root), tuple(classes), counts, bytes(files))
+    mark, _ = fingerprint(root)
+    return ImageFolder(str(root), tuple(classes), counts, bytes(files), mark)
 
 
 def manifest(repeat: int) -> dict | None:

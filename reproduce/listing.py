@@ -36,12 +36,14 @@ class ImageFolder:
         counts (int64 array): Images of each class.
         files (bytes): FILE of each image, class after class, as the file system spells it; each
             ends with a zero.
+        mark (str): The folder's :func:`fingerprint` before it was listed.
     """
 
     root: str
     classes: tuple
     counts: np.ndarray
     files: bytes
+    mark: str = ''
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -90,6 +92,7 @@ def list_images(root) -> ImageFolder:
     """
     root = os.fspath(root)
     classes = _class_folders(root)
+    mark, _ = fingerprint(root)
     files, counts, last = [], [], time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         for done, found in enumerate(
@@ -104,7 +107,7 @@ def list_images(root) -> ImageFolder:
                     flush=True,
                 )
     names = b''.join(name + b'\0' for name in files)
-    return ImageFolder(root, tuple(classes), np.array(counts, np.int64), names)
+    return ImageFolder(root, tuple(classes), np.array(counts, np.int64), names, mark)
 
 
 def _class_folders(root) -> list:
@@ -198,14 +201,14 @@ def listing_of(root, manifests) -> ImageFolder:
 def keep(folder: ImageFolder, manifests, now=time.time) -> None:
     """Writes the manifest of a listing, unless there is one already that matches.
 
-    A folder that has changed within the last two seconds is not kept: another change could come in
-    the same tick of the file system's clock. A manifest that cannot be written is a note, and no
-    error.
+    A folder that has changed since it was listed is not kept, nor one that has within the last two
+    seconds: another change could come in the same tick of the file system's clock. A manifest that
+    cannot be written is a note, and no error.
     """
     path = manifest_of(folder.root, manifests)
     try:
         mark, changed = fingerprint(folder.root)
-        if changed > now() - 2 or _has(path, mark):
+        if mark != folder.mark or changed > now() - 2 or _has(path, mark):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         _, classes, counts, files = folder.pack()

@@ -184,7 +184,11 @@ def test_a_folder_that_is_changing_is_not_kept(kept):
     age(root, 1)
     listing.keep(listing.list_images(root), manifests)
     assert not path.exists()
-    age(root, 3)
+    listed = listing.list_images(root)
+    (root / 'a' / '9.png').write_bytes(b'')
+    age(root, 3)  # changed after it was listed, and not just now
+    listing.keep(listed, manifests)
+    assert not path.exists()
     listing.keep(listing.list_images(root), manifests)
     assert path.exists()
 
