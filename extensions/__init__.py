@@ -7,7 +7,7 @@ here knows of ImageNet.
 # First of all: Chainer cannot be imported on today's NumPy without it.
 from extensions import numpy_compatibility  # noqa: F401  isort: skip
 
-from extensions.batch_statistics import AllreduceBatchStatistics
+from extensions.batch_statistics import AllreduceBatchStatistics, MovingBatchStatistics
 from extensions.checkpoint import Checkpointer, CheckpointError, Stopped
 from extensions.evaluation import ExactEvaluator
 from extensions.gpus import CommunicatorError
@@ -26,6 +26,7 @@ from extensions.schedules import (
     alpha_rmsprop,
     alpha_sgd,
     base_learning_rate,
+    learning_rate,
     slow_start_factor,
 )
 from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
@@ -41,6 +42,7 @@ __all__ = [
     'HalfPrecisionMpiCommunicator',
     'HalfPrecisionNcclCommunicator',
     'MeanTrainingLoss',
+    'MovingBatchStatistics',
     'NonFiniteGradients',
     'RMSpropWarmup',
     'RMSpropWarmupRule',
@@ -52,5 +54,6 @@ __all__ = [
     'base_learning_rate',
     'create_communicator',
     'device_of',
+    'learning_rate',
     'slow_start_factor',
 ]

@@ -52,6 +52,10 @@ class AllreduceBatchStatistics(training.Extension):
         comm (~chainermn.CommunicatorBase): All ranks must have as many workers each.
         pooled_variance (bool): See above.
 
+    Attributes:
+        wants_every_worker (bool): Whether a process that plays one worker calls :meth:`clear` and
+            :meth:`add_worker` in every iteration, too.
+
     Raises:
         ValueError: A BatchNormalization has a ``decay`` other than 0, or no size yet, because no
             minibatch went through it; it is named.
@@ -59,6 +63,7 @@ class AllreduceBatchStatistics(training.Extension):
 
     trigger = (1, 'epoch')
     priority = extension.PRIORITY_WRITER + 100
+    wants_every_worker = False
 
     def __init__(self, model, comm, pooled_variance=False):
         self._links = [
@@ -79,7 +84,7 @@ class AllreduceBatchStatistics(training.Extension):
                 link.last_count = None
                 link.add_hook(_NoteCount(), 'AllreduceBatchStatistics')
         self._buffers = []
-        self.clear()
+        self._n_workers = 0
 
     def clear(self):
         """Forgets the workers added so far."""
@@ -106,12 +111,15 @@ class AllreduceBatchStatistics(training.Extension):
         total = cuda.to_cpu(self._sum)
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, total, MPI.SUM)  # [B]
         total *= 1 / (self._n_workers * self._comm.size)
-        self.clear()
+        self._n_workers = 0
         if self._pooled_variance:
             mean, square = total
             square -= mean**2
             for _, link in self._links:
                 link.last_count = None
+        self._write(total)
+
+    def _write(self, total):
         xp = chainer.backend.get_array_module(self._sum)
         for channels, buffer in self._buffers:
             buffer[...] = xp.asarray(total[:, channels])
@@ -148,6 +156,60 @@ class AllreduceBatchStatistics(training.Extension):
         xp = chainer.backend.get_array_module(buffer)
         mean, var = buffer.astype(np.float64)
         return xp.stack([mean, var * xp.asarray(biased) + mean**2])
+
+
+class MovingBatchStatistics(AllreduceBatchStatistics):
+    """What the paper does without: moving averages over the iterations, averaged over all workers::
+
+        mean <- decay mean + (1 - decay) 1/n sum_w mean_w    from 0; var alike, from 1
+
+    These are the average of what n workers have of whom each keeps the moving averages of Chainer's
+    own ``BatchNormalization(decay)``. The links keep ``decay=0``, so that the moving averages do
+    not depend on which worker comes last in a process; nor on the processes, but for the rounding
+    of float64.
+
+    Args:
+        model, comm: As in :class:`AllreduceBatchStatistics`.
+        decay (float): 0.9 is Chainer's default.
+
+    Raises:
+        ValueError: ``decay`` is not in (0, 1), or as :class:`AllreduceBatchStatistics`.
+    """
+
+    wants_every_worker = True
+
+    def __init__(self, model, comm, decay=0.9):
+        if not 0 < decay < 1:
+            raise ValueError(f'decay must be above 0 and below 1, not {decay}')
+        super().__init__(model, comm)
+        self._decay = decay
+        self._moving = None  # float64 [2, channels], of this process's workers
+
+    def clear(self):
+        """Takes the workers of the iteration before into the moving averages."""
+        if self._n_workers:
+            xp = chainer.backend.get_array_module(self._sum)
+            before = [[0.0], [1.0]] if self._moving is None else self._moving
+            share = (1 - self._decay) / self._n_workers
+            self._moving = self._decay * xp.asarray(before) + share * self._sum
+        super().clear()
+
+    def __call__(self, trainer=None):
+        self.gather()
+        if self._moving is not None:
+            self._gather()
+            self._write(self._moving)
+
+    def gather(self):
+        """Gives every process the average of all. Collective; to be called before it is saved."""
+        self.clear()
+        if self._moving is not None:
+            self._moving = cuda.to_cpu(self._moving)
+            self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, self._moving, MPI.SUM)
+            self._moving /= self._comm.size
+
+    def serialize(self, serializer):
+        self._moving = serializer('moving', self._moving)
 
 
 def _bases(link):

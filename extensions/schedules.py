@@ -8,7 +8,13 @@ from chainer.training import extension
 
 PAPER_EPOCHS = 90
 
-_SLOW_START = ((40, 0.5), (70, 0.075), (85, 0.01), (float('inf'), 0.001))  # (until epoch, factor)
+# (until epoch, factor)
+_SLOW_START = ((40, 0.5), (70, 0.075), (85, 0.01), (float('inf'), 0.001))
+_STEPS = ((30, 1.0), (60, 0.1), (80, 0.01), (float('inf'), 0.001))
+_WARMUP_EPOCHS = 5
+
+FORMS = ('printed', 'continuous', 'sgd')
+LR_SCHEDULES = ('slow_start', 'steps', 'gradual_warmup')
 
 
 def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
@@ -25,13 +31,14 @@ def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
     drops to 1; yet the text says that the curve was chosen after the ELU, to be smooth.
     ``form='continuous'`` has 1/2 + u/2 there: exactly (ELU(u) + 1) / 2, which is continuous with
     its derivative at ``beta_center`` and reaches 1 at ``beta_center + beta_period / 2``. The
-    default is what a reader with the paper in hand expects to find.
+    default is what a reader with the paper in hand expects to find. ``form='sgd'`` is 1 throughout:
+    momentum SGD from the first update on, to compare with.
 
     Args:
         epoch (float or array): Fractional epochs, in the paper's 90.
         beta_center (float): Epoch of alpha_SGD = 1/2; 10 (S).
         beta_period (float): Epochs that the transition takes; 5 (S).
-        form (str): ``'printed'`` or ``'continuous'``.
+        form (str): ``'printed'``, ``'continuous'`` or ``'sgd'``.
 
     Returns:
         float, or float64 array of ``epoch``'s shape.
@@ -39,11 +46,13 @@ def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
     Raises:
         ValueError: Unknown ``form``, or ``beta_period`` is not above 0.
     """
-    if form not in ('printed', 'continuous'):
-        raise ValueError(f"form must be 'printed' or 'continuous', not {form!r}")
+    if form not in FORMS:
+        raise ValueError(f'form must be one of {", ".join(map(repr, FORMS))}, not {form!r}')
     if not beta_period > 0:
         raise ValueError(f'beta_period must be above 0, not {beta_period}')
     u = 2 * (np.asarray(epoch, np.float64) - beta_center) / beta_period
+    if form == 'sgd':
+        u = np.full_like(u, np.inf)
     exponential = np.exp(np.minimum(u, 0)) / 2
     linear = 0.5 + (u if form == 'printed' else u / 2)
     alpha = np.where(u < 0, exponential, np.where(u < 1, linear, 1.0))  # [A]
@@ -97,9 +106,47 @@ def slow_start_factor(epoch):
     Returns:
         float, or float64 array of ``epoch``'s shape.
     """
-    ends, factors = zip(*_SLOW_START)
-    factor = np.asarray(factors)[np.searchsorted(ends[:-1], epoch, side='right')]  # [L]
+    return _factor(_SLOW_START, epoch)  # [L]
+
+
+def _factor(steps, epoch):
+    ends, factors = zip(*steps)
+    factor = np.asarray(factors)[np.searchsorted(ends[:-1], epoch, side='right')]
     return factor if np.ndim(factor) else float(factor)
+
+
+def learning_rate(epoch, total_batch_size, schedule='slow_start'):
+    """eta at a fractional epoch of the paper's 90, with eta_base of :func:`base_learning_rate`.
+
+    ``'slow_start'``: eta_base times :func:`slow_start_factor`, the paper's (S). The others are what
+    it is compared with. ``'steps'``: eta_base, divided by 10 at epochs 30, 60 and 80 (G).
+    ``'gradual_warmup'``: the same, after 5 epochs that lead linearly from 0.1, the rate of 256
+    images, to eta_base (G); nothing changes where that is below 0.1.
+
+    Args:
+        epoch (float or array): Fractional epochs, in the paper's 90.
+        total_batch_size (int): B, images of all workers together in one iteration.
+        schedule (str): One of ``LR_SCHEDULES``.
+
+    Returns:
+        float, or float64 array of ``epoch``'s shape.
+
+    Raises:
+        ValueError: Unknown ``schedule``.
+    """
+    if schedule not in LR_SCHEDULES:
+        raise ValueError(
+            f'schedule must be one of {", ".join(map(repr, LR_SCHEDULES))}, not {schedule!r}'
+        )
+    base = base_learning_rate(total_batch_size)
+    if schedule == 'slow_start':
+        return base * slow_start_factor(epoch)
+    lr = base * _factor(_STEPS, epoch)
+    if schedule == 'gradual_warmup':
+        start = min(base_learning_rate(256), base)
+        rising = start + (base - start) * np.asarray(epoch, np.float64) / _WARMUP_EPOCHS
+        lr = np.minimum(lr, rising)
+    return lr if np.ndim(lr) else float(lr)
 
 
 class _Schedule(training.Extension):
@@ -156,7 +203,8 @@ class _Schedule(training.Extension):
 
 
 class StepLearningRate(_Schedule):
-    """The slow-start learning rate: ``lr = base_learning_rate(B) * slow_start_factor(epoch)``.
+    """Sets ``lr`` to :func:`learning_rate`, by default the paper's slow start:
+    ``base_learning_rate(B) * slow_start_factor(epoch)``.
 
     ``epoch`` is fractional: updates done so far x total batch / images, at the start of the update,
     whatever the iterator says. A run of E epochs maps its epoch e to 90 e / E. Each update reports
@@ -167,16 +215,29 @@ class StepLearningRate(_Schedule):
         n_images (int): Images of the training set.
         epochs (float): E, epochs of this run.
         optimizer (~chainer.Optimizer): The updater's main optimizer by default.
+        schedule (str): As in :func:`learning_rate`.
 
     Raises:
-        ValueError: A number is not above 0.
+        ValueError: A number is not above 0, or ``schedule`` is unknown.
     """
 
     priority = extension.PRIORITY_READER - 50
     names = ('lr',)
 
+    def __init__(
+        self,
+        total_batch_size,
+        n_images,
+        epochs=PAPER_EPOCHS,
+        optimizer=None,
+        schedule='slow_start',
+    ):
+        super().__init__(total_batch_size, n_images, epochs, optimizer)
+        learning_rate(0.0, total_batch_size, schedule)  # raises now what it would raise later
+        self._schedule = schedule
+
     def _set(self, optimizer, epoch):
-        optimizer.lr = base_learning_rate(self._total_batch_size) * slow_start_factor(epoch)
+        optimizer.lr = learning_rate(epoch, self._total_batch_size, self._schedule)
 
 
 class AlphaSGDSchedule(_Schedule):

@@ -84,7 +84,9 @@ class VirtualWorkersUpdater(training.Updater):
         self._comm = comm
         self._total_batch_size, self._n_images = epoch_size
         self._converter = converter
-        self._batch_statistics = batch_statistics if len(self.workers) > 1 else None
+        self._batch_statistics = None
+        if batch_statistics and (len(self.workers) > 1 or batch_statistics.wants_every_worker):
+            self._batch_statistics = batch_statistics
         self._gradients = comm if hasattr(comm, 'add_grad') else _LocalMean(comm, len(self.workers))
 
     @property

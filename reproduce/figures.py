@@ -36,7 +36,7 @@ def curves(log: list, settings, out: str):
     )
     axes[0, 0].legend()
     axes[0, 1].plot(epochs, top1, 'k--')
-    axes[1, 0].plot(fine, settings.lr_base * schedules.slow_start_factor(of_90), 'k-', lw=0.8)
+    axes[1, 0].plot(fine, settings.lr(of_90), 'k-', lw=0.8)
     axes[1, 0].plot(epochs, [entry['lr'] for entry in log], 'k.')
     axes[1, 0].set_yscale('log')
     axes[1, 1].plot(fine, schedules.alpha_sgd(of_90, *transition), 'k-', lw=0.8)
@@ -44,7 +44,7 @@ def curves(log: list, settings, out: str):
     titles = (
         'loss',
         f'validation top-1 (%), last {top1[-1]:.2f}',
-        'learning rate eta',
+        f'learning rate eta, {settings.lr_schedule}',
         f'alpha_SGD, {settings.alpha_form}',
     )
     for axis, title in zip(axes.flat, titles):
@@ -79,6 +79,42 @@ def precision(errors: dict, out: str):
     axes[0].set_ylabel('relative error of the mean')
     axes[0].legend()
     _save(figure, os.path.join(out, 'precision.png'))
+
+
+_STYLES = ('k-', 'k--', 'k:', 'k-.')
+
+
+def runs(logs: dict, out: str):
+    """Draws OUT/runs.png: training loss and validation top-1 of several runs by epoch.
+
+    Args:
+        logs (dict): Title to a list of Chainer's ``log``s, which are drawn as their mean, with a
+            band from the lowest to the highest.
+        out (str): Folder; the file is replaced as a whole.
+    """
+    quantities = (('main/loss', 1, 'training loss'), ('validation/main/accuracy', 100, 'top-1 (%)'))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
+    for axis, (key, scale, title) in zip(axes, quantities):
+        for number, (name, several) in enumerate(logs.items()):
+            n_epochs = min(map(len, several))
+            epochs = [entry['epoch'] for entry in several[0][:n_epochs]]
+            values = np.array([[scale * entry[key] for entry in log[:n_epochs]] for log in several])
+            axis.plot(
+                epochs,
+                values.mean(axis=0),
+                _STYLES[number % len(_STYLES)],
+                marker='os^Dvx+*'[number % 8],
+                markersize=4,
+                lw=1,
+                label=name,
+            )
+            axis.fill_between(epochs, values.min(axis=0), values.max(axis=0), color='k', alpha=0.06)
+        axis.set_title(title)
+        axis.set_xlabel('epoch')
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend(fontsize='small')
+    _save(figure, os.path.join(out, 'runs.png'))
 
 
 def _save(figure, path):

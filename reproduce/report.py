@@ -70,6 +70,7 @@ def plan(settings, n_images: int) -> str:
         f'{"training images":24}{n_images:,}',
         f'{"eta_base":24}{s.lr_base:g}  (0.1 x {s.total_batch_size:,} / 256)',
         f'{"iterations":24}{s.iterations(n_images):,}  ({per_epoch:.2f} x {s.epochs} epochs)',
+        f'{"learning rate":24}{s.lr_schedule}',
         f'{"alpha_SGD":24}{s.alpha_form}, centre {s.beta_center:g}, period {s.beta_period:g} of 90',
         '',
         f'{"epoch":>8} {"of 90":>8} {"eta":>10} {"alpha_sgd":>10} {"alpha_rmsprop":>14}',
@@ -80,7 +81,7 @@ def plan(settings, n_images: int) -> str:
     moments = {s.beta_center + s.beta_period / 4, just_before, end}
     whole = {epoch / scale for epoch in range(s.epochs)}
     for of_90 in sorted(whole | {m for m in moments if 0 <= m < schedules.PAPER_EPOCHS}):
-        lr = s.lr_base * schedules.slow_start_factor(of_90)
+        lr = s.lr(of_90)
         alpha = schedules.alpha_sgd(of_90, s.beta_center, s.beta_period, s.alpha_form)
         alpha_rmsprop = schedules.alpha_rmsprop(alpha, lr, s.lr_rmsprop)
         epoch, of_90 = (
@@ -98,12 +99,11 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
     if device.xp is not np:
         device_name = cuda.cupy.cuda.runtime.getDeviceProperties(device.device.id)['name'].decode()
     each = s.workers // comm.size
-    first_lr = s.lr_base * schedules.slow_start_factor(0)
     rows = {
         'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, '
         f'on {comm.inter_size:,} host(s), {device_name}',
         'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
-        'learning rate': f'base {s.lr_base:g}, first {first_lr:g}',
+        'learning rate': f'base {s.lr_base:g}, first {s.lr(0):g}',
         'communicator': f'{type(comm).__name__}; {comm.reason}',
         'all-reduce': all_reduce_of(comm, s),
         'update': f'RMSpropWarmup, {arithmetic_of(device)}',

@@ -15,6 +15,7 @@ from pathlib import Path
 from extensions import base_learning_rate
 from extensions.checkpoint import interval
 from extensions.half_precision import NAMES, SUMS
+from extensions.schedules import FORMS, LR_SCHEDULES, learning_rate
 from reproduce import images, loader
 
 
@@ -85,8 +86,16 @@ class Settings:
     local_batch_size: int = _setting(32, 'images of one worker in one iteration (S)')
     epochs: int = _setting(90, 'epochs; the schedules stretch to them (S)')
 
+    lr_schedule: str = _setting(
+        'slow_start',
+        "the paper's learning rate, or, to compare with it, Goyal's steps without or with gradual "
+        'warm-up (S, G)',
+        LR_SCHEDULES,
+    )
     alpha_form: str = _setting(
-        'printed', 'form of the transition alpha_SGD (S, P)', ('printed', 'continuous')
+        'printed',
+        'form of the transition alpha_SGD; sgd: none, momentum SGD throughout (S, P)',
+        FORMS,
     )
     beta_center: float = _setting(10.0, 'epoch of the 90 at which alpha_SGD is 1/2 (S)')
     beta_period: float = _setting(5.0, 'epochs of the 90 that the transition takes (S)')
@@ -97,6 +106,10 @@ class Settings:
     weight_decay: float = _setting(1e-4, 'on everything but BN gamma and beta (G)')
     pooled_variance: bool = _setting(
         False, 'validate with the variance of all images instead of the mean of the variances (P)'
+    )
+
+    bn_decay: float = _setting(
+        0.0, 'validate with moving averages of the BN statistics; the paper has none (S)'
     )
 
     communicator: str = _setting('auto', 'pure_nccl on GPUs, mpi on CPUs; auto chooses', NAMES)
@@ -179,6 +192,13 @@ class Settings:
         for name in ('mu1', 'mu2'):
             if getattr(self, name) >= 1:
                 raise InputError(f'{_flag(name)} must be below 1, not {getattr(self, name)}')
+        if not 0 <= self.bn_decay < 1:
+            raise InputError(f'--bn-decay must be in [0, 1), not {self.bn_decay}')
+        if self.bn_decay and self.pooled_variance:
+            raise InputError(
+                '--bn-decay and --pooled-variance exclude each other: there are no moving averages '
+                'of a pooled variance'
+            )
         if self.seed >= 2**32:
             raise InputError(f'--seed must be below 2**32, not {self.seed}')
         if not (math.isfinite(self.beta_center) and 0 < self.beta_period < math.inf):
@@ -230,6 +250,10 @@ class Settings:
     @property
     def lr_base(self) -> float:
         return base_learning_rate(self.total_batch_size)
+
+    def lr(self, epoch_of_90):
+        """eta at an epoch of the paper's 90, or at each of an array."""
+        return learning_rate(epoch_of_90, self.total_batch_size, self.lr_schedule)
 
     def iterations(self, n_images) -> int:
         """Updates until ``epochs`` epochs are complete."""

@@ -87,7 +87,7 @@ def main(argv=None):
 
     # Batch normalization without moving averages: the last minibatch's statistics, averaged before
     # each validation.
-    batch_statistics = extensions.AllreduceBatchStatistics(model, comm, settings.pooled_variance)
+    batch_statistics = statistics_of(settings, model, comm)
 
     def to_device(batch):
         x, t = (device.send(array) for array in batch)
@@ -108,7 +108,7 @@ def main(argv=None):
 
     # The schedules: slow-start learning rate, and the transition from RMSprop to SGD.
     epoch_size = (settings.total_batch_size, n_images, settings.epochs)
-    trainer.extend(extensions.StepLearningRate(*epoch_size))
+    trainer.extend(extensions.StepLearningRate(*epoch_size, schedule=settings.lr_schedule))
     trainer.extend(
         extensions.AlphaSGDSchedule(
             *epoch_size,
@@ -187,6 +187,13 @@ def communicator_of(settings, mpi):
         gradient_scale=settings.gradient_scale,
         stop_on_nonfinite=settings.stop_on_nonfinite,
     )
+
+
+def statistics_of(settings, model, comm):
+    """The paper's batch statistics, or the moving averages that it does without."""
+    if settings.bn_decay:
+        return extensions.MovingBatchStatistics(model, comm, settings.bn_decay)
+    return extensions.AllreduceBatchStatistics(model, comm, settings.pooled_variance)
 
 
 def decayed_parameters(model):
