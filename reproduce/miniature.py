@@ -11,6 +11,7 @@ command goes on. A table, a plot and the log of every run come to --out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -23,8 +24,9 @@ from pathlib import Path
 
 from reproduce import figures, report
 
+N_EPOCHS = 10
 COMMON = (
-    '--preset cifar10 --width 8 --stem imagenet --epochs 10 --loader serial '
+    f'--preset cifar10 --width 8 --stem imagenet --epochs {N_EPOCHS} --loader serial '
     '--validation-batch-size 100 --keep-checkpoints 1 --communicator mpi'
 )
 _LARGE = '--workers 32'  # x 32 images = 1,024
@@ -40,7 +42,6 @@ VARIANTS = {
         f'{_LARGE} --alpha-form printed --allreduce-grad-dtype float32',
     ),
 }
-_KEPT = ('log', 'settings.json', 'summary.json')
 _THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
 
 
@@ -72,61 +73,80 @@ def subset(images: Path, out: Path, per_class: dict):
                     link.symlink_to(file.resolve())
 
 
-def command_of(name: str, seed: int, out: Path) -> list:
-    """The command of a run, which goes on where it was stopped."""
-    data = out / 'images'
-    where = f'--train-root {data / "train"} --val-root {data / "val"} --manifests {data}'
-    options = f'{COMMON} {VARIANTS[name][1]} --seed {seed} --resume auto'
-    run = f'--out {folder_of(name, seed, out)}'
-    return ['reproduce/train.py', *options.split(), *shlex.split(where), *shlex.split(run)]
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A variant with a seed, in the folder OUT/VARIANT-seedSEED."""
+
+    variant: str
+    seed: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return f'{self.variant}-seed{self.seed}'
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / 'summary.json').exists()
+
+    @property
+    def command(self) -> list[str]:
+        """Goes on where it was stopped."""
+        data = self.out / 'images'
+        where = {
+            '--train-root': data / 'train',
+            '--val-root': data / 'val',
+            '--manifests': data,
+            '--out': self.folder,
+        }
+        options = f'{COMMON} {VARIANTS[self.variant][1]} --seed {self.seed} --resume auto'
+        program = os.path.relpath(Path(__file__).with_name('train.py'))
+        return [program, *options.split(), *(str(s) for item in where.items() for s in item)]
+
+    def log(self) -> list:
+        """Chainer's log, an entry per epoch; empty before the first."""
+        try:
+            return json.loads((self.folder / 'log').read_text())
+        except (OSError, ValueError):
+            return []
+
+    def start(self) -> subprocess.Popen:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {**dict.fromkeys(_THREADS, '1'), **os.environ}
+        with open(self.folder / 'output.txt', 'a') as output:
+            return subprocess.Popen(
+                [sys.executable, *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
 
 
-def folder_of(name, seed, out) -> Path:
-    return out / f'{name}-seed{seed}'
-
-
-def epochs_done(folder: Path) -> int:
-    try:
-        return len(json.loads((folder / 'log').read_text()))
-    except (OSError, ValueError):
-        return 0
-
-
-def train_all(runs: list, out: Path, n_at_a_time: int, n_epochs: int):
+def train_all(runs: list[Run], n_at_a_time: int):
     """Trains what is not finished; prints a line when a run ends, and every minute.
 
     Raises:
         SystemExit: A run failed; its output is named.
     """
-    waiting = [run for run in runs if not (folder_of(*run, out) / 'summary.json').exists()]
-    print(f'{len(runs) - len(waiting)} of {len(runs)} runs are finished', flush=True)
-    folders = [folder_of(*run, out) for run in runs]
-    start, before = time.monotonic(), sum(map(epochs_done, folders))
-    last, running = start, {}
+    waiting = [run for run in runs if not run.is_finished]
+    progress = _Progress(runs)
+    running: dict[Run, subprocess.Popen] = {}
     try:
         while waiting or running:
             while waiting and len(running) < n_at_a_time:
-                run = waiting.pop(0)
-                running[run] = _start(run, out)
+                running[waiting[0]] = waiting.pop(0).start()
             time.sleep(1)
             ended = [run for run, process in running.items() if process.poll() is not None]
             for run in ended:
                 status = running.pop(run).returncode
                 if status:
-                    output = folder_of(*run, out) / 'output.txt'
-                    sys.exit(f'error: {output} ended with status {status}: see there')
-            if ended or time.monotonic() > last + 60:
-                last = time.monotonic()
-                done, total = sum(map(epochs_done, folders)), n_epochs * len(runs)
-                left = ''
-                if done > before:
-                    seconds = (last - start) / (done - before) * (total - done)
-                    left = f', {report.duration(seconds)} left'
-                names = ', '.join('{}-seed{}'.format(*run) for run in ended)
-                print(
-                    f'{done:,} of {total:,} epochs{left}' + (f'; finished {names}' * bool(ended)),
-                    flush=True,
-                )
+                    sys.exit(f'error: {run.folder / "output.txt"} says why {run.name} failed')
+            progress(ended)
     finally:
         for process in running.values():
             process.send_signal(signal.SIGUSR1)  # a checkpoint, and the end
@@ -134,28 +154,39 @@ def train_all(runs: list, out: Path, n_at_a_time: int, n_epochs: int):
             process.wait()
 
 
-def _start(run, out):
-    folder = folder_of(*run, out)
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**dict.fromkeys(_THREADS, '1'), **os.environ}
-    with open(folder / 'output.txt', 'a') as output:
-        return subprocess.Popen(
-            [sys.executable, *command_of(*run, out)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
+class _Progress:
+    def __init__(self, runs):
+        self._runs = runs
+        self._start = self._last = time.monotonic()
+        self._before = self._epochs()
+        print(
+            f'{sum(run.is_finished for run in runs)} of {len(runs)} runs are finished', flush=True
         )
+
+    def _epochs(self):
+        return sum(len(run.log()) for run in self._runs)
+
+    def __call__(self, ended):
+        now = time.monotonic()
+        if not ended and now < self._last + 60:
+            return
+        self._last = now
+        done, total = self._epochs(), N_EPOCHS * len(self._runs)
+        line = f'{done:,} of {total:,} epochs'
+        if done > self._before:
+            seconds = (now - self._start) / (done - self._before) * (total - done)
+            line += f', {report.duration(seconds)} left'
+        print('; '.join([line, *(f'{run.name} is finished' for run in ended)]), flush=True)
 
 
 def collect(out: Path) -> dict:
     """Variant to the logs of its finished runs, by seed; from the folders in ``out``."""
     found: dict = {}
-    for name in VARIANTS:
-        for folder in sorted(out.glob(f'{name}-seed*')):
-            if (folder / 'summary.json').exists():
-                seed = int(folder.name.rpartition('seed')[2])
-                found.setdefault(name, {})[seed] = json.loads((folder / 'log').read_text())
+    for variant in VARIANTS:
+        for folder in sorted(out.glob(f'{variant}-seed*')):
+            run = Run(variant, int(folder.name.rpartition('seed')[2]), out)
+            if run.is_finished:
+                found.setdefault(variant, {})[run.seed] = run.log()
     return found
 
 
@@ -212,11 +243,13 @@ def main():
             out / 'images',
             {'train': options.train_per_class, 'val': options.val_per_class},
         )
-        runs = [(name, seed) for seed in range(options.seeds) for name in VARIANTS]
-        commands = [shlex.join(['python', *command_of(*run, out)]) for run in runs]
+        runs = [Run(name, seed, out) for seed in range(options.seeds) for name in VARIANTS]
+        commands = [shlex.join(['python', *run.command]) for run in runs]
         (out / 'commands.txt').write_text('\n'.join(commands) + '\n')
-        n_epochs = int(COMMON.partition('--epochs ')[2].split()[0])
-        train_all(runs, out, max(1, options.at_a_time), n_epochs)
+        try:
+            train_all(runs, max(1, options.at_a_time))
+        except KeyboardInterrupt:
+            sys.exit('stopped; the same command goes on')
     found = collect(out)
     if not found:
         sys.exit(f'error: {out} has no finished run')

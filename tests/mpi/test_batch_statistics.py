@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from chainer.training import extension
 
-from extensions import AllreduceBatchStatistics, ExactEvaluator, create_communicator
+from extensions import (
+    AllreduceBatchStatistics,
+    ExactEvaluator,
+    MovingBatchStatistics,
+    create_communicator,
+)
 
 PROGRAMS = Path(__file__).parent / 'programs'
 sys.path.insert(0, str(PROGRAMS))
@@ -161,7 +166,36 @@ def test_workers_of_one_process(pooled):
     np.testing.assert_allclose(model.bn.avg_var, var, rtol=1e-5)
 
 
+@pytest.mark.parametrize('n_workers', [1, 3])
+def test_moving_averages_are_the_mean_of_what_chainers_own_would_be(n_workers):
+    theirs = [L.BatchNormalization(5, decay=0.9) for _ in range(n_workers)]
+    model = chainer.Chain(bn=L.BatchNormalization(5, decay=0))
+    statistics = MovingBatchStatistics(model, create_communicator('mpi'))
+    for step in range(4):
+        statistics.clear()
+        for worker, their in enumerate(theirs):
+            model.bn(images_of(worker, step, 5))
+            statistics.add_worker()
+            their(images_of(worker, step, 5))
+        if step != 1:  # validations, two of them one after the other
+            for _ in range(2):
+                statistics()
+                for name in ('avg_mean', 'avg_var'):
+                    expected = np.mean([getattr(their, name) for their in theirs], axis=0)
+                    np.testing.assert_allclose(getattr(model.bn, name), expected, rtol=2e-6)
+
+
+def test_moving_averages_before_the_first_minibatch_and_impossible_decays():
+    model = chainer.Chain(bn=L.BatchNormalization(5, decay=0))
+    MovingBatchStatistics(model, create_communicator('mpi'))()
+    np.testing.assert_array_equal(model.bn.avg_var, np.ones(5))
+    for decay in (0, 1, -0.1, float('nan')):
+        with pytest.raises(ValueError, match='decay must be above 0 and below 1'):
+            MovingBatchStatistics(model, create_communicator('mpi'), decay)
+
+
 def test_a_model_without_batch_normalization_is_left_alone():
+    MovingBatchStatistics(chainer.Chain(fc=L.Linear(2, 2)), create_communicator('mpi'))()
     AllreduceBatchStatistics(chainer.Chain(fc=L.Linear(2, 2)), create_communicator('mpi'))()
 
 

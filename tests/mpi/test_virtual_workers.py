@@ -22,16 +22,16 @@ N, STEPS = 6, 7
 
 @pytest.fixture
 def train(mpirun, tmp_path_factory):
-    def run(processes, communicator='mpi', dtype='float16', pooled='mean'):
+    def run(processes, communicator='mpi', dtype='float16', kind='mean'):
         out = tmp_path_factory.mktemp('run')
-        done = mpirun(processes, PROGRAMS / 'train_small.py', out, N, communicator, dtype, pooled)
+        done = mpirun(processes, PROGRAMS / 'train_small.py', out, N, communicator, dtype, kind)
         assert done.returncode == 0, done.stdout
         return [dict(np.load(out / f'{rank}.npz')) for rank in range(processes)]
 
     return run
 
 
-def reference(rounding=np.float16, pooled=False):
+def reference(rounding=np.float16, kind='mean'):
     """The whole run in float64 NumPy: forward, backward, mean of the workers' rounded gradients,
     [W1]-[W4], [A], [L], [B]."""
     network = Network(seed=0)
@@ -39,6 +39,7 @@ def reference(rounding=np.float16, pooled=False):
     m = {name: np.zeros_like(a) for name, a in p.items()}
     delta = {name: np.zeros_like(a) for name, a in p.items()}
     losses, results = [], []
+    moving_mean, moving_var = 0.0, 1.0
     for step in range(STEPS):
         sums = {name: 0 for name in p}
         means, variances, inputs = [], [], []
@@ -77,9 +78,14 @@ def reference(rounding=np.float16, pooled=False):
             rmsprop = max(0, 1 - alpha) * 3e-4 / lr
             delta[name] = 0.9 * delta[name] - (alpha + rmsprop / (np.sqrt(m[name]) + 1e-8)) * g
             p[name] = p[name] + lr * delta[name]
+        moving_mean = 0.7 * moving_mean + 0.3 * np.mean(means, axis=0)
+        moving_var = 0.7 * moving_var + 0.3 * np.mean(variances, axis=0)
         if (step + 1) * N * BATCH // IMAGES > step * N * BATCH // IMAGES:
-            mean = np.mean(means, axis=0)
-            var = np.var(np.concatenate(inputs), axis=0) if pooled else np.mean(variances, axis=0)
+            mean, var = {
+                'mean': (np.mean(means, axis=0), np.mean(variances, axis=0)),
+                'pooled': (np.mean(means, axis=0), np.var(np.concatenate(inputs), axis=0)),
+                'moving': (moving_mean, moving_var),
+            }[kind]
             x, t = validation_set()
             h = (x @ p['/fc1/W'].T - mean) / np.sqrt(var + 2e-5)
             y = np.maximum(p['/bn/gamma'] * h + p['/bn/beta'], 0) @ p['/fc2/W'].T + p['/fc2/b']
@@ -105,8 +111,8 @@ def cross_entropy(y, t):
     return -np.mean(np.log(q[np.arange(len(t)), t])), (q - one_hot) / len(t)
 
 
-def assert_follows_the_equations(result, pooled):
-    p, m, delta, log = reference(pooled=pooled)
+def assert_follows_the_equations(result, kind='mean'):
+    p, m, delta, log = reference(kind=kind)
     # A gradient that float32 puts on the other side of a rounding border differs by one float16
     # step, 1e-3 of its value, and RMSprop enlarges that where m is small: the tolerance is that of
     # float16, far below any missing term.
@@ -122,10 +128,13 @@ def assert_follows_the_equations(result, pooled):
         np.testing.assert_allclose(result[key], [entry[key] for entry in log], rtol=2e-3)
 
 
-@pytest.mark.parametrize('processes', [1, 3])
-@pytest.mark.parametrize('pooled', [False, True])
-def test_run_equals_the_equations_in_float64(train, processes, pooled):
-    assert_follows_the_equations(train(processes, pooled='pooled' if pooled else 'mean')[0], pooled)
+@pytest.mark.parametrize(
+    'processes, kind',
+    [(1, 'mean'), (3, 'mean'), (1, 'pooled'), (3, 'pooled'), (1, 'moving'), (3, 'moving')]
+    + [(6, 'moving')],
+)
+def test_run_equals_the_equations_in_float64(train, processes, kind):
+    assert_follows_the_equations(train(processes, kind=kind)[0], kind)
 
 
 @pytest.mark.parametrize('processes', [1, 3, 6])
@@ -141,17 +150,16 @@ def test_run_with_a_pretended_nccl_equals_the_equations_in_float64(mpirun, tmp_p
     )
     assert done.returncode == 0, done.stdout
     for rank in range(processes):
-        assert_follows_the_equations(dict(np.load(tmp_path / f'{rank}.npz')), False)
+        assert_follows_the_equations(dict(np.load(tmp_path / f'{rank}.npz')))
         calls = (tmp_path / f'calls.{rank}').read_text().splitlines()
         assert len([call for call in calls if call.startswith('allReduce')]) == STEPS
         assert calls[2].startswith('bcast') and ' float32 from 0' in calls[2]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('pooled', [False, True])
-def test_run_on_a_gpu_equals_the_equations_in_float64(train, gpu, pooled):
-    result = train(1, communicator='pure_nccl', pooled='pooled' if pooled else 'mean')[0]
-    assert_follows_the_equations(result, pooled)
+@pytest.mark.parametrize('kind', ['mean', 'pooled', 'moving'])
+def test_run_on_a_gpu_equals_the_equations_in_float64(train, gpu, kind):
+    assert_follows_the_equations(train(1, communicator='pure_nccl', kind=kind)[0], kind)
 
 
 def updater_of(model, comm, n_workers=2, loss=None):
@@ -278,6 +286,18 @@ def test_same_bits_when_it_goes_on_with_another_number_of_processes(mpirun, trai
             for name in whole:
                 if name not in ('mean', 'var'):
                     np.testing.assert_array_equal(result[name], whole[name], err_msg=name)
+
+
+def test_moving_averages_go_on_with_another_number_of_processes(mpirun, train, tmp_path):
+    whole = train(1, kind='moving')[0]
+    run, small = (N, 'mpi', 'float16', 'moving'), PROGRAMS / 'train_small.py'
+    done = mpirun(3, small, tmp_path, *run, 4)  # in the middle of an epoch
+    assert done.returncode == 0, done.stdout
+    done = mpirun(2, small, tmp_path, *run, STEPS, tmp_path / 'state.npz')
+    assert done.returncode == 0, done.stdout
+    result = np.load(tmp_path / '1.npz')
+    # Averages of averages: float64 rounds them otherwise, which is below float32's last bit.
+    np.testing.assert_allclose(result['validation_loss'][1:], whole['validation_loss'][1:], 1e-6)
 
 
 @pytest.mark.parametrize('processes', [1, 2, 6])

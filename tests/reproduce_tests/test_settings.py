@@ -112,6 +112,9 @@ def test_every_setting_has_an_option_that_beats_the_preset(preset, name):
         ({'resize': 200}, 'the centre crop does not fit'),
         ({'communicator': 'ring'}, '--communicator must be one of auto, mpi'),
         ({'alpha_form': 'smooth'}, '--alpha-form'),
+        ({'lr_schedule': 'linear'}, '--lr-schedule must be one of slow_start, steps'),
+        ({'bn_decay': 1.0}, '--bn-decay'),
+        ({'bn_decay': 0.9, 'pooled_variance': True}, '--bn-decay and --pooled-variance exclude'),
     ],
 )
 def test_impossible_values(change, message):

@@ -1,7 +1,7 @@
 """Trains a small network with virtual workers and saves everything.
 
-train_small.py OUT WORKERS COMMUNICATOR DTYPE POOLED [ITERATIONS [STATE]], where STATE is what an
-earlier run has saved as OUT/state.npz.
+train_small.py OUT WORKERS COMMUNICATOR DTYPE STATISTICS [ITERATIONS [STATE]]: STATISTICS is mean,
+pooled or moving, STATE what an earlier run has saved as OUT/state.npz.
 """
 
 import sys
@@ -13,7 +13,7 @@ import numpy as np
 from chainer.training import extensions as chainer_extensions
 from tests_common import BATCH, IMAGES, VALIDATION, Network, minibatch, validation_set
 
-out, n_workers, name, dtype, pooled = sys.argv[1:6]
+out, n_workers, name, dtype, kind = sys.argv[1:6]
 n_iterations = int(sys.argv[6]) if len(sys.argv) > 6 else 7
 n_workers = int(n_workers)
 comm = extensions.create_communicator(name, dtype)
@@ -22,7 +22,10 @@ device = extensions.device_of(comm)
 model.to_device(device)
 comm.bcast_data(model)
 optimizer = extensions.RMSpropWarmup(0.1).setup(model)
-statistics = extensions.AllreduceBatchStatistics(model, comm, pooled_variance=pooled == 'pooled')
+if kind == 'moving':
+    statistics = extensions.MovingBatchStatistics(model, comm, decay=0.7)
+else:
+    statistics = extensions.AllreduceBatchStatistics(model, comm, pooled_variance=kind == 'pooled')
 epoch_size = (n_workers * BATCH, IMAGES)
 updater = extensions.VirtualWorkersUpdater(
     minibatch,
@@ -60,7 +63,7 @@ trainer.extend(log)
 if len(sys.argv) > 7:
     chainer.serializers.load_npz(sys.argv[7], trainer)
 trainer.run()
-for report in reports:
+for report in [*reports, *([statistics] if kind == 'moving' else [])]:
     report.gather()
 if comm.rank == 0:
     chainer.serializers.save_npz(f'{out}/state.npz', trainer)
