@@ -1,8 +1,18 @@
-"""The plots."""
+"""The plots.
+
+python -m reproduce.figures schedules         alpha_SGD, both forms, and the learning rates
+python -m reproduce.figures comparison        published results: training time against top-1
+python -m reproduce.figures runs RUN ...      loss and top-1 of runs of train.py, by epoch
+
+Training, the benchmarks, cluster.py and miniature.py draw their own.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -82,6 +92,17 @@ def precision(errors: dict, out: str):
 
 
 _STYLES = ('k-', 'k--', 'k:', 'k-.')
+_MARKERS = 'os^Dvx+*'
+
+# Team, batch, hardware, hours, top-1 in per cent, and where that is known from: A, the abstract and
+# tables of later papers; U, unsourced.
+PUBLISHED = (
+    ('He et al.', 256, 'P100 x 8', 29, 75.3, 'A'),
+    ('Goyal et al.', 8192, 'P100 x 256', 1, 76.3, 'A'),
+    ('Codreanu et al.', 32768, 'KNL x 1,024', 42 / 60, 75.3, 'U'),
+    ('You et al.', 32768, 'KNL x 2,048', 20 / 60, 75.4, 'A'),
+    ('Akiba et al.', 32768, 'P100 x 1,024', 15 / 60, 74.9, 'A'),
+)
 
 
 def runs(logs: dict, out: str):
@@ -103,7 +124,7 @@ def runs(logs: dict, out: str):
                 epochs,
                 values.mean(axis=0),
                 _STYLES[number % len(_STYLES)],
-                marker='os^Dvx+*'[number % 8],
+                marker=_MARKERS[number % len(_MARKERS)],
                 markersize=4,
                 lw=1,
                 label=name,
@@ -117,7 +138,104 @@ def runs(logs: dict, out: str):
     _save(figure, os.path.join(out, 'runs.png'))
 
 
+def paper_schedules(out: str):
+    """Draws OUT/schedules.png: [A] in both forms, alpha_RMSprop, and the learning rates over the
+    paper's 90 epochs with its total batch of 32,768."""
+    batch = 32768
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), constrained_layout=True)
+    early = np.linspace(0, 15, 3001)
+    for form, style in (('printed', 'k-'), ('continuous', 'k--')):
+        alpha = schedules.alpha_sgd(early, form=form)
+        axes[0].plot(early, alpha, style, lw=1.2, label=form)
+        lr = schedules.learning_rate(early, batch)
+        axes[1].plot(early, 1e5 * schedules.alpha_rmsprop(alpha, lr), style, lw=1.2, label=form)
+    epochs = np.linspace(0, 90, 9001)
+    titles = {
+        'slow_start': 'slow start (Akiba et al.)',
+        'gradual_warmup': 'gradual warm-up (Goyal et al.)',
+        'steps': 'the same without warm-up',
+    }
+    for (name, title), style in zip(titles.items(), ('k-', 'k--', 'k:')):
+        axes[2].plot(epochs, schedules.learning_rate(epochs, batch, name), style, label=title)
+    axes[2].set_yscale('log')
+    for axis, title in zip(
+        axes,
+        ('alpha_SGD', 'alpha_RMSprop (1e-5)', f'learning rate eta, total batch {batch:,}'),
+    ):
+        axis.set_title(title)
+        axis.set_xlabel('epoch of 90')
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize='small')
+    _save(figure, os.path.join(out, 'schedules.png'))
+
+
+def comparison(out: str):
+    """Draws OUT/comparison.png: what others published, training time against top-1."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
+    for team, batch, hardware, hours, top1, source in PUBLISHED:
+        ours = team.startswith('Akiba')
+        axis.plot(
+            60 * hours,
+            top1,
+            'k*' if ours else 'ko',
+            markersize=14 if ours else 7,
+            fillstyle='none' if source == 'U' else 'full',
+        )
+        axis.annotate(
+            f'{team}{" (unsourced)" if source == "U" else ""}\n{batch:,}, {hardware}',
+            (60 * hours, top1),
+            xytext=(9, 0) if hours < 10 else (-9, 0),
+            ha='left' if hours < 10 else 'right',
+            va='bottom' if team.startswith('You') else 'top' if hours < 0.8 else 'center',
+            textcoords='offset points',
+            fontsize='small',
+        )
+    axis.set_xscale('log')
+    axis.set_xlim(10, 3000)
+    ticks = (15, 30, 60, 120, 300, 600, 1740)
+    axis.set_xticks(ticks, ['15', '30', '60', '120', '300', '600', '29 h'])
+    axis.minorticks_off()
+    axis.set_ylim(74.5, 76.7)
+    axis.set_xlabel('training time (minutes)')
+    axis.set_ylabel('top-1 on ImageNet (%), ResNet-50')
+    axis.set_title('published; total batch and hardware below each name')
+    axis.grid(alpha=0.3)
+    _save(figure, os.path.join(out, 'comparison.png'))
+
+
 def _save(figure, path):
     figure.savefig(path + '.tmp', format='png', dpi=150)
     plt.close(figure)
     os.replace(path + '.tmp', path)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog='python -m reproduce.figures',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('what', choices=('schedules', 'comparison', 'runs'))
+    parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='results of train.py')
+    parser.add_argument('--out', default='results/figures', metavar='FOLDER')
+    options = parser.parse_args()
+    if bool(options.runs) != (options.what == 'runs'):
+        parser.error('"runs" needs folders, and only "runs" takes any')
+    logs = {}
+    for run in options.runs:
+        try:
+            logs[str(run)] = [json.loads((run / 'log').read_text())]
+        except (OSError, ValueError) as error:
+            parser.error(f'{run} is no folder of a run of train.py: {error}')
+        if 'validation/main/accuracy' not in logs[str(run)][0][-1]:
+            parser.error(f'{run / "log"} has no validation')
+    os.makedirs(options.out, exist_ok=True)
+    if options.what == 'runs':
+        runs(logs, options.out)
+    else:
+        {'schedules': paper_schedules, 'comparison': comparison}[options.what](options.out)
+    print(Path(options.out) / f'{options.what}.png')
+
+
+if __name__ == '__main__':
+    main()

@@ -139,7 +139,8 @@ def train_all(runs: list[Run], n_at_a_time: int):
     try:
         while waiting or running:
             while waiting and len(running) < n_at_a_time:
-                running[waiting[0]] = waiting.pop(0).start()
+                run = waiting.pop(0)
+                running[run] = run.start()
             time.sleep(1)
             ended = [run for run, process in running.items() if process.poll() is not None]
             for run in ended:

@@ -1,0 +1,113 @@
+"""What the plots show, read back from their lines, and the command that draws them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reproduce import figures
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """``drawn(function, *arguments)`` returns the axes; the file is written, too."""
+    saved = []
+    save = figures._save
+    monkeypatch.setattr(
+        figures, '_save', lambda figure, path: (saved.append(figure.axes), save(figure, path))
+    )
+
+    def draw(function, *arguments):
+        function(*arguments, str(tmp_path))
+        [path] = tmp_path.glob('*.png')
+        assert Image.open(path).size[0] > 800
+        return saved[-1]
+
+    return draw
+
+
+def line(axis, label):
+    [found] = [line for line in axis.lines if line.get_label() == label]
+    return lambda x: np.interp(x, *found.get_data())
+
+
+def test_schedules_of_the_paper(drawn):
+    alpha, alpha_rmsprop, lr = drawn(figures.paper_schedules)
+    for form, at_12 in (('printed', 1.3), ('continuous', 0.9)):
+        assert line(alpha, form)(10) == pytest.approx(0.5, abs=1e-3)
+        assert line(alpha, form)(12) == pytest.approx(at_12, abs=1e-3)
+        expected = 1e5 * max(0, 1 - at_12) * 3e-4 / 6.4
+        assert line(alpha_rmsprop, form)(12) == pytest.approx(expected, abs=1e-3)
+    ours, goyal, steps = (line(lr, found.get_label()) for found in lr.lines)
+    np.testing.assert_allclose(ours([1, 41, 71, 86]), [6.4, 0.96, 0.128, 0.0128], rtol=1e-6)
+    np.testing.assert_allclose(
+        goyal([0, 2.5, 29, 31, 61, 81]), [0.1, 6.45, 12.8, 1.28, 0.128, 0.0128]
+    )
+    np.testing.assert_allclose(steps([0, 31]), [12.8, 1.28])
+    assert lr.get_yscale() == 'log'
+
+
+def test_published_results(drawn):
+    [axis] = drawn(figures.comparison)
+    points = sorted(tuple(float(value[0]) for value in point.get_data()) for point in axis.lines)
+    expected = [(15, 74.9), (20, 75.4), (42, 75.3), (60, 76.3), (29 * 60, 75.3)]
+    np.testing.assert_allclose(points, expected)
+    hollow = [point.get_data()[0][0] for point in axis.lines if point.get_fillstyle() == 'none']
+    assert hollow == pytest.approx([42])
+    assert [text.get_text() for text in axis.texts if 'unsourced' in text.get_text()] == [
+        'Codreanu et al. (unsourced)\n32,768, KNL x 1,024'
+    ]
+
+
+def log_of(losses, top1):
+    return [
+        {'epoch': epoch, 'main/loss': loss, 'validation/main/accuracy': accuracy}
+        for epoch, (loss, accuracy) in enumerate(zip(losses, top1), start=1)
+    ]
+
+
+def test_runs_are_drawn_as_their_mean_with_a_band(drawn):
+    several = [log_of([2, 1], [0.1, 0.4]), log_of([4, 2], [0.3, 0.5])]
+    loss, top1 = drawn(figures.runs, {'two seeds': several, 'one': several[:1]})
+    np.testing.assert_allclose(line(loss, 'two seeds')([1, 2]), [3, 1.5])
+    np.testing.assert_allclose(line(top1, 'two seeds')([1, 2]), [20, 45])
+    np.testing.assert_allclose(line(top1, 'one')([1, 2]), [10, 40])
+    box = top1.collections[0].get_paths()[0].get_extents()
+    np.testing.assert_allclose([box.ymin, box.ymax], [10, 50])
+    styles = {(found.get_linestyle(), found.get_marker()) for found in loss.lines}
+    assert len(styles) == 2  # told apart without colours
+
+
+def command(root, *arguments):
+    return subprocess.run(
+        [sys.executable, '-m', 'reproduce.figures', *map(str, arguments)],
+        cwd=root,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command(root, tmp_path):
+    run = tmp_path / 'a run'
+    run.mkdir()
+    (run / 'log').write_text(json.dumps(log_of([2, 1], [0.1, 0.4])))
+    done = command(root, 'runs', run, '--out', tmp_path / 'out')
+    assert done.stdout == f'{tmp_path / "out" / "runs.png"}\n' and done.returncode == 0
+    assert (tmp_path / 'out' / 'runs.png').exists()
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['runs'], '"runs" needs folders'),
+        (['comparison', 'stray'], '"runs" needs folders'),
+        (['runs', 'nowhere'], 'nowhere is no folder of a run'),
+    ],
+)
+def test_wrong_input(root, arguments, message):
+    done = command(root, *arguments)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout

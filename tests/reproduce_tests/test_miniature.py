@@ -1,0 +1,140 @@
+"""The study in miniature: small runs for real, and the committed results against their table."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reproduce import miniature
+
+SMALL = """
+from reproduce import miniature
+miniature.N_EPOCHS = 2
+miniature.COMMON = '--preset smoke --width 2 --epochs 2 --local-batch-size 4 --loader serial'
+miniature.VARIANTS = {'x': ('two', '--workers 2'), 'y': ('four', '--workers 4 --bn-decay 0.9')}
+miniature.main()
+"""
+
+
+@pytest.fixture(scope='module')
+def cifar(tmp_path_factory):
+    """A folder like CIFAR-10's, of 3 classes."""
+    root = tmp_path_factory.mktemp('like cifar')
+    rng = np.random.RandomState(0)
+    for split, n in (('train', 20), ('val', 8)):
+        for name in ('cat', 'dog', 'ship'):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.randint(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f'{i:04}.png')
+    return root
+
+
+@pytest.fixture
+def start(root, cifar, tmp_path):
+    def start(*options, per_class=16, program=SMALL):
+        command = [sys.executable, '-c', program, '--images', str(cifar), '--out', str(tmp_path)]
+        return subprocess.Popen(
+            [*command, f'--train-per-class={per_class}', '--val-per-class=6', *options],
+            cwd=root,
+            env={
+                **os.environ,
+                'OMPI_ALLOW_RUN_AS_ROOT': '1',
+                'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1',
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.mark.slow
+def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
+    first = start('--seeds', '2', '--at-a-time', '1')
+    while not (tmp_path / 'x-seed0' / 'summary.json').exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 1 and output.splitlines()[-1] == 'stopped; the same command goes on'
+    done = (tmp_path / 'x-seed0' / 'log').stat().st_mtime_ns
+    second = start('--seeds', '2')
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, output
+    assert re.search(r'^[1-3] of 4 runs are finished$', output, re.MULTILINE)
+    assert re.search(r'^\d of 8 epochs, \d+ s left; \w-seed\d is finished', output, re.MULTILINE)
+    assert (tmp_path / 'x-seed0' / 'log').stat().st_mtime_ns == done  # not trained again
+    assert Image.open(tmp_path / 'runs.png').size[0] > 1000
+    rows = (tmp_path / 'table.md').read_text().splitlines()[2:]
+    for row, (variant, title, workers) in zip(rows, (('x', 'two', 2), ('y', 'four', 4))):
+        runs = [tmp_path / f'{variant}-seed{seed}' for seed in (0, 1)]
+        logs = [json.loads((run / 'log').read_text())[-1] for run in runs]
+        top1 = [100 * log['validation/main/accuracy'] for log in logs]
+        expected = f'{statistics.mean(top1):.2f} +- {statistics.stdev(top1):.2f}'
+        assert row.startswith(f'| {variant} | {title} | 2 | {expected} |')
+        settings = json.loads((runs[1] / 'settings.json').read_text())
+        assert (settings['workers'], settings['seed']) == (workers, 1)
+        assert settings['bn_decay'] == (0.9 if variant == 'y' else 0)
+        assert len(list((tmp_path / 'images' / 'train' / 'ship').iterdir())) == 16
+    assert len((tmp_path / 'commands.txt').read_text().splitlines()) == 4
+
+
+def test_a_run_that_fails_is_named_and_ends_all(start, tmp_path):
+    done = start('--at-a-time', '1', program=SMALL.replace('--workers 2', '--workers 1000'))
+    output, _ = done.communicate(timeout=100)
+    assert done.returncode == 1
+    path = tmp_path / 'x-seed0' / 'output.txt'
+    assert output.splitlines()[-1] == f'error: {path} says why x-seed0 failed'
+    assert 'error: the total batch of 1000 workers' in path.read_text()
+
+
+def test_too_few_images_and_no_images(start, cifar, root):
+    output, _ = start(per_class=21).communicate(timeout=60)
+    assert output == (
+        f'error: {cifar / "train" / "cat"} has 20 images, 21 are wanted of each class\n'
+    )
+    for options, message in (
+        (['--images', cifar / 'train'], 'has no class folders; --images needs train/CLASS'),
+        ([], '--images FOLDER is needed'),
+        (['--images', cifar, '--seeds', '0'], 'must be at least 1'),
+        (['--table-only', '--out', cifar], 'has no finished run'),
+    ):
+        done = subprocess.run(
+            [sys.executable, '-m', 'reproduce.miniature', *map(str, options)],
+            cwd=root,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (1, 2) and message in done.stderr
+
+
+def test_the_variants_are_what_their_titles_say():
+    from reproduce.settings import parse
+
+    settings = {}
+    for name, (_, options) in miniature.VARIANTS.items():
+        settings[name], _ = parse([*miniature.COMMON.split(), *options.split()], 1)
+    assert settings['a'].total_batch_size == 64
+    assert {s.total_batch_size for name, s in settings.items() if name != 'a'} == {1024}
+    assert {s.epochs for s in settings.values()} == {miniature.N_EPOCHS}
+    differing = {}
+    for name in ('dc', 'e', 'f'):
+        differing[name] = {
+            key
+            for key, value in settings[name].identity.items()
+            if value != settings['d'].identity[key]
+        }
+    assert differing == {'dc': {'alpha_form'}, 'e': {'bn_decay'}, 'f': {'allreduce_grad_dtype'}}
+    assert settings['b'].lr(0) == 0.4 and settings['c'].lr(0) == 0.1 and settings['d'].lr(0) == 0.2
+    assert all(settings[name].alpha_form == 'sgd' for name in 'abc')
