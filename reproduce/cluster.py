@@ -352,6 +352,10 @@ def print_inputs(cluster, job):
         print(f'  {name:32}{value if isinstance(value, str) else f"{value:,}":<12}{source}')
 
 
+def _minutes(seconds) -> str:
+    return f'{seconds / 60:,.1f}' if seconds >= 600 else f'{seconds / 60:.2f}'
+
+
 def print_table(dtype, rows):
     print(f'\n{dtype} on the wire; a prediction')
     print('            ms of an       all-   efficiency against   90 epochs,')
@@ -360,18 +364,20 @@ def print_table(dtype, rows):
         milliseconds = f'{1000 * row["iteration"]:15.1f}{1000 * row["allreduce"]:11.2f}'
         host = f'{row["efficiency_to_one_host"]:.1%}' if 'efficiency_to_one_host' in row else '-'
         efficiency = f'{row["efficiency_to_one_gpu"]:10.1%}{host:>11}'
-        print(f'{row["processes"]:5,}{milliseconds}{efficiency}{row["total"] / 60:13,.1f}')
+        print(f'{row["processes"]:5,}{milliseconds}{efficiency}{_minutes(row["total"]):>13}')
 
 
 def print_sensitivity(cluster, found):
     base = found['as described']
-    print(f'\nminutes on {cluster.gpus:,} GPUs: {base / 60:.1f} as described; one thing otherwise:')
+    print(
+        f'\nminutes on {cluster.gpus:,} GPUs: {_minutes(base)} as described; one thing otherwise:'
+    )
     for label, seconds in found['what if'].items():
-        print(f'  {label:32}{seconds / 60:8.1f}  {seconds / base - 1:+7.1%}')
+        print(f'  {label:32}{_minutes(seconds):>8}  {seconds / base - 1:+7.1%}')
     print(f'  {"":32}{"half of it":>17}  {"twice":>15}')
     for path, pair in sorted(found['inputs'].items(), key=lambda item: -_swing(item[1])):
         kind = 'assumption' if 'assumption' in cluster.sources[path] else ''
-        cells = ''.join(f'{s / 60:8.1f}  {s / base - 1:+7.1%}' for s in pair)
+        cells = ''.join(f'{_minutes(s):>8}  {s / base - 1:+7.1%}' for s in pair)
         print(f'  {path:32}{cells}  {kind}')
 
 

@@ -90,24 +90,26 @@ def cluster(tables: dict, name: str, published: dict, out: str):
         published (dict): Results to stand beside, drawn and not used; may be empty.
         out (str): Folder; the file is replaced as a whole.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), constrained_layout=True)
-    styles = {'float16': ('ko-', 'ko:'), 'float32': ('ks-', 'ks:')}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4), constrained_layout=True)
+    gpus = [row['processes'] for row in next(iter(tables.values()))]
     for dtype, rows in tables.items():
-        solid, dotted = styles[dtype]
-        filled = {'ms': 5, 'mfc': 'k' if dtype == 'float16' else 'w'}
-        gpus = [row['processes'] for row in rows]
-        for key, style, label in (('iteration', solid, ''), ('allreduce', dotted, 'all-reduce, ')):
-            drawn = [(n, 1000 * row[key]) for n, row in zip(gpus, rows) if row[key]]
-            axes[0].plot(*zip(*drawn), style, label=f'{label}{dtype}', **filled)
+        marker = {'ms': 5, 'marker': 'o' if dtype == 'float16' else 's'}
+        marker['mfc'] = 'k' if dtype == 'float16' else 'w'
+        for key, style, label in (('iteration', 'k-', dtype), ('allreduce', 'k:', 'all-reduce')):
+            label = label if label == dtype else f'{label}, {dtype}'
+            drawn = [1000 * row[key] or np.nan for row in rows]  # one GPU has no all-reduce
+            axes[0].plot(gpus, drawn, style, label=label, **marker)
         efficiency = [100 * row['efficiency_to_one_gpu'] for row in rows]
-        axes[1].plot(gpus, efficiency, solid, label=dtype, **filled)
-        axes[2].plot(gpus, [row['total'] / 60 for row in rows], solid, label=dtype, **filled)
+        axes[1].plot(gpus, efficiency, 'k-', **marker)
+        axes[2].plot(gpus, [row['total'] / 60 for row in rows], 'k-', **marker)
     if 'efficiency_to_one_gpu' in published:
         share = 100 * published['efficiency_to_one_gpu']
         axes[1].plot(gpus[-1:], [share], 'k*', ms=10, label='of the paper, unsourced')
+        axes[1].legend(loc='lower left')
     if 'seconds' in published:
         minutes = published['seconds'] / 60
         axes[2].axhline(minutes, color='k', ls='--', lw=1, label=f'published: {minutes:g} min')
+        axes[2].legend()
     axes[0].set_title('an iteration, ms')
     axes[1].set_title('efficiency against one GPU, %')
     axes[1].set_ylim(0, 105)
@@ -117,12 +119,11 @@ def cluster(tables: dict, name: str, published: dict, out: str):
         axis.set_xticks(gpus[::2], [f'{n:,}' for n in gpus[::2]])
         axis.set_xlabel('GPUs, 32 images each')
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0].legend(fontsize=8, loc='center right', bbox_to_anchor=(1, 0.7))
     for axis in (axes[0], axes[2]):
         axis.set_yscale('log')
         axis.yaxis.set_major_formatter(lambda y, _: f'{y:,g}')
     figure.suptitle(f'{name}: predictions')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     _save(figure, os.path.join(out, 'cluster.png'))
 
 
@@ -140,9 +141,9 @@ def sensitivity(found: dict, name: str, published: dict, out: str):
     what_if = list(found['what if'].items())[::-1]
     figure, axis = plt.subplots(figsize=(9, 6.5), constrained_layout=True)
     for y, (_, (half, twice)) in enumerate(inputs):
-        for value, style in ((half, 'ko'), (twice, 'ks')):
-            axis.plot([base, value / 60], [y, y], 'k-', lw=0.8)
-            axis.plot(value / 60, y, style, mfc='w' if value == half else 'k', ms=6)
+        axis.plot([half / 60, base, twice / 60], [y, y, y], 'k-', lw=0.8)
+        axis.plot(twice / 60, y, 'ks', ms=6)
+        axis.plot(half / 60, y, 'ko', mfc='w', ms=6)
     for y, (_, value) in enumerate(what_if, len(inputs) + 1):
         axis.plot([base, value / 60], [y, y], 'k-', lw=0.8)
         axis.plot(value / 60, y, 'kD', ms=5)
