@@ -101,15 +101,13 @@ def ring_seconds(cluster, order, gpus, size) -> float:
     2 (P - 1) steps of S / P bytes on every link; the slowest link sets the pace, and a piece's way,
     twice around, has all latencies: NCCL's own estimate, in its src/graph/tuning.cc. crossings are
     in B the hops that leave the busiest group and share its uplinks, in L those of all groups. B
-    has no bus where g is 1, and no network where H is 1.
+    has no network where H is 1.
     """
     p, n_hosts = len(order) * gpus, len(order)
     if p == 1:
         return 0.0
     host, leaving = cluster.host, crossings(cluster, order)
-    bandwidths, latency = [], (p - n_hosts) * host.bus.latency
-    if gpus > 1:
-        bandwidths.append(host.bus.bandwidth)
+    bandwidths, latency = [host.bus.bandwidth], (p - n_hosts) * host.bus.latency
     if n_hosts > 1:
         bandwidths.append(host.rails * host.network.bandwidth)
         latency += n_hosts * host.network.latency

@@ -100,7 +100,9 @@ def _cluster(data) -> Cluster:
         unknown = set(_object(changes, where)) - set(sources)
         if unknown:
             raise ClusterError(f'{where}: no number is called {", ".join(sorted(unknown))}')
-        what_if[label] = {path: _number(pair, where, sources) for path, pair in changes.items()}
+        what_if[label] = {
+            path: _number(pair, f'{where}.{path}', sources) for path, pair in changes.items()
+        }
     published = {
         key: _number(pair, f'published.{key}', sources)
         for key, pair in _object(extra['published'], 'published').items()

@@ -14,6 +14,7 @@ from reproduce.cluster import Job
 from reproduce.topology import ClusterError, read, replaced, value_at
 
 MN1 = read('mn1')
+DATA = Path(cluster.__file__).parent / 'data'
 GRADIENTS = 25_557_032 * 2  # bytes in float16
 SIMULATION = Path(__file__).parent / 'programs' / 'simulate_allreduce.py'
 SYSTEM_PYTHON = '/usr/bin/python3'
@@ -42,26 +43,29 @@ def test_ring_in_one_host_is_the_textbook_formula(gpus):
 
 @pytest.mark.parametrize('n_hosts, gpus', [(2, 8), (16, 1), (16, 8), (128, 1), (128, 8)])
 @pytest.mark.parametrize('seed', [None, 0, 1])
-def test_ring_walked_hop_by_hop(n_hosts, gpus, seed):
+@pytest.mark.parametrize('bus', [15.754e9, 5e9])
+def test_ring_walked_hop_by_hop(n_hosts, gpus, seed, bus):
     order = list(range(n_hosts)) if seed is None else random_order(n_hosts, seed)
     ranks = [(host, gpu) for host in order for gpu in range(gpus)]
     load, latency = Counter(), 0.0
-    for (a, i), (b, _) in zip(ranks, ranks[1:] + ranks[:1]):
+    for (a, i), (b, j) in zip(ranks, ranks[1:] + ranks[:1]):
+        load['from GPU', a, i] += 1 / bus
+        load['to GPU', b, j] += 1 / bus
         if a == b:
             latency += 5.7e-6
-            load['bus', a, i] += 1 / 15.754e9
             continue
         latency += 9.6e-6
-        load['nic', a] += 1 / (2 * 6.818e9)
-        load['nic in', b] += 1 / (2 * 6.818e9)
+        load['from host', a] += 1 / (2 * 6.818e9)
+        load['to host', b] += 1 / (2 * 6.818e9)
         if a // 16 != b // 16:
             latency += 0.5e-6
-            load['up', a // 16] += 1 / (2 * 6.818e9)
-            load['down', b // 16] += 1 / (2 * 6.818e9)
+            load['from group', a // 16] += 1 / (2 * 6.818e9)
+            load['to group', b // 16] += 1 / (2 * 6.818e9)
     p = len(ranks)
     steps = 2 * (p - 1)
     expected = steps * GRADIENTS / p * max(load.values()) + steps * latency / p
-    found = cluster.ring_seconds(MN1, order, gpus, GRADIENTS)
+    described = replaced(MN1, 'host.bus.bandwidth', bus)
+    found = cluster.ring_seconds(described, order, gpus, GRADIENTS)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -186,7 +190,8 @@ def test_sensitivity_changes_one_thing_at_a_time():
     assert what_if['float32 on the wire'] == float32 > base['total']
     assert what_if['a fat tree'] == pytest.approx(base['total'], rel=1e-3)
     assert what_if['64 images a GPU'] == cluster.predict(MN1, Job(local_batch=64), 1024)['total']
-    assert what_if['hosts in random order'] > 1.3 * what_if['the same on a fat tree']
+    assert what_if['the same on a fat tree'] == pytest.approx(base['total'], rel=2e-3)
+    assert what_if['hosts in random order'] > 1.3 * base['total']
     slower = what_if['latencies x 1.9'] - base['total']
     latency = 128 * 9.6e-6 + 896 * 5.7e-6
     assert slower == pytest.approx((3519 + 90) * 0.9 * 2 * 1023 / 1024 * latency, rel=1e-3)
@@ -213,8 +218,19 @@ def test_a_cluster_of_today_computes_faster_than_its_ring_turns():
 @pytest.mark.parametrize('name', ['mn1', 'dgx-h100'])
 def test_every_number_of_a_description_has_its_source(name):
     described = read(name)
-    for path in ('hosts', 'uplink.bandwidth', 'host.bus.latency', 'host.images_per_second.32'):
-        assert described.sources[path] and value_at(described, path) > 0
+    found = {}
+
+    def walk(part, path):
+        if isinstance(part, dict):
+            for key, value in part.items():
+                walk(value, f'{path}.{key}' if path else key)
+        elif not isinstance(part, str):
+            found[path] = part[1]
+            if not path.startswith(('what_if.', 'published.')):
+                assert value_at(described, path) == part[0]
+
+    walk(json.loads((DATA / f'{name}.json').read_text()), '')
+    assert described.sources == found and all(len(source) > 0 for source in found.values())
     assert described.gpus == 1024
     assert set(cluster.JOB_SOURCES) == {field.name for field in dataclasses.fields(Job)}
 
@@ -230,7 +246,7 @@ def test_replaced_changes_a_copy():
 
 
 def damaged(path, value):
-    data = json.loads((Path(cluster.__file__).parent / 'data' / 'mn1.json').read_text())
+    data = json.loads((DATA / 'mn1.json').read_text())
     *folders, name = path.split('/')
     part = data
     for folder in folders:
@@ -384,6 +400,8 @@ def write_measured(path, seconds, **more):
         parts['compute'] = iteration - sum(parts.values())
         run = {'workers': n, 'processes': n, 'hosts': 1, 'iteration': iteration, **parts, **more}
         runs.append(run)
+    runs.append({**runs[-1], 'hosts': 2, 'iteration': 1e3})  # of two hosts: not of this model
+    runs.append({**runs[0], 'workers': 8, 'iteration': 1e3})  # 8 workers on a rank: neither
     path.write_text(json.dumps({'figures': {'runs': runs}}))
 
 
