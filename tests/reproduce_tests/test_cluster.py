@@ -401,7 +401,7 @@ def write_measured(path, seconds, **more):
         run = {'workers': n, 'processes': n, 'hosts': 1, 'iteration': iteration, **parts, **more}
         runs.append(run)
     runs.append({**runs[-1], 'hosts': 2, 'iteration': 1e3})  # of two hosts: not of this model
-    runs.append({**runs[0], 'workers': 8, 'iteration': 1e3})  # 8 workers on a rank: neither
+    runs.append({**runs[1], 'workers': 8, 'iteration': 1e3})  # 8 workers on a rank: neither
     path.write_text(json.dumps({'figures': {'runs': runs}}))
 
 
