@@ -430,9 +430,7 @@ def main():
     parser.add_argument('--processes', help='numbers of GPUs, as 8,1024 [1,2,4,... to all]')
     parser.add_argument('--dtype', choices=_BYTES, help='on the wire [both]')
     parser.add_argument('--out', default='results/cluster', help='folder [results/cluster]')
-    parser.add_argument(
-        '--measured', metavar='FILE', help='of reproduce.benchmark iteration --json'
-    )
+    parser.add_argument('--measured', metavar='FILE', help='iteration.json of reproduce.benchmark')
     options = parser.parse_args()
     try:
         if options.measured:
