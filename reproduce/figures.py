@@ -203,6 +203,93 @@ def comparison(out: str):
     _save(figure, os.path.join(out, 'comparison.png'))
 
 
+def cluster(tables: dict, name: str, published: dict, out: str):
+    """Draws OUT/cluster.png: an iteration, its efficiency and the whole training by GPUs.
+
+    Args:
+        tables (dict): Type on the wire to the rows of :func:`reproduce.cluster.table`.
+        name (str): Of the cluster.
+        published (dict): Results to stand beside, drawn and not used; may be empty.
+        out (str): Folder; the file is replaced as a whole.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4), constrained_layout=True)
+    gpus = [row['processes'] for row in next(iter(tables.values()))]
+    for dtype, rows in tables.items():
+        marker = {'ms': 5, 'marker': 'o' if dtype == 'float16' else 's'}
+        marker['mfc'] = 'k' if dtype == 'float16' else 'w'
+        for key, style, label in (('iteration', 'k-', dtype), ('allreduce', 'k:', 'all-reduce')):
+            label = label if label == dtype else f'{label}, {dtype}'
+            drawn = [1000 * row[key] or np.nan for row in rows]  # one GPU has no all-reduce
+            axes[0].plot(gpus, drawn, style, label=label, **marker)
+        efficiency = [100 * row['efficiency_to_one_gpu'] for row in rows]
+        axes[1].plot(gpus, efficiency, 'k-', **marker)
+        axes[2].plot(gpus, [row['total'] / 60 for row in rows], 'k-', **marker)
+    if 'efficiency_to_one_gpu' in published:
+        share = 100 * published['efficiency_to_one_gpu']
+        axes[1].plot(gpus[-1:], [share], 'k*', ms=10, label='of the paper, unsourced')
+        axes[1].legend(loc='lower left')
+    if 'seconds' in published:
+        minutes = published['seconds'] / 60
+        axes[2].axhline(minutes, color='k', ls='--', lw=1, label=f'published: {minutes:g} min')
+        axes[2].legend()
+    axes[0].set_title('an iteration, ms')
+    axes[1].set_title('efficiency against one GPU, %')
+    axes[1].set_ylim(0, 105)
+    axes[2].set_title('90 epochs, minutes')
+    for axis in axes:
+        axis.set_xscale('log', base=2)
+        axis.set_xticks(gpus[::2], [f'{n:,}' for n in gpus[::2]])
+        axis.set_xlabel('GPUs, 32 images each')
+        axis.grid(alpha=0.3)
+    for axis in (axes[0], axes[2]):
+        axis.set_yscale('log')
+        axis.yaxis.set_major_formatter(lambda y, _: f'{y:,g}')
+    figure.suptitle(f'{name}: predictions')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    _save(figure, os.path.join(out, 'cluster.png'))
+
+
+def sensitivity(found: dict, name: str, published: dict, out: str):
+    """Draws OUT/sensitivity.png: the whole training if one thing is otherwise.
+
+    Args:
+        found (dict): Of :func:`reproduce.cluster.sensitivity`.
+        name (str): Of the cluster.
+        published (dict): Results to stand beside, drawn and not used; may be empty.
+        out (str): Folder; the file is replaced as a whole.
+    """
+    base = found['as described'] / 60
+    inputs = sorted(found['inputs'].items(), key=lambda item: abs(item[1][0] - item[1][1]))
+    what_if = list(found['what if'].items())[::-1]
+    figure, axis = plt.subplots(figsize=(9, 6.5), constrained_layout=True)
+    for y, (_, (half, twice)) in enumerate(inputs):
+        axis.plot([half / 60, base, twice / 60], [y, y, y], 'k-', lw=0.8)
+        axis.plot(twice / 60, y, 'ks', ms=6)
+        axis.plot(half / 60, y, 'ko', mfc='w', ms=6)
+    for y, (_, value) in enumerate(what_if, len(inputs) + 1):
+        axis.plot([base, value / 60], [y, y], 'k-', lw=0.8)
+        axis.plot(value / 60, y, 'kD', ms=5)
+    axis.plot([], [], 'kD', ms=5, label='what if')
+    axis.plot([], [], 'ko', mfc='w', ms=6, label='half of it')
+    axis.plot([], [], 'ks', ms=6, label='twice')
+    axis.axvline(base, color='k', lw=1, label=f'as described: {base:.1f} min')
+    if 'seconds' in published:
+        minutes = published['seconds'] / 60
+        axis.axvline(minutes, color='k', ls='--', lw=1, label=f'published: {minutes:g} min')
+    axis.set_yticks(
+        [*range(len(inputs)), *range(len(inputs) + 1, len(inputs) + 1 + len(what_if))],
+        [label for label, _ in inputs + what_if],
+    )
+    axis.set_xscale('log')
+    axis.xaxis.set_major_formatter(lambda x, _: f'{x:g}')
+    axis.xaxis.set_minor_formatter(lambda x, _: f'{x:g}')
+    axis.set_xlabel('90 epochs on all GPUs, minutes')
+    axis.grid(alpha=0.3)
+    axis.legend(loc='lower right')
+    axis.set_title(f'{name}: one thing otherwise (predictions)')
+    _save(figure, os.path.join(out, 'sensitivity.png'))
+
+
 def _save(figure, path):
     figure.savefig(path + '.tmp', format='png', dpi=150)
     plt.close(figure)
