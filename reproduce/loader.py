@@ -357,6 +357,7 @@ class ImageLoader:
         for process in self._processes.values():
             process.kill()
         # The pool's own thread asks for the exit codes; only one can get them.
+        self._ahead.clear()  # the pool's thread fails at futures that somebody else cancels
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline and any(p._popen.returncode is None for p in dead):
             time.sleep(0.01)
