@@ -171,8 +171,9 @@ def arrange(flat, labels, target, classes=None) -> int:
                 f'{labels} and {flat} do not belong together: {len(names):,} images, '
                 f'{len(class_of):,} classes of images; {what} for {name[0]}'
             )
-        if paths := [label for label in class_of.values() if os.path.basename(label) != label]:
-            raise DataError(f'{labels}: {paths[0]} is not a name for a folder')
+        for label in class_of.values():
+            if os.path.basename(label) != label or label in ('.', '..'):
+                raise DataError(f'{labels}: {label} is not a name for a folder')
         unfinished = f'{os.path.normpath(target)}.unfinished-{os.getpid()}'
         try:
             for name in names:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from reproduce import images, loader
-from reproduce.listing import DataError, list_images
+from reproduce.listing import DataError, ImageFolder, list_images
 from reproduce.order import ImageOrder
 
 PREPROCESSING = images.Preprocessing(image_size=16, resize=20)
@@ -152,6 +152,7 @@ def test_a_minibatch_is_not_copied(folder):
         assert np.shares_memory(pixels, parallel._slots[0].pixels)
 
 
+@pytest.mark.filterwarnings('error::pytest.PytestUnhandledThreadExceptionWarning')
 @pytest.mark.parametrize('other', ['runs', 'is deaf to SIGTERM'])
 def test_a_killed_process_is_an_error_at_once(folder, other):
     """Nor is another waited for, which may never get a lock that the dead one held."""
@@ -169,13 +170,11 @@ def test_a_killed_process_is_an_error_at_once(folder, other):
     assert time.monotonic() - start < 5
 
 
-def test_an_exception_in_a_loader_process_brings_its_traceback(folder):
-    with loader_of(folder, 'processes:1') as parallel:
-        paths = [None]  # what a mistake in the program would do
-        future = parallel._executor.submit(loader._fill_shared, 0, 0, paths, None)
-        with pytest.raises(TypeError) as raised:
-            future.result()
-    assert 'in _fill' in str(raised.value.__cause__)
+def test_an_exception_in_a_loader_process_brings_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(ImageFolder, 'path', lambda *_: None)  # a mistake in the program
+    with loader_of(folder, 'processes:1') as parallel, pytest.raises(TypeError) as raised:
+        parallel.train_batch(0, 0)
+    assert 'in _fill' in str(raised.value.__cause__) and 'in decode' in str(raised.value.__cause__)
 
 
 CRASH = """
