@@ -238,7 +238,8 @@ class ImageLoader:
         int32 labels [b]."""
         wanted = (iteration, worker)
         if not self._ahead or self._ahead[0].place != wanted:
-            self._forget()
+            # Not cancelled: Python before 3.12 then stumbles over a process that dies.
+            self._ahead.clear()
             self._ahead.append(self._start_train(wanted))
         while len(self._ahead) <= self._prefetch:
             self._ahead.append(self._start_train(self._next(self._ahead[-1].place)))
@@ -259,8 +260,7 @@ class ImageLoader:
 
     def close(self, wait=True):
         """Ends the loader processes or threads; ``wait=False`` returns at once."""
-        self._forget()
-        self._executor.shutdown(wait)
+        self._executor.shutdown(wait, cancel_futures=True)
         for slots in self._slots:
             slots.close()
 
@@ -357,7 +357,6 @@ class ImageLoader:
         for process in self._processes.values():
             process.kill()
         # The pool's own thread asks for the exit codes; only one can get them.
-        self._ahead.clear()  # the pool's thread fails at futures that somebody else cancels
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline and any(p._popen.returncode is None for p in dead):
             time.sleep(0.01)
@@ -369,11 +368,6 @@ class ImageLoader:
             f'process {pid} that loads images ended {how} (killed, or out of memory?); '
             '--loader serial does without processes'
         )
-
-    def _forget(self):
-        for batch in self._ahead:
-            batch.future.cancel()
-        self._ahead.clear()
 
 
 def _fill(pixels, paths, keys, preprocessing) -> dict:

@@ -75,6 +75,17 @@ def test_crop_lies_anywhere():
     np.testing.assert_allclose(place.std(axis=0), 12**-0.5, atol=0.03)
 
 
+def test_crop_reaches_every_pixel():
+    """Also the whole width or height, and the last place of each size."""
+    rng = np.random.RandomState(0)
+    boxes = {images.random_crop((5, 4), rng, Preprocessing()) for _ in range(20_000)}
+    sizes = {(right - left, lower - upper) for left, upper, right, lower in boxes}
+    assert {(5, 4), (4, 4), (1, 2), (2, 1), (2, 2)} <= sizes and len(sizes) > 7
+    for w, h in sizes:
+        places = {box[:2] for box in boxes if (box[2] - box[0], box[3] - box[1]) == (w, h)}
+        assert places == {(x, y) for x in range(6 - w) for y in range(5 - h)}
+
+
 def test_crop_of_a_long_strip_falls_back_to_the_centre():
     box = images.random_crop((1000, 10), np.random.RandomState(0), Preprocessing(min_crop_area=0.9))
     assert box == (495, 0, 505, 10)
@@ -336,7 +347,7 @@ def test_damaged_exif_does_not_matter(tmp_path):
     exif[0x8825] = {1: 'N', 2: (1.0, 2.0, 3.0)}
     Image.fromarray(picture()).save(path, exif=exif)
     content = path.read_bytes()
-    start, stop = content.index(b'Exif\0\0') + 6 + 8, content.index(b'\xff\xdb')
+    start, stop = content.index(b'Exif\0\0') + 6, content.index(b'\xff\xdb')
     rng = np.random.RandomState(0)
     expected = np.sort(images.decode(path), axis=None)
     for _ in range(500):
