@@ -1,8 +1,10 @@
 import ctypes
 import os
 import shutil
+import struct
 import subprocess
 import zipfile
+import zlib
 
 import cv2
 import numpy as np
@@ -338,23 +340,36 @@ def test_exif_rotation_is_undone(tmp_path, orientation, kind):
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # of Pillow
-def test_damaged_exif_does_not_matter(tmp_path):
-    """Pillow raises TypeError, struct.error and others over some of it."""
+@pytest.mark.parametrize('kind', ['JPEG', 'WEBP'])
+def test_damaged_exif_does_not_matter(tmp_path, kind):
+    """Pillow raises SyntaxError over some of it, and TypeError and struct.error where it writes it
+    anew. Turned or not, by chance, the pixels are the same."""
     path = tmp_path / 'a.jpg'
     exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 1, 'abc'
+    exif[0x0112], exif[0x010E] = 6, 'abc'
     exif[0x8769] = {0x9286: b'hello', 0xA002: 5}
     exif[0x8825] = {1: 'N', 2: (1.0, 2.0, 3.0)}
-    Image.fromarray(picture()).save(path, exif=exif)
-    content = path.read_bytes()
-    start, stop = content.index(b'Exif\0\0') + 6, content.index(b'\xff\xdb')
-    rng = np.random.RandomState(0)
+    Image.fromarray(picture()).save(path, kind, exif=exif)
+    content, rng = path.read_bytes(), np.random.RandomState(0)
+    tags = exif.tobytes()[6:]
+    start = content.index(tags)
     expected = np.sort(images.decode(path), axis=None)
-    for _ in range(500):
+    for i in range(600):
         damaged = bytearray(content)
-        damaged[rng.randint(start, stop)] = rng.randint(256)  # by chance the orientation, too
+        damaged[start + rng.randint((8, len(tags))[i % 2])] = rng.randint(256)
         path.write_bytes(damaged)
         np.testing.assert_array_equal(np.sort(images.decode(path), axis=None), expected)
+
+
+@pytest.mark.parametrize('error', [TypeError, KeyError, struct.error, zlib.error, MemoryError])
+def test_whatever_a_decoder_raises_the_file_is_named(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error('why')
+
+    monkeypatch.setattr(images, '_decode_with_pillow', fail)
+    Image.fromarray(picture()).save(tmp_path / 'a.png')
+    with pytest.raises(DataError, match=r'a.png cannot be decoded \(.*why'):
+        images.decode(tmp_path / 'a.png')
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')
