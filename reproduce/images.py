@@ -204,8 +204,9 @@ def triangle(scale: float) -> np.ndarray:
 def decode(path) -> np.ndarray:
     """8-bit RGB, upright, whatever the file has; transparent parts lie on white.
 
-    JPEG files in colour or grey go through simplejpeg, which gives Pillow's pixels in two thirds of
-    the time; everything else, and what simplejpeg will not have, through Pillow.
+    JPEG files in colour or grey go through simplejpeg, which gives Pillow's pixels in three
+    quarters of the time; everything else, and what simplejpeg will not have, through Pillow.
+    ``python -m reproduce.benchmark loader`` compares what there was to choose from.
 
     Returns:
         uint8 array [H, W, 3].
