@@ -233,3 +233,18 @@ def test_files_are_copied_where_they_cannot_be_linked(flat, tmp_path, monkeypatc
     (tmp_path / 'labels').write_text(LABELS['names'][0])
     assert image_commands.arrange(flat, tmp_path / 'labels', tmp_path / 'val') == 6
     assert len(list_images(tmp_path / 'val')) == 6
+
+
+def test_what_was_begun_is_removed_when_it_fails(flat, tmp_path, monkeypatch):
+    link = image_commands._link
+
+    def full(source, target):
+        if source.endswith('3.JPEG'):
+            raise OSError(28, 'No space left on device', target)
+        link(source, target)
+
+    monkeypatch.setattr(image_commands, '_link', full)
+    (tmp_path / 'labels').write_text(LABELS['names'][0])
+    with pytest.raises(DataError, match='No space left on device'):
+        image_commands.arrange(flat, tmp_path / 'labels', tmp_path / 'val')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['flat', 'labels']
