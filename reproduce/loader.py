@@ -292,6 +292,8 @@ class ImageLoader:
         pixels = slots.pixels[slot, : len(paths)]
         try:
             if isinstance(self._executor, concurrent.futures.ProcessPoolExecutor):
+                if self._dead():  # from Python 3.12 on, submit() waits until the others have ended
+                    raise self._died()
                 future = self._executor.submit(_fill_shared, which, slot, paths, keys)
                 self._processes.update(self._executor._processes or {})
             else:
