@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from reproduce import images
-from reproduce.listing import SUFFIXES, DataError, list_images
+from reproduce.listing import SUFFIXES, DataError, list_images, print_any_name
 
 _FORMATS = {'.jpeg': 'JPEG', '.jpg': 'JPEG', '.png': 'PNG'}
 _MODES = {
@@ -54,7 +54,7 @@ def look_at(path: str) -> tuple[str | None, list]:
             odd.append(f'{image.format}, not {expected}')
         if image.mode in _MODES or image.mode.startswith('I'):
             odd.append(_MODES.get(image.mode, '16 bits'))
-        if image.getexif().get(0x0112, 1) != 1:
+        if images.orientation(image) != 1:
             odd.append('turned by EXIF')
         if min(image.size) < 32:
             odd.append('less than 32 pixels high or wide')
@@ -166,11 +166,14 @@ def arrange(flat, labels, target, classes=None) -> int:
         unlabelled = [name for name in names if name not in class_of]
         missing = sorted(set(class_of) - set(names))
         if unlabelled or missing or not names:
-            what, name = ('no class', unlabelled[0]) if unlabelled else ('no image', missing[:1])
+            what, name = ('no class', unlabelled) if unlabelled else ('no image', missing or [flat])
             raise DataError(
                 f'{labels} and {flat} do not belong together: {len(names):,} images, '
-                f'{len(class_of):,} classes of images; {what} for {name}'
+                f'{len(class_of):,} classes of images; {what} for {name[0]}'
             )
+        for label in class_of.values():
+            if os.path.basename(label) != label or label in ('.', '..'):
+                raise DataError(f'{labels}: {label} is not a name for a folder')
         unfinished = f'{os.path.normpath(target)}.unfinished-{os.getpid()}'
         try:
             for name in names:
@@ -180,16 +183,15 @@ def arrange(flat, labels, target, classes=None) -> int:
             os.rename(unfinished, target)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise DataError(f'{error}') from error
     return len(names)
 
 
 def _read_labels(path, names, classes) -> dict:
-    lines = Path(path).read_text().splitlines()
-    rows = [line.replace(',', ' ').split() for line in lines if line.strip()]
+    rows = _words(path)
     if classes is not None:
-        by_number = [line.split()[0] for line in Path(classes).read_text().splitlines() if line]
+        by_number = [row[0] for row in _words(classes)]
         if len(rows) != len(names):
             raise DataError(f'{path} has {len(rows):,} lines for {len(names):,} images')
         return {name: _numbered(row, by_number, path, classes) for name, row in zip(names, rows)}
@@ -201,6 +203,15 @@ def _read_labels(path, names, classes) -> dict:
         rows = rows[1:]
     by_stem = {os.path.splitext(name)[0]: name for name in names}
     return {by_stem.get(os.path.splitext(name)[0], name): label for name, label, *_ in rows}
+
+
+def _words(path) -> list:
+    """Those of each line that has any."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except UnicodeError as error:
+        raise DataError(f'{path} is no text ({error})') from error
+    return [words for line in lines if (words := line.replace(',', ' ').split())]
 
 
 def _numbered(row, by_number, path, classes) -> str:
@@ -238,6 +249,7 @@ def main(arguments=None):
     two.add_argument('target', metavar='DIR', help='folder to be made')
     two.add_argument('--classes', metavar='FILE', help='class of number 1, 2, ... in each line')
     options = parser.parse_args(arguments)
+    print_any_name()
     try:
         if options.command == 'arrange':
             n = arrange(options.flat, options.labels, options.target, options.classes)
@@ -245,6 +257,8 @@ def main(arguments=None):
             return
         if options.processes < 1:
             raise DataError(f'--processes must be at least 1, not {options.processes}')
+        if options.json:
+            Path(options.json).touch()  # it fails before the work, not after it
         found = check(options.root, options.processes)
         _report(options.root, found)
         if options.json:

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from reproduce.listing import DataError
 
@@ -20,6 +20,15 @@ STD = (0.229, 0.224, 0.225)
 FILTERS = ('antialiased', 'pillow', 'linear')
 _TRIES = 10
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {  # that make an image upright, by its EXIF's orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 cv2.setNumThreads(0)  # a loader process is one thread of its own
 
@@ -157,6 +166,8 @@ def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np
         uint8 array [height, width, 3].
     """
     if resize_filter == 'pillow':
+        # Pillow's own copy of a crop takes five times as long.
+        pixels = np.ascontiguousarray(pixels)
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
         if out is None:
             return np.asarray(image)
@@ -193,8 +204,9 @@ def triangle(scale: float) -> np.ndarray:
 def decode(path) -> np.ndarray:
     """8-bit RGB, upright, whatever the file has; transparent parts lie on white.
 
-    JPEG files in colour or grey go through simplejpeg, which gives Pillow's pixels in two thirds of
-    the time; everything else, and what simplejpeg will not have, through Pillow.
+    JPEG files in colour or grey go through simplejpeg, which gives Pillow's pixels in three
+    quarters of the time; everything else, and what simplejpeg will not have, through Pillow.
+    ``python -m reproduce.benchmark loader`` compares what there was to choose from.
 
     Returns:
         uint8 array [H, W, 3].
@@ -202,21 +214,28 @@ def decode(path) -> np.ndarray:
     Raises:
         DataError: The file cannot be read or decoded.
     """
+    path = Path(path)
     try:
-        data = Path(path).read_bytes()
-        if data[:2] == b'\xff\xd8':
-            try:
-                # What simplejpeg does not do: convert CMYK, turn an image as its EXIF says.
-                colours = simplejpeg.decode_jpeg_header(data)[2]
-                if colours in ('YCbCr', 'Gray', 'RGB') and not _is_turned(data):
-                    return simplejpeg.decode_jpeg(data)
-            except ValueError:
-                pass  # Pillow decides whether it is broken
-        return _decode_with_pillow(data)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        data = path.read_bytes()
+        return _decode_jpeg(data) if data[:2] == b'\xff\xd8' else _decode_with_pillow(data)
+    except Exception as error:  # over damaged bytes, Pillow raises TypeError and others, too
+        reason = str(error)
+        if isinstance(error, UnidentifiedImageError):  # which tells an address in memory
+            reason = 'no image that Pillow knows' if data else 'empty'
         raise DataError(
-            f'image {Path(path)} cannot be decoded ({error}); replace it or remove it'
+            f'image {path} cannot be decoded ({reason}); replace it or remove it'
         ) from error
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    try:
+        # What simplejpeg does not do: convert CMYK, turn an image as its EXIF says.
+        colours = simplejpeg.decode_jpeg_header(data)[2]
+        if colours in ('YCbCr', 'Gray', 'RGB') and not _is_turned(data):
+            return simplejpeg.decode_jpeg(data)
+    except ValueError:
+        pass  # Pillow decides whether it is broken
+    return _decode_with_pillow(data)
 
 
 def _is_turned(jpeg: bytes) -> bool:
@@ -225,15 +244,26 @@ def _is_turned(jpeg: bytes) -> bool:
     while position < len(jpeg) and jpeg[position : position + 2] != b'\xff\xda':
         if jpeg[position + 4 : position + 10] == b'Exif\0\0':
             with Image.open(io.BytesIO(jpeg)) as image:
-                return image.getexif().get(_ORIENTATION, 1) != 1
+                return orientation(image) != 1
         position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], 'big')
     return False
+
+
+def orientation(image) -> int:
+    """How an opened image is to be turned, by its EXIF: 1 (upright) to 8."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  (damaged EXIF says nothing, and the pixels may be whole)
+        return 1
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        # Not by ImageOps.exif_transpose, which writes the EXIF anew and fails if it is damaged.
+        turn = _TURNS.get(orientation(image))
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode.startswith('I'):  # 16-bit grey, which convert() would clip
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ('LA', 'PA', 'RGBA') or 'transparency' in image.info:

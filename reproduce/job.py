@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from extensions import CheckpointError, CommunicatorError, NonFiniteGradients, Stopped
 from reproduce.abort import abort
-from reproduce.listing import DataError
+from reproduce.listing import DataError, print_any_name
 from reproduce.settings import InputError
 
 _USER_ERRORS = (InputError, DataError, CommunicatorError, CheckpointError)
@@ -64,6 +64,7 @@ def run(main):
     Without it the other ranks would wait in their next collective for ever; also after a
     ``sys.exit`` on one rank, which would itself wait for them in MPI's finalization.
     """
+    print_any_name()
     try:
         main()
     except AgreedExit:

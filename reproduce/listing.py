@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import sys
 import time
 import zipfile
 import zlib
@@ -21,6 +22,11 @@ _THREADS = 16  # that list: a network file system answers each with a delay
 
 class DataError(Exception):
     """The images cannot be used; the message names the path, what is wrong and what helps."""
+
+
+def print_any_name():
+    """From now on standard output takes the names of files that are no text, too."""
+    sys.stdout.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
 
 
 @dataclasses.dataclass(frozen=True)

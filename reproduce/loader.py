@@ -238,7 +238,8 @@ class ImageLoader:
         int32 labels [b]."""
         wanted = (iteration, worker)
         if not self._ahead or self._ahead[0].place != wanted:
-            self._forget()
+            # Not cancelled: Python before 3.12 then stumbles over a process that dies.
+            self._ahead.clear()
             self._ahead.append(self._start_train(wanted))
         while len(self._ahead) <= self._prefetch:
             self._ahead.append(self._start_train(self._next(self._ahead[-1].place)))
@@ -259,8 +260,7 @@ class ImageLoader:
 
     def close(self, wait=True):
         """Ends the loader processes or threads; ``wait=False`` returns at once."""
-        self._forget()
-        self._executor.shutdown(wait)
+        self._executor.shutdown(wait, cancel_futures=True)
         for slots in self._slots:
             slots.close()
 
@@ -292,6 +292,8 @@ class ImageLoader:
         pixels = slots.pixels[slot, : len(paths)]
         try:
             if isinstance(self._executor, concurrent.futures.ProcessPoolExecutor):
+                if self._dead():  # from Python 3.12 on, submit() waits until the others have ended
+                    raise self._died()
                 future = self._executor.submit(_fill_shared, which, slot, paths, keys)
                 self._processes.update(self._executor._processes or {})
             else:
@@ -368,11 +370,6 @@ class ImageLoader:
             f'process {pid} that loads images ended {how} (killed, or out of memory?); '
             '--loader serial does without processes'
         )
-
-    def _forget(self):
-        for batch in self._ahead:
-            batch.future.cancel()
-        self._ahead.clear()
 
 
 def _fill(pixels, paths, keys, preprocessing) -> dict:

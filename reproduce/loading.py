@@ -1,18 +1,23 @@
-"""How fast images are loaded: one core against plain Pillow, and processes against one."""
+"""How fast images are loaded: one core against plain Pillow, the libraries that it could be done
+with, and processes against one.
+"""
 
 from __future__ import annotations
 
+import io
 import resource
 import tempfile
 import time
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from reproduce import benchmark, images, loader
-from reproduce.listing import ImageFolder, list_images
+from reproduce.listing import ImageFolder
 from reproduce.order import ImageOrder
 
 _SAMPLE = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'imagenet-sample.zip'
@@ -48,17 +53,19 @@ def with_plain_pillow(path, rng, preprocessing, out):
     out[...] = image
 
 
-def run(repeat: int, image_root=None) -> dict:
+def run(repeat: int) -> dict:
     """Prints all there is to know about loading; returns it for JSON.
+
+    The images are the sample of ImageNet where it is beside the repository, and JPEG files that are
+    made where not.
 
     Args:
         repeat (int): Rounds that count.
-        image_root (str): Folder CLASS/FILE; by default the sample of ImageNet where it is beside
-            the repository, and JPEG files that are made where not.
     """
     with tempfile.TemporaryDirectory() as folder:
-        listing = _images(image_root, Path(folder))
+        listing = _images(Path(folder))
         result = one_core(listing, repeat)
+        result['libraries'] = libraries(listing, repeat)
         result['loaders'] = loaders(listing, repeat)
     per_core = result['loaders']['processes:1']['images_per_second']
     print(f'cores that feed 8 GPUs, at {per_core:,.0f} images/s each:')
@@ -68,9 +75,7 @@ def run(repeat: int, image_root=None) -> dict:
     return result
 
 
-def _images(root, folder) -> ImageFolder:
-    if root is not None:
-        return list_images(root)
+def _images(folder) -> ImageFolder:
     if _SAMPLE.exists():
         with zipfile.ZipFile(_SAMPLE) as archive:
             archive.extractall(folder)
@@ -122,6 +127,54 @@ def one_core(listing, repeat) -> dict:
             f'grey levels from Pillow on average, {differences.max():.2f} in the worst image'
         )
     return result
+
+
+def libraries(listing, repeat) -> dict:
+    """Decoding alone, and resizing of training's crops alone, by each library that could do it."""
+    files = [Path(listing.path(i)).read_bytes() for i in range(len(listing))]
+    decoders = {
+        'simplejpeg': simplejpeg.decode_jpeg,
+        'OpenCV': lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR),
+        'Pillow': lambda data: Image.open(io.BytesIO(data)).convert('RGB'),
+    }
+    preprocessing = images.Preprocessing()
+    pixels = [simplejpeg.decode_jpeg(data) for data in files]
+    boxes = np.array(
+        [
+            images.random_crop(p.shape[1::-1], images.augmentation_rng(0, epoch, i), preprocessing)
+            for epoch in range(20)
+            for i, p in enumerate(pixels)
+        ]
+    )
+    crops = [p[upper:lower, left:right] for p, (left, upper, right, lower) in zip(pixels, boxes)]
+
+    def by_area(crop):
+        return cv2.resize(crop, (224, 224), interpolation=cv2.INTER_AREA)
+
+    filters = {name: _resize(name) for name in images.FILTERS}
+    filters['OpenCV INTER_AREA'] = by_area
+    result = {}
+    for what, functions, values in (('decode', decoders, files), ('resize', filters, crops)):
+        candidates = {
+            name: lambda function=function, values=values: list(map(function, values))
+            for name, function in functions.items()
+        }
+        title = f'{what} {len(files)} of them'
+        result[what] = benchmark.table(
+            title, benchmark.side_by_side(candidates, repeat), next(iter(candidates))
+        )
+    expected = [filters['pillow'](crop).astype(int) for crop in crops]
+    for name, function in filters.items():
+        differences = [abs(function(crop) - e).mean() for crop, e in zip(crops, expected)]
+        result['resize'][name]['grey_levels_from_pillow'] = float(np.mean(differences))
+        print(f'{name:44}{np.mean(differences):9.2f} grey levels from Pillow on average')
+    large = float(((boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 2 * 224).mean())
+    print(f'{large:.1%} of the crops could be decoded at half the size, being 448 x 448 or more')
+    return {**result, 'crops_of_twice_the_size': large}
+
+
+def _resize(name):
+    return lambda crop: images.resized(crop, 224, 224, name)
 
 
 def loaders(listing, repeat) -> dict:

@@ -1,6 +1,7 @@
 import chainer
 import numpy as np
 import pytest
+from chainer import functions as F
 from mpi4py import MPI
 
 from extensions import ExactEvaluator, create_communicator
@@ -31,7 +32,10 @@ def test_equal_to_a_plain_loop(comm):
     rng = np.random.RandomState(0)
     logits, labels = rng.standard_normal((37, 9)), rng.randint(9, size=37)
     result = evaluator_of(logits, labels, comm).evaluate()
-    logits = logits.astype(np.float32).astype(np.float64)
+    logits = logits.astype(np.float32)
+    each = F.softmax_cross_entropy(logits, labels.astype(np.int32), reduce='no').array
+    assert result['main/loss'] == each.astype(np.float64).sum() / 37  # added up in float64
+    logits = logits.astype(np.float64)
     top1 = sum(row.argmax() == t for row, t in zip(logits, labels))
     top5 = sum(t in np.argsort(-row)[:5] for row, t in zip(logits, labels))
     losses = [np.log(np.exp(row).sum()) - row[t] for row, t in zip(logits, labels)]
@@ -120,6 +124,7 @@ def test_50_000_images_on_1024_ranks_are_each_counted_once(comm, batch):
 def test_an_image_without_a_label_is_not_counted(comm):
     rng = np.random.RandomState(0)
     logits, labels = rng.standard_normal((10, 9)), rng.randint(9, size=10)
+    logits[[3, 9], -1] = 9  # what -1 would mean as an index is not right, either
     without = np.delete(logits, [3, 9], axis=0), np.delete(labels, [3, 9])
     expected = evaluator_of(*without, comm, batch=1).evaluate()
     labels[[3, 9]] = -1

@@ -16,22 +16,26 @@ OPTIONS = (
 ).split()
 
 
+TOP = 'images \udcff'  # as Python has a name that is not UTF-8
+SHOWN = r'images \udcff'
+
+
 @pytest.fixture
 def folders(tmp_path):
     """16 training and 6 validation images of two classes, one of each broken."""
     rng = np.random.RandomState(0)
     for split, count in (('train', 8), ('val', 3)):
         for name in ('cat ä', 'dog'):
-            folder = tmp_path / split / name
+            folder = tmp_path / TOP / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = rng.randint(0, 256, (10, 12, 3)).repeat(4, 0).repeat(4, 1)
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i} a.png')
-        broken = tmp_path / split / 'dog' / '1 a.png'
+        broken = tmp_path / TOP / split / 'dog' / '1 a.png'
         broken.write_bytes(broken.read_bytes()[:100])
-        for folder in (tmp_path / split).iterdir():
+        for folder in (tmp_path / TOP / split).iterdir():
             os.utime(folder, (time.time() - 60,) * 2)
-    return ['--train-root', tmp_path / 'train', '--val-root', tmp_path / 'val']
+    return ['--train-root', tmp_path / TOP / 'train', '--val-root', tmp_path / TOP / 'val']
 
 
 @pytest.fixture
@@ -39,7 +43,8 @@ def train(mpirun, root, folders, tmp_path):
     def run(n, name, *options):
         out = tmp_path / name
         program = root / 'reproduce' / 'train.py'
-        return out, mpirun(n, program, *OPTIONS, *folders, '--out', out, *options)
+        options = [*OPTIONS, *folders, '--out', out, *options]
+        return out, mpirun(n, program, *options, PYTHONIOENCODING='utf-8:strict')
 
     return run
 
@@ -51,7 +56,8 @@ def test_a_bad_image_ends_the_job_by_name_or_is_skipped_and_counted(
     assert done.returncode not in (0, 124)
     assert 'dog/1 a.png cannot be decoded' in done.stdout and '--bad-images skip' in done.stdout
     assert (
-        f'16 images in {tmp_path / "train"}; list kept in {tmp_path / "manifests"}' in done.stdout
+        f'16 images in {tmp_path / SHOWN / "train"}; list kept in {tmp_path / "manifests"}'
+        in done.stdout
     )
 
     summaries = []

@@ -16,6 +16,7 @@ def run(root, *arguments):
     return subprocess.run(
         [sys.executable, '-m', 'reproduce.images', *map(str, arguments)],
         cwd=root,
+        env={**os.environ, 'PYTHONIOENCODING': 'utf-8:strict'},
         capture_output=True,
         check=False,
         text=True,
@@ -90,6 +91,17 @@ def test_check_of_a_sound_folder_ends_with_0(root, odd_folder):
             os.rename(path + '.broken', path)
 
 
+def test_a_name_that_is_no_text_is_told(root, tmp_path):
+    folder = os.fsencode(tmp_path) + b'/\xe9t\xe9'
+    os.mkdir(folder)
+    with open(folder + b'/\xff 1.jpg', 'wb'):
+        pass
+    done = run(root, 'check', tmp_path)
+    assert done.returncode == 1
+    assert '        1  \\udce9t\\udce9\n' in done.stdout
+    assert r'\udce9t\udce9/\udcff 1.jpg cannot be decoded (empty)' in done.stdout
+
+
 def test_check_draws_a_bar_on_a_terminal(root, odd_folder):
     ours, theirs = pty.openpty()
     command = [sys.executable, '-m', 'reproduce.images', 'check', odd_folder, '--processes', '1']
@@ -111,6 +123,7 @@ def test_check_draws_a_bar_on_a_terminal(root, odd_folder):
     [
         (['check', 'nowhere'], 'image folder nowhere: No such file'),
         (['check', '.', '--processes', '0'], '--processes must be at least 1, not 0'),
+        (['check', 'nowhere', '--json', 'nowhere/found'], "No such file or directory: 'nowhere/f"),
         (['arrange', 'nowhere', 'setup.py', 'out'], 'nowhere'),
         (['check'], 'DIR'),
         ([], 'COMMAND'),
@@ -188,11 +201,14 @@ def test_arrange_makes_the_usual_layout(root, flat, tmp_path, kind):
         ('3\n1\n3\n4\n1\n3\n', 'a\nb\nc\n', '4 is not a number from 1 to 3'),
         ('3\n1\n3\n2\n1\n3\n', None, 'need --classes FILE'),
         ('ILSVRC2012_val_00000001.JPEG a\n', None, 'no class for ILSVRC2012_val_00000002.JPEG'),
-        (LABELS['names'][0] + 'other.JPEG n01\n', None, "no image for ['other.JPEG']"),
+        (LABELS['names'][0] + 'other.JPEG n01\n', None, 'no image for other.JPEG'),
+        (LABELS['names'][0].replace('n02', '../n02'), None, '../n02 is not a name for a folder'),
+        (LABELS['names'][0].replace('n02', '..'), None, '.. is not a name for a folder'),
+        ('3\n1\n\udcff', 'a\nb\nc\n', 'labels is no text'),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(flat, tmp_path, labels, classes, message):
-    (tmp_path / 'labels').write_text(labels)
+    (tmp_path / 'labels').write_text(labels, errors='surrogateescape')
     if classes:
         (tmp_path / 'classes').write_text(classes)
         classes = tmp_path / 'classes'
@@ -217,3 +233,18 @@ def test_files_are_copied_where_they_cannot_be_linked(flat, tmp_path, monkeypatc
     (tmp_path / 'labels').write_text(LABELS['names'][0])
     assert image_commands.arrange(flat, tmp_path / 'labels', tmp_path / 'val') == 6
     assert len(list_images(tmp_path / 'val')) == 6
+
+
+def test_what_was_begun_is_removed_when_it_fails(flat, tmp_path, monkeypatch):
+    link = image_commands._link
+
+    def full(source, target):
+        if source.endswith('3.JPEG'):
+            raise OSError(28, 'No space left on device', target)
+        link(source, target)
+
+    monkeypatch.setattr(image_commands, '_link', full)
+    (tmp_path / 'labels').write_text(LABELS['names'][0])
+    with pytest.raises(DataError, match='No space left on device'):
+        image_commands.arrange(flat, tmp_path / 'labels', tmp_path / 'val')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['flat', 'labels']

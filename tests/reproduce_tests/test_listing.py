@@ -130,6 +130,11 @@ def test_a_manifest_stands_for_the_folder(kept, monkeypatch):
         assert file['counts'].tolist() == [2, 1]
 
 
+def test_folders_of_one_name_have_manifests_of_their_own(tmp_path):
+    paths = {listing.manifest_of(tmp_path / top / 'train', tmp_path) for top in 'ab'}
+    assert len(paths) == 2 and all(path.name.startswith('train-') for path in paths)
+
+
 @pytest.mark.parametrize('change', ['added', 'removed', 'renamed', 'class added', 'class renamed'])
 def test_a_folder_that_changed_is_listed_again(kept, change, capsys):
     root, manifests = kept

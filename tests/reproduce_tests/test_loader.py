@@ -1,3 +1,5 @@
+import concurrent.futures
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from reproduce import images, loader
-from reproduce.listing import DataError, list_images
+from reproduce.listing import DataError, ImageFolder, list_images
 from reproduce.order import ImageOrder
 
 PREPROCESSING = images.Preprocessing(image_size=16, resize=20)
@@ -56,6 +58,7 @@ def test_batches_are_what_the_order_and_the_augmentation_say(folder):
 @pytest.mark.parametrize('how', ['processes:1', 'processes:3', 'threads:1', 'threads:3'])
 def test_same_bits_whoever_decodes_and_after_a_jump(folder, how):
     places = [(i, w) for i in (0, 1, 2, 3, 1000, 1001, 5) for w in range(2)]
+    places += [(7, 0), (7, 0), (8, 1), (8, 1)]
     with loader_of(folder) as serial, loader_of(folder, how) as parallel:
         for place in places:
             for one, other in zip(serial.train_batch(*place), parallel.train_batch(*place)):
@@ -101,6 +104,9 @@ def test_following_batches_are_decoded_ahead(folder, how):
         assert [batch.place for batch in parallel._ahead] == [(5, 1), (6, 1), (7, 1)]
         parallel.train_batch(9, 1)
         assert [batch.place for batch in parallel._ahead] == [(10, 1), (11, 1), (12, 1)]
+    with loader_of(folder, how, prefetch=3) as parallel:
+        parallel.train_batch(4, 0)
+        assert [batch.place for batch in parallel._ahead] == [(4, 1), (5, 0), (5, 1)]
 
 
 @pytest.mark.parametrize('how', ['processes:2', 'threads:2'])
@@ -152,6 +158,7 @@ def test_a_minibatch_is_not_copied(folder):
         assert np.shares_memory(pixels, parallel._slots[0].pixels)
 
 
+@pytest.mark.filterwarnings('error::pytest.PytestUnhandledThreadExceptionWarning')
 @pytest.mark.parametrize('other', ['runs', 'is deaf to SIGTERM'])
 def test_a_killed_process_is_an_error_at_once(folder, other):
     """Nor is another waited for, which may never get a lock that the dead one held."""
@@ -169,13 +176,33 @@ def test_a_killed_process_is_an_error_at_once(folder, other):
     assert time.monotonic() - start < 5
 
 
-def test_an_exception_in_a_loader_process_brings_its_traceback(folder):
+def test_a_minibatch_of_a_dead_process_is_not_waited_for(folder):
+    """Even where the pool never tells so."""
     with loader_of(folder, 'processes:1') as parallel:
-        paths = [None]  # what a mistake in the program would do
-        future = parallel._executor.submit(loader._fill_shared, 0, 0, paths, None)
-        with pytest.raises(TypeError) as raised:
-            future.result()
-    assert 'in _fill' in str(raised.value.__cause__)
+        parallel.train_batch(0, 0)
+        (dead,) = parallel._executor._processes
+        os.kill(dead, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=f'process {dead} that loads .* ended by SIGKILL'):
+            parallel._wait(concurrent.futures.Future())
+
+
+def test_of_dead_processes_the_one_that_others_were_ended_for_is_named(folder):
+    with loader_of(folder, 'serial') as serial:
+        for n, signum in enumerate((signal.SIGTERM, signal.SIGSEGV, signal.SIGTERM)):
+            process = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))
+            process.start()
+            os.kill(process.pid, signum)
+            process.join()
+            serial._processes[n] = process
+        dead = serial._processes[1].pid
+        assert f'process {dead} that loads images ended by SIGSEGV' in str(serial._died())
+
+
+def test_an_exception_in_a_loader_process_brings_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(ImageFolder, 'path', lambda *_: None)  # a mistake in the program
+    with loader_of(folder, 'processes:1') as parallel, pytest.raises(TypeError) as raised:
+        parallel.train_batch(0, 0)
+    assert 'in _fill' in str(raised.value.__cause__) and 'in decode' in str(raised.value.__cause__)
 
 
 CRASH = """
