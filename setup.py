@@ -46,9 +46,9 @@ setup(
         'matplotlib',
         'mpi4py',
         'numpy',
-        'opencv-python-headless',  # resizes an image in a quarter of Pillow's time
+        'opencv-python-headless',  # resizes an image in a third of Pillow's time
         'Pillow',
-        'simplejpeg',  # decodes a JPEG in two thirds of Pillow's time
+        'simplejpeg',  # decodes a JPEG in three quarters of Pillow's time
         'setuptools<74',  # Chainer imports pkg_resources, NumPy 1.23 distutils.msvccompiler
     ],
     extras_require={
