@@ -28,6 +28,7 @@ from extensions.schedules import (
     base_learning_rate,
     slow_start_factor,
 )
+from extensions.timing import Timer, TimeReport
 from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     'RMSpropWarmupRule',
     'StepLearningRate',
     'Stopped',
+    'TimeReport',
+    'Timer',
     'VirtualWorkersUpdater',
     'alpha_rmsprop',
     'alpha_sgd',

@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 from extensions import gpus, kernels
 from extensions.gpus import CommunicatorError
+from extensions.timing import TimedSteps, untimed
 
 _DTYPES = ('float16', 'float32', 'float64')
 NAMES = ('auto', 'mpi', 'pure_nccl', 'naive')
@@ -204,7 +205,9 @@ def _some(items, separator, n=3):
     return separator.join([*items[:n], *more])
 
 
-class HalfPrecisionNcclCommunicator(_Options, pure_nccl_communicator.PureNcclCommunicator):
+class HalfPrecisionNcclCommunicator(
+    _Options, TimedSteps, pure_nccl_communicator.PureNcclCommunicator
+):
     """ChainerMN's ``pure_nccl`` (S), with a scale for the gradients and a check of their mean.
 
     ChainerMN packs the gradients into one buffer of the wire's dtype, NCCL adds the buffers up,
@@ -305,6 +308,7 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
     """
 
     _checks: ClassVar[dict] = {**_Options._checks, 'accumulate': _sum}
+    timer = staticmethod(untimed)
 
     def __init__(self, mpi_comm, allreduce_grad_dtype='float16', *, accumulate='exact', **options):
         super().__init__(mpi_comm, allreduce_grad_dtype, **options)
@@ -372,7 +376,8 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
         mean = self._ring_mean() if self.accumulate == 'ring' else self._exact_mean()
         n_workers, self._n_added = self._n_added, 0
         self.cast_counts += self._counts.sum(axis=0)
-        names = self._unpack(mean, dict(model.namedparams()))
+        with self.timer('pack'):
+            names = self._unpack(mean, dict(model.namedparams()))
         if names and self.stop_on_nonfinite:
             first = self.rank * n_workers
             self._raise_nonfinite(names, self._what_was_sent(first if n_workers > 1 else None))

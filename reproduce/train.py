@@ -133,6 +133,8 @@ def main(argv=None):
     trainer.extend(extensions.MeanTrainingLoss(comm))
     if hasattr(comm, 'cast_counts'):
         trainer.extend(extensions.CastReport(comm))
+    time_report = extensions.TimeReport(comm, evaluator)
+    trainer.extend(time_report)
     log_report = chainer_extensions.LogReport(postprocess=last_hyperparameters(optimizer))
     if comm.rank == 0:
         print(report.header(settings, comm, train, val, model.count_params()), flush=True)
@@ -165,10 +167,12 @@ def main(argv=None):
         peak_memory, bad_images = report.peak_memory(comm), report.bad_images(comm, batches)
         if comm.rank == 0:
             chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
+            timing = time_report.summary()
             summary = report.summarize(
-                settings, comm, trainer, log_report.log, peak_memory, bad_images
+                settings, comm, trainer, log_report.log, peak_memory, bad_images, timing
             )
             print(
+                f'{report.parts(timing)}\n'
                 f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB a process; '
                 + (f'{len(bad_images):,} bad images skipped; ' if bad_images else '')
                 + f'results in {settings.out}',
