@@ -148,9 +148,10 @@ class TimeReport(training.Extension):
     ``time/data`` (waiting for the images, and bringing them to the device),
     ``time/forward_backward``, ``time/pack`` (casts to the wire's dtype and back),
     ``time/allreduce`` (with waiting for ranks that are late), ``time/update``,
-    ``time/extensions`` (everything else, checkpoints included) and ``time/iteration``, their sum. Of ranks that differ, the maxima sum to more than the iteration:
-    those that are early wait in the all-reduce. ``time/validation`` is in none of them, and not per
-    iteration: the seconds since the last call.
+    ``time/extensions`` (everything else, checkpoints included) and ``time/iteration``, their sum.
+    Of ranks that differ, the maxima sum to more than the iteration: those that are early wait in
+    the all-reduce. ``time/validation`` is in none of them, and not per iteration: it is the seconds
+    since the last call.
 
     A process that plays several workers has the sums over them. ChainerMN's ``naive`` does not
     pack: its gradients' whole way is in ``time/allreduce``.
