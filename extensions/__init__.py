@@ -30,6 +30,7 @@ from extensions.schedules import (
 )
 from extensions.timing import Timer, TimeReport
 from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
+from extensions.weight_decay import WeightDecay
 
 __all__ = [
     'AllreduceBatchStatistics',
@@ -50,6 +51,7 @@ __all__ = [
     'TimeReport',
     'Timer',
     'VirtualWorkersUpdater',
+    'WeightDecay',
     'alpha_rmsprop',
     'alpha_sgd',
     'base_learning_rate',

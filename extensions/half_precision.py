@@ -23,10 +23,6 @@ _DTYPES = ('float16', 'float32', 'float64')
 NAMES = ('auto', 'mpi', 'pure_nccl', 'naive')
 SUMS = ('exact', 'ring')
 
-# Elements that are summed at a time: a block of float64 partial sums stays in a core's second-level
-# cache.
-_BLOCK = 1 << 15
-
 
 class NonFiniteGradients(ArithmeticError):
     """The mean gradient is infinite or NaN somewhere; the message names parameters and ranks.
@@ -457,14 +453,7 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
             received = self._wire.reshape(1, -1)
         n_workers = self._n_added * self.size
         mean = self._wire.reshape(self.size, -1)[self.rank]
-        total = np.empty(min(_BLOCK, mean.size), np.float64)
-        for start in range(0, mean.size, _BLOCK):
-            block = slice(start, min(start + _BLOCK, mean.size))
-            t = total[: block.stop - start]
-            kernels.widen(received[0, block], t)
-            for row in received[1:, block]:
-                kernels.add(row, t)
-            kernels.mean(t, n_workers, mean[block])  # [H]
+        kernels.mean(received, n_workers, mean)  # [H]
         self.mpi_comm.Allgather(MPI.IN_PLACE, _bytes(self._wire))
         return self._wire
 

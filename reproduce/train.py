@@ -28,7 +28,6 @@ from pathlib import Path
 import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
 import chainer
 import chainer.functions as F
-from chainer.optimizer_hooks import WeightDecay
 from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
@@ -83,7 +82,7 @@ def main(argv=None):
         settings.lr_base, mu1=settings.mu1, mu2=settings.mu2, eps=settings.eps
     ).setup(model)
     for param in decayed_parameters(model):
-        param.update_rule.add_hook(WeightDecay(settings.weight_decay))
+        param.update_rule.add_hook(extensions.WeightDecay(settings.weight_decay))
 
     # Batch normalization without moving averages: the last minibatch's statistics, averaged before
     # each validation.
