@@ -119,6 +119,9 @@ def iteration(runs: dict, out: str):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize='small')
+        else:
+            axis.set_xlim(times.get_xlim())
+            axis.text(0.5, 0.5, 'no one worker or one host', ha='center', transform=axis.transAxes)
     _save(figure, os.path.join(out, 'iteration.png'))
 
 
