@@ -29,7 +29,9 @@ from extensions.schedules import (
     learning_rate,
     slow_start_factor,
 )
+from extensions.timing import Timer, TimeReport
 from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
+from extensions.weight_decay import WeightDecay
 
 __all__ = [
     'AllreduceBatchStatistics',
@@ -48,7 +50,10 @@ __all__ = [
     'RMSpropWarmupRule',
     'StepLearningRate',
     'Stopped',
+    'TimeReport',
+    'Timer',
     'VirtualWorkersUpdater',
+    'WeightDecay',
     'alpha_rmsprop',
     'alpha_sgd',
     'base_learning_rate',

@@ -10,6 +10,8 @@ from chainer.backends import cuda
 from chainer.training import extension
 from mpi4py import MPI
 
+from extensions.timing import untimed
+
 
 def shard(rank, size, n_images, batch_size=1) -> tuple[int, int]:
     """The images [start, stop) of a process, whole minibatches; all processes together have each
@@ -45,7 +47,7 @@ class ExactEvaluator(training.Extension):
     Attributes:
         minibatches_left (int): Of this process in the evaluation under way, 0 while it waits for
             the others; None outside.
-
+        timer (~extensions.timing.Timer): Its part ``'validation'`` is this one.
         after_minibatch (callable): Called without arguments before the first and after each
             minibatch, for progress.
 
@@ -67,6 +69,7 @@ class ExactEvaluator(training.Extension):
         self._batch_size = batch_size
         self._converter = converter
         self.minibatches_left = None
+        self.timer = untimed
         self.after_minibatch = lambda: None
 
     def __call__(self, trainer=None):
@@ -76,7 +79,8 @@ class ExactEvaluator(training.Extension):
             dict: What was reported.
         """
         name = getattr(self, 'name', None) or self.default_name
-        observation = {f'{name}/{key}': value for key, value in self.evaluate().items()}
+        with self.timer('validation'):
+            observation = {f'{name}/{key}': value for key, value in self.evaluate().items()}
         reporter.report(observation)
         return observation
 

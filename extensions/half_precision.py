@@ -17,14 +17,11 @@ from mpi4py import MPI
 
 from extensions import gpus, kernels
 from extensions.gpus import CommunicatorError
+from extensions.timing import TimedSteps, untimed
 
 _DTYPES = ('float16', 'float32', 'float64')
 NAMES = ('auto', 'mpi', 'pure_nccl', 'naive')
 SUMS = ('exact', 'ring')
-
-# Elements that are summed at a time: a block of float64 partial sums stays in a core's second-level
-# cache.
-_BLOCK = 1 << 15
 
 
 class NonFiniteGradients(ArithmeticError):
@@ -204,7 +201,9 @@ def _some(items, separator, n=3):
     return separator.join([*items[:n], *more])
 
 
-class HalfPrecisionNcclCommunicator(_Options, pure_nccl_communicator.PureNcclCommunicator):
+class HalfPrecisionNcclCommunicator(
+    _Options, TimedSteps, pure_nccl_communicator.PureNcclCommunicator
+):
     """ChainerMN's ``pure_nccl`` (S), with a scale for the gradients and a check of their mean.
 
     ChainerMN packs the gradients into one buffer of the wire's dtype, NCCL adds the buffers up,
@@ -305,6 +304,7 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
     """
 
     _checks: ClassVar[dict] = {**_Options._checks, 'accumulate': _sum}
+    timer = staticmethod(untimed)
 
     def __init__(self, mpi_comm, allreduce_grad_dtype='float16', *, accumulate='exact', **options):
         super().__init__(mpi_comm, allreduce_grad_dtype, **options)
@@ -372,7 +372,8 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
         mean = self._ring_mean() if self.accumulate == 'ring' else self._exact_mean()
         n_workers, self._n_added = self._n_added, 0
         self.cast_counts += self._counts.sum(axis=0)
-        names = self._unpack(mean, dict(model.namedparams()))
+        with self.timer('pack'):
+            names = self._unpack(mean, dict(model.namedparams()))
         if names and self.stop_on_nonfinite:
             first = self.rank * n_workers
             self._raise_nonfinite(names, self._what_was_sent(first if n_workers > 1 else None))
@@ -452,14 +453,7 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
             received = self._wire.reshape(1, -1)
         n_workers = self._n_added * self.size
         mean = self._wire.reshape(self.size, -1)[self.rank]
-        total = np.empty(min(_BLOCK, mean.size), np.float64)
-        for start in range(0, mean.size, _BLOCK):
-            block = slice(start, min(start + _BLOCK, mean.size))
-            t = total[: block.stop - start]
-            kernels.widen(received[0, block], t)
-            for row in received[1:, block]:
-                kernels.add(row, t)
-            kernels.mean(t, n_workers, mean[block])  # [H]
+        kernels.mean(received, n_workers, mean)  # [H]
         self.mpi_comm.Allgather(MPI.IN_PLACE, _bytes(self._wire))
         return self._wire
 

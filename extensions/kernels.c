@@ -41,6 +41,13 @@ VECTORIZED void rmsprop_warmup_float64(PARAMETERS(double))
     END
 }
 
+/* out += factor * in */
+VECTORIZED void float32_add_scaled(int64_t size, const float *in, float factor, float *out)
+{
+    _Pragma("GCC ivdep") for (int64_t i = 0; i < size; i++)
+        out[i] += factor * in[i];
+}
+
 /* ---- float16, in the instructions of x86-64 processors since 2013; elsewhere NumPy converts. */
 
 #if defined(__x86_64__)
@@ -134,30 +141,43 @@ HALF void float16_add(int64_t size, const uint16_t *in, double *sum)
     FOR_EACH_FLOAT16(sum[start + i] += block[i])
 }
 
-/* The float32 between a float64 and its float16: of the two neighbours, the one with an odd last
-   bit. A second rounding, to nearest, is then as good as one of the float64 itself. */
-static inline float round_to_odd(double value)
+/* The float16 nearest to a float64, ties to even, as a float64. Beside 1.5 * 2**52 times the float16's
+   unit in the last place, a float64 has no bits below that unit: the addition rounds. The unit is
+   2**-10 of the value's power of two, and 2**-24 at least. */
+static inline double to_half(double value)
 {
-    union { float f; uint32_t bits; } nearest = {.f = (float)value};
-    const double difference = value - (double)nearest.f;
-    const int is_even = !(nearest.bits & 1);
-    /* What overflowed goes back to the largest float32, which is beyond float16 too. Of a NaN or an
-       infinite value the difference is a NaN, and no comparison holds. */
-    const int away = (difference > 0) == (value > 0);
-    if (is_even && (difference < 0 || difference > 0))
-        nearest.bits += away ? 1 : -1;
-    return nearest.f;
+    union { double number; uint64_t bits; } power = {.number = value}, half, sign = {.number = value};
+    power.bits &= 0x7ff0000000000000;
+    double shift = power.number * 0x1.8p42;
+    shift = shift > 0x1.8p28 ? shift : 0x1.8p28;
+    shift = shift < 0x1.8p58 ? shift : 0x1.8p58; /* an infinite value stays so */
+    half.number = (value + shift) - shift;
+    half.bits |= sign.bits & 0x8000000000000000; /* of -0, and of what becomes it */
+    return half.number;
 }
 
-/* out = float16(sum / n) */
-HALF void float16_mean(int64_t size, const double *sum, double n, uint16_t *out)
-{
-    float block[BLOCK];
-    for (int64_t start = 0; start < size; start += BLOCK) {
-        const int64_t length = size - start < BLOCK ? size - start : BLOCK;
-        for (int64_t i = 0; i < length; i++)
-            block[i] = round_to_odd(sum[start + i] / n);
-        to_float16(length, block, out + start);
+/* out = float16(sum of the rows / n), each row STRIDE values after the one before. WIDEN makes
+   float32 or float64 values `v` of the n values of a row that begin at `row`. */
+#define MEAN(NAME, T, V, WIDEN)                                                             \
+    HALF void NAME(int64_t size, int64_t rows, int64_t stride, const T *in, double divisor, \
+                   uint16_t *out)                                                           \
+    {                                                                                       \
+        double sum[BLOCK];                                                                  \
+        float block[BLOCK];                                                                 \
+        for (int64_t start = 0; start < size; start += BLOCK) {                             \
+            const int64_t n = size - start < BLOCK ? size - start : BLOCK;                  \
+            for (int64_t r = 0; r < rows; r++) {                                            \
+                const T *row = in + r * stride + start;                                     \
+                const V *v = WIDEN;                                                         \
+                for (int64_t i = 0; i < n; i++)                                             \
+                    sum[i] = r ? sum[i] + v[i] : v[i];                                      \
+            }                                                                               \
+            for (int64_t i = 0; i < n; i++)                                                 \
+                block[i] = to_half(sum[i] / divisor);                                       \
+            to_float16(n, block, out + start);                                              \
+        }                                                                                   \
     }
-}
+
+MEAN(float16_mean, uint16_t, float, (from_float16(n, row, block), block))
+MEAN(float64_mean, double, double, row)
 #endif

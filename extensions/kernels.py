@@ -35,7 +35,7 @@ def _load() -> dict:
     if library.source_digest().decode() != source_digest():
         return {}
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments: dict = {}
+    arguments: dict = {'float32_add_scaled': [size, pointer, ctypes.c_float, pointer]}
     for name, scalar in (('float32', ctypes.c_float), ('float64', ctypes.c_double)):
         arguments[f'rmsprop_warmup_{name}'] = [size, pointer, *[scalar] * 7, *[pointer] * 3]
     if hasattr(library, 'has_float16') and library.has_float16():
@@ -43,7 +43,8 @@ def _load() -> dict:
         arguments['float16_to_float32'] = [size, pointer, ctypes.c_float, pointer]
         arguments['float16_to_float64'] = [size, pointer, pointer]
         arguments['float16_add'] = [size, pointer, pointer]
-        arguments['float16_mean'] = [size, pointer, ctypes.c_double, pointer]
+        for name in ('float16_mean', 'float64_mean'):
+            arguments[name] = [size, size, size, pointer, ctypes.c_double, pointer]
     functions = {name: getattr(library, name) for name in arguments}
     for name, function in functions.items():
         function.argtypes, function.restype = arguments[name], None
@@ -53,6 +54,14 @@ def _load() -> dict:
 
 
 compiled = _load()
+
+
+_NAMES = {np.dtype(name): name for name in ('float16', 'float32', 'float64')}
+
+
+def name_of(dtype) -> str:
+    """``dtype.name``, which NumPy takes microseconds to make; other dtypes have none."""
+    return _NAMES.get(dtype, '')
 
 
 def address(array) -> int:
@@ -70,7 +79,7 @@ def pack(grad, scale, target, counts):
             and not zero, infinite, and NaN in ``target``.
     """
     grad = np.ascontiguousarray(grad)
-    function = compiled.get(f'{grad.dtype.name}_to_{target.dtype.name}')
+    function = compiled.get(f'{name_of(grad.dtype)}_to_{name_of(target.dtype)}')
     if function:
         function(grad.size, address(grad), scale, address(target), address(counts))
         return
@@ -95,7 +104,7 @@ def unpack(mean, scale, grad) -> int:
     Returns:
         int: How many elements of ``mean`` are infinite or NaN.
     """
-    function = compiled.get(f'{mean.dtype.name}_to_{grad.dtype.name}')
+    function = compiled.get(f'{name_of(mean.dtype)}_to_{name_of(grad.dtype)}')
     if function and grad.flags.c_contiguous:
         return function(mean.size, address(mean), 1 / scale, address(grad))
     with np.errstate(over='ignore', invalid='ignore'):
@@ -107,7 +116,7 @@ def unpack(mean, scale, grad) -> int:
 
 def widen(source, target):
     """``target[...] = source`` for contiguous arrays, ``target`` of float64."""
-    function = compiled.get(f'{source.dtype.name}_to_{target.dtype.name}')
+    function = compiled.get(f'{name_of(source.dtype)}_to_{name_of(target.dtype)}')
     if function:
         function(source.size, address(source), address(target))
     else:
@@ -116,18 +125,48 @@ def widen(source, target):
 
 def add(source, target):
     """``target += source`` for contiguous arrays, ``target`` of float64."""
-    function = compiled.get(f'{source.dtype.name}_add')
+    function = compiled.get(f'{name_of(source.dtype)}_add')
     if function:
         function(source.size, address(source), address(target))
     else:
         target += source
 
 
-def mean(total, n, target):
-    """``target[...] = total / n`` for contiguous arrays, ``total`` of float64, rounded once."""
-    function = compiled.get(f'{target.dtype.name}_mean')
-    if function:
-        function(total.size, address(total), n, address(target))
-    else:
+def mean(rows, n, target):
+    """``target[...] = rows.sum(axis=0) / n`` in float64, in the order of the rows, rounded once.
+
+    Args:
+        rows (array): [k, size], each row contiguous; the first may be ``target``.
+        n (int): What the sum is divided by.
+        target (array): [size], contiguous.
+    """
+    name = name_of(rows.dtype)
+    if name_of(target.dtype) == 'float16' and f'{name}_mean' in compiled:
+        stride = rows.strides[0] // rows.itemsize
+        function = compiled[f'{name}_mean']
+        function(target.size, len(rows), stride, address(rows), n, address(target))
+        return
+    total = np.empty(min(_BLOCK, target.size), np.float64)
+    for start in range(0, target.size, _BLOCK):
+        block = slice(start, min(start + _BLOCK, target.size))
+        t = total[: block.stop - start]
+        widen(rows[0, block], t)
+        for row in rows[1:, block]:
+            add(row, t)
         with np.errstate(over='ignore', invalid='ignore'):
-            target[...] = total / n
+            target[block] = t / n
+
+
+def add_scaled(source, factor, target):
+    """``target += factor * source`` in one pass, for arrays of one dtype.
+
+    Returns:
+        bool: Whether it was done: there is C for contiguous float32 alone.
+    """
+    function = compiled.get('float32_add_scaled')
+    if not function or not all(
+        a.dtype == np.float32 and a.flags.c_contiguous for a in (source, target)
+    ):
+        return False
+    function(source.size, address(source), factor, address(target))
+    return True

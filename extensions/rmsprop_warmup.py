@@ -94,23 +94,24 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
             self.state['delta'] = param.device.xp.zeros_like(param.data)
 
     def _hyperparameters(self, dtype) -> tuple[float, ...]:
-        hp = self.hyperparam
-        if hp.eps != 0 and dtype.type(hp.eps) == 0:
+        hp = self.hyperparam.get_dict()  # at once: a parameter may be small
+        eps, mu2 = hp['eps'], hp['mu2']
+        if eps != 0 and dtype.type(eps) == 0:
             raise ValueError(
-                f'eps = {hp.eps} of RMSpropWarmup is zero in {dtype.name}: choose a larger eps, or '
+                f'eps = {eps} of RMSpropWarmup is zero in {dtype.name}: choose a larger eps, or '
                 'keep the parameters in float32 (optimizer.use_fp32_update)'
             )
         # Python floats: a NumPy scalar would widen float32 arithmetic to float64. And 1 - mu2 is
         # rounded once: in float32 itself the difference would be off by 6 roundings.
-        values = (hp.lr, hp.alpha_sgd, hp.alpha_rmsprop, hp.mu1, hp.mu2, 1 - hp.mu2, hp.eps)
-        return tuple(float(value) for value in values)
+        values = (hp['lr'], hp['alpha_sgd'], hp['alpha_rmsprop'], hp['mu1'], mu2, 1 - mu2, eps)
+        return tuple(map(float, values))
 
     def update_core_cpu(self, param):
         if param.grad is None:
             return
         arrays = (param.data, param.grad, self.state['m'], self.state['delta'])
         hyperparameters = self._hyperparameters(param.dtype)
-        compiled = kernels.compiled.get(f'rmsprop_warmup_{param.dtype.name}')
+        compiled = kernels.compiled.get(f'rmsprop_warmup_{kernels.name_of(param.dtype)}')
         if compiled and all(a.dtype == param.dtype and a.flags.c_contiguous for a in arrays):
             p, g, m, delta = map(kernels.address, arrays)
             compiled(param.size, g, *hyperparameters, p, m, delta)

@@ -10,6 +10,7 @@ from chainer import reporter, training
 from chainer.training import extension
 
 from extensions.half_precision import NonFiniteGradients
+from extensions.timing import untimed
 
 
 class VirtualWorkersUpdater(training.Updater):
@@ -49,6 +50,8 @@ class VirtualWorkersUpdater(training.Updater):
         after_worker (callable): Called after each of this process's workers; None by default.
         losses (list): An array of this process's workers' losses for each iteration since the list
             was last cleared; kept for :class:`MeanTrainingLoss`, None without it.
+        timer (~extensions.timing.Timer): Times the parts of an iteration; set by
+            :class:`~extensions.timing.TimeReport`.
 
     Raises:
         ValueError: ``n_workers`` is not a multiple of the number of processes, or a parameter has
@@ -77,6 +80,7 @@ class VirtualWorkersUpdater(training.Updater):
         self.iteration = 0
         self.losses = None
         self.after_worker = None
+        self.timer = untimed
         self._n_played = 0  # workers, in the iteration under way
         self._batches = batches
         self._optimizer = optimizer
@@ -129,23 +133,28 @@ class VirtualWorkersUpdater(training.Updater):
         if self._batch_statistics:
             self._batch_statistics.clear()
         for worker in self.workers:
-            batch = self._converter(self._batches(self.iteration, worker))
-            model.cleargrads()
-            loss = self._loss_function(*batch)
-            loss.backward()
-            losses.append(loss.array)
-            del loss
-            self._gradients.add_grad(model)
+            with self.timer('data'):
+                batch = self._converter(self._batches(self.iteration, worker))
+            with self.timer('forward_backward'):
+                model.cleargrads()
+                loss = self._loss_function(*batch)
+                loss.backward()
+                losses.append(loss.array)
+                del loss
+            with self.timer('pack'):
+                self._gradients.add_grad(model)
             if self._batch_statistics:
                 self._batch_statistics.add_worker()
             self._n_played += 1
             if self.after_worker:
                 self.after_worker()
         try:
-            self._gradients.mean_grad(model)
+            with self.timer('allreduce'):
+                self._gradients.mean_grad(model)
         except NonFiniteGradients as error:
             raise NonFiniteGradients(f'iteration {self.iteration + 1}: {error}') from None
-        self._optimizer.update()
+        with self.timer('update'):
+            self._optimizer.update()
         self.iteration, self._n_played = self.iteration + 1, 0
         if self.is_new_epoch:
             self._optimizer.new_epoch(auto=True)

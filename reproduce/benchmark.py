@@ -12,6 +12,8 @@ python -m reproduce.benchmark checkpoint      a checkpoint of ResNet-50 against 
 python -m reproduce.benchmark loader          decoding and augmentation against plain Pillow; two
                                               loader processes against one
 python -m reproduce.benchmark listing         1,281,167 names from their manifest, on 4 ranks
+python -m reproduce.benchmark iteration       iteration and all-reduce by number of workers, and
+                                              against ChainerMN's own way; --help tells more
 python -m reproduce.benchmark invariance      8 workers on 1, 2, 4 and 8 processes: the same bits?
 """
 
@@ -401,19 +403,29 @@ _MEASURES = {
 }
 
 
-def start_ranks(n: int, arguments, module='reproduce.benchmark', **options):
+def start_ranks(n: int, arguments, module='reproduce.benchmark', hostfile=None, **options):
     """Runs a module under mpiexec; returns the CompletedProcess."""
     beside = Path(sys.executable).parent / 'mpiexec'
     mpiexec = os.environ.get('MPIEXEC') or (str(beside) if beside.exists() else 'mpiexec')
     environment = {
         'PRTE_MCA_rmaps_default_mapping_policy': ':oversubscribe',
         'OMPI_MCA_rmaps_base_oversubscribe': '1',  # the same for Open MPI 4
+        # A rank's loader processes would share the one core that it is tied to.
+        'PRTE_MCA_hwloc_default_binding_policy': 'none',
+        'OMPI_MCA_hwloc_base_binding_policy': 'none',
         **{name: '1' for name in _THREADS},
         **os.environ,
     }
     if os.geteuid() == 0:
         environment.update(OMPI_ALLOW_RUN_AS_ROOT='1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM='1')
-    command = [mpiexec, '-n', str(n), sys.executable, '-m', module, *arguments]
+    on_hosts = []
+    if hostfile:
+        on_hosts = ['--hostfile', str(hostfile)]
+        version = subprocess.run([mpiexec, '--version'], check=True, stdout=subprocess.PIPE).stdout
+        if b'Open' in version:  # which hands on to other hosts what is named
+            names = (*_THREADS, 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH')
+            on_hosts += [word for name in names if name in environment for word in ('-x', name)]
+    command = [mpiexec, '-n', str(n), *on_hosts, sys.executable, '-m', module, *arguments]
     return subprocess.run(command, env=environment, check=False, **options)
 
 
@@ -441,12 +453,18 @@ def study_precision(parser, options):
 
 
 def main():
+    if sys.argv[1:2] == ['iteration']:
+        from reproduce import iteration
+
+        iteration.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(
         prog='python -m reproduce.benchmark',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('what', choices=[*_MEASURES, 'precision', 'accumulation', 'invariance'])
+    others = ('precision', 'accumulation', 'iteration', 'invariance')
+    parser.add_argument('what', choices=[*_MEASURES, *others])
     parser.add_argument(
         '--ranks', type=int, help='of statistics [16], allreduce [4] and listing [4]'
     )

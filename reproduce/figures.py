@@ -290,6 +290,50 @@ def sensitivity(found: dict, name: str, published: dict, out: str):
     _save(figure, os.path.join(out, 'sensitivity.png'))
 
 
+def iteration(runs: dict, out: str):
+    """Draws OUT/iteration.png: iteration and all-reduce by number of workers, and the efficiency.
+
+    Args:
+        runs (dict): Name to the entries of ``iteration.json``; three at most.
+        out (str): Folder; the file is replaced as a whole.
+    """
+    workers = sorted({run['workers'] for entries in runs.values() for run in entries})
+    figure, (times, efficiencies) = plt.subplots(1, 2, figsize=(9, 4), constrained_layout=True)
+    for (name, entries), marker, color in zip(runs.items(), 'os^', ('k', '0.45', '0.65')):
+        n = [run['workers'] for run in entries]
+        for key, title, style in (
+            ('iteration', 'iteration', '-'),
+            ('allreduce', 'all-reduce', ':'),
+        ):
+            milliseconds = [1000 * run[key] for run in entries]
+            times.plot(n, milliseconds, marker + style, color=color, label=f'{title}, {name}')
+        for key, title, style in (
+            ('efficiency_one_worker', 'of one worker', '-'),
+            ('efficiency_one_host', 'of one host', '--'),
+        ):
+            found = [(run['workers'], 100 * run[key]) for run in entries if run.get(key)]
+            if len(found) > 1:
+                efficiencies.plot(
+                    *zip(*found), marker + style, color=color, label=f'{title}, {name}'
+                )
+    times.set_title('milliseconds')
+    efficiencies.set_title('scaling efficiency (%)')
+    efficiencies.axhline(100, color='k', lw=0.5)
+    for axis in (times, efficiencies):
+        axis.set_xscale('log')
+        axis.set_xlabel('workers n')
+        axis.set_xticks(workers, [f'{n:,}' for n in workers])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize='small')
+        else:
+            axis.set_xlim(times.get_xlim())
+            axis.text(0.5, 0.5, 'no one worker or one host', ha='center', transform=axis.transAxes)
+    _save(figure, os.path.join(out, 'iteration.png'))
+
+
 def _save(figure, path):
     figure.savefig(path + '.tmp', format='png', dpi=150)
     plt.close(figure)

@@ -19,6 +19,7 @@ from chainer.training import extension, triggers
 from mpi4py import MPI
 
 from extensions import device_of, kernels, schedules
+from extensions.timing import PARTS
 from reproduce import figures
 
 _COLUMNS = (  # title, key in the log, format
@@ -266,7 +267,16 @@ def bad_images(comm, batches) -> dict:
     )
 
 
-def summarize(settings, comm, trainer, log, peak_memory, bad_images) -> dict:
+def parts(timing: dict) -> str:
+    """One line: the mean iteration and its parts."""
+    if not timing['iterations']:
+        return 'no timing: too few iterations'
+    text = ', '.join(f'{name} {1000 * timing[name]:,.1f}' for name in PARTS)
+    text = text.replace('_', ' + ').replace('allreduce', 'all-reduce')
+    return f'iteration {1000 * timing["iteration"]:,.1f} ms, slowest ranks: {text}'
+
+
+def summarize(settings, comm, trainer, log, peak_memory, bad_images, timing) -> dict:
     """Writes ``summary.json`` and the final ``curves.png``.
 
     Args:
@@ -276,6 +286,7 @@ def summarize(settings, comm, trainer, log, peak_memory, bad_images) -> dict:
         log (list of dict): Of the LogReport.
         peak_memory (int): From :func:`peak_memory`.
         bad_images (dict): From :func:`bad_images`.
+        timing (dict): Of the TimeReport.
 
     Returns:
         dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the
@@ -298,6 +309,7 @@ def summarize(settings, comm, trainer, log, peak_memory, bad_images) -> dict:
         'peak_memory_bytes': peak_memory,
         'bad_images': {'count': len(bad_images), 'messages': list(bad_images.values())},
         'images_per_second': iterations * settings.total_batch_size / trainer.elapsed_time,
+        'timing': timing,
         'versions': versions(),
     }
     _write_json(summary, os.path.join(settings.out, 'summary.json'))

@@ -28,7 +28,6 @@ from pathlib import Path
 import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
 import chainer
 import chainer.functions as F
-from chainer.optimizer_hooks import WeightDecay
 from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
@@ -83,7 +82,7 @@ def main(argv=None):
         settings.lr_base, mu1=settings.mu1, mu2=settings.mu2, eps=settings.eps
     ).setup(model)
     for param in decayed_parameters(model):
-        param.update_rule.add_hook(WeightDecay(settings.weight_decay))
+        param.update_rule.add_hook(extensions.WeightDecay(settings.weight_decay))
 
     # Batch normalization without moving averages: the last minibatch's statistics, averaged before
     # each validation.
@@ -133,6 +132,8 @@ def main(argv=None):
     trainer.extend(extensions.MeanTrainingLoss(comm))
     if hasattr(comm, 'cast_counts'):
         trainer.extend(extensions.CastReport(comm))
+    time_report = extensions.TimeReport(comm, evaluator)
+    trainer.extend(time_report)
     log_report = chainer_extensions.LogReport(postprocess=last_hyperparameters(optimizer))
     if comm.rank == 0:
         print(report.header(settings, comm, train, val, model.count_params()), flush=True)
@@ -165,10 +166,12 @@ def main(argv=None):
         peak_memory, bad_images = report.peak_memory(comm), report.bad_images(comm, batches)
         if comm.rank == 0:
             chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
+            timing = time_report.summary()
             summary = report.summarize(
-                settings, comm, trainer, log_report.log, peak_memory, bad_images
+                settings, comm, trainer, log_report.log, peak_memory, bad_images, timing
             )
             print(
+                f'{report.parts(timing)}\n'
                 f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB a process; '
                 + (f'{len(bad_images):,} bad images skipped; ' if bad_images else '')
                 + f'results in {settings.out}',

@@ -1,5 +1,7 @@
 """The compiled conversions against NumPy's, bit by bit."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -107,7 +109,35 @@ def test_means_are_rounded_once(both, n):
     wide = 10.0 ** rng.uniform(-12, 6, 100_001)
     source = np.concatenate([sums, odd, wide, -wide])
     target = np.empty(source.size, np.float16)
-    np.testing.assert_array_equal(*both(lambda t: kernels.mean(source, n, t), target))
+    np.testing.assert_array_equal(*both(lambda t: kernels.mean(source[None], n, t), target))
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float64])
+@pytest.mark.parametrize('k', [1, 2, 5])
+def test_mean_of_rows(both, k, dtype):
+    rng = np.random.RandomState(k)
+    any_bits = rng.randint(0, 2**16, (k + 2, 200_003), dtype=np.uint16).view(np.float16)
+    with np.errstate(invalid='ignore'):  # of signalling NaNs
+        rows = any_bits.astype(dtype)[1:-1, 1:]
+    target = np.empty(rows.shape[1], np.float16)
+    compiled, plain = both(lambda t: kernels.mean(rows, 3, t), target)
+    np.testing.assert_array_equal(compiled, plain)
+    with np.errstate(all='ignore'):
+        total = functools.reduce(np.add, rows.astype(np.float64))  # np.sum makes -0 a 0
+        expected = (total / 3).astype(np.float16)
+    expected[np.isnan(expected)] = 1
+    np.testing.assert_array_equal(compiled, expected.view(np.uint8))
+
+
+def test_adding_what_is_scaled_is_two_roundings():
+    rng = np.random.RandomState(0)
+    source, target = rng.standard_normal((2, 100, 1003)).astype(np.float32)
+    expected = target + np.float32(0.3) * source
+    assert kernels.add_scaled(source, 0.3, target)
+    np.testing.assert_array_equal(target, expected)
+    assert not kernels.add_scaled(source.T, 0.3, target)
+    assert not kernels.add_scaled(source, 0.3, target.astype(np.float64))
+    np.testing.assert_array_equal(target, expected)
 
 
 @pytest.mark.parametrize('size', [0, 1, 7, 8, 9, 1023, 1025])
@@ -118,5 +148,9 @@ def test_nothing_beyond_the_end_is_written(size):
     wide = np.full(size + 8, 7, np.float32)
     kernels.unpack(np.zeros(size, np.float16), 1, wide[:size])
     np.testing.assert_array_equal(wide, [0] * size + [7] * 8)
-    kernels.mean(np.zeros(size), 2, target[:size])
-    np.testing.assert_array_equal(target, [0] * size + [7] * 8)
+    for dtype in (np.float16, np.float64):
+        target[:size] = 5
+        kernels.mean(np.zeros((3, size), dtype), 2, target[:size])
+        np.testing.assert_array_equal(target, [0] * size + [7] * 8)
+    kernels.add_scaled(np.ones(size, np.float32), 2, wide[:size])
+    np.testing.assert_array_equal(wide, [2] * size + [7] * 8)

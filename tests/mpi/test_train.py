@@ -71,6 +71,8 @@ def test_smoke_run_reaches_95_percent(train, tmp_path):
     chosen = r'^communicator  HalfPrecisionMpiCommunicator; auto: rank 0 on \S+ .*GPU'
     assert re.search(chosen, done.stdout, re.MULTILINE)
     assert 'all-reduce    float16, exact sum\n' in done.stdout
+    assert summary['timing']['iterations'] == summary['iterations'] - 3
+    assert summary['timing']['iteration'] * summary['iterations'] < summary['seconds']
     assert log[-1]['cast/inf'] == log[-1]['cast/nan'] == 0 < log[-1]['cast/flushed'] < 0.01
     assert f'{log[-1]["cast/flushed"]:.2%}' in done.stdout
     assert re.search(r'iteration \d+ of \d+, epoch .* images/s, .* left', done.stdout)
@@ -144,6 +146,13 @@ def test_image_folder_and_explicit_options(train, image_folders, tmp_path):
     assert done.returncode == 0, done.stdout
     assert summary_of(out)['validation_images'] == 10
     assert summary_of(out)['iterations'] == 6
+    times = summary_of(out)['timing']
+    assert times['iterations'] == 3  # without the first
+    assert 0 < times['pack'] < 1e-3 < times['forward_backward'] < times['iteration']  # naive's pack
+    last = json.loads((out / 'log').read_text())[-1]
+    assert {f'time/{name}' for name in times if name != 'iterations'} <= set(last)
+    milliseconds = f'{1000 * times["iteration"]:,.1f} ms, slowest ranks: data '
+    assert f'\niteration {milliseconds}' in done.stdout
     settings = json.loads((out / 'settings.json').read_text())
     assert (settings['seed'], settings['stem'], settings['alpha_form']) == (
         7,
