@@ -48,14 +48,79 @@ VECTORIZED void float32_add_scaled(int64_t size, const float *in, float factor, 
         out[i] += factor * in[i];
 }
 
+/* ---- float32 on the wire */
+
+#define BLOCK 1024 /* values that stay in the first-level cache */
+
+static inline int32_t magnitude_of(float value)
+{
+    union { float number; int32_t bits; } u = {.number = value};
+    return u.bits & 0x7fffffff;
+}
+
+#define INFINITE_FLOAT 0x7f800000 /* the bits of a float32, without its sign */
+
+/* out = scale * in, and adds to counts how many values of in are not zero, and how many of out are
+   not zero, infinite, and NaN. */
+VECTORIZED void pack_float32_float32(int64_t size, const float *in, float scale, float *out,
+                                     int64_t *counts)
+{
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t n = size - start < BLOCK ? size - start : BLOCK;
+        int32_t nonzero = 0, sent = 0, not_finite = 0, nan = 0;
+        for (int64_t i = start; i < start + n; i++) {
+            const float value = scale * in[i];
+            const int32_t magnitude = magnitude_of(value);
+            out[i] = value;
+            nonzero += magnitude_of(in[i]) != 0;
+            sent += magnitude != 0;
+            not_finite += magnitude >= INFINITE_FLOAT;
+            nan += magnitude > INFINITE_FLOAT;
+        }
+        counts[0] += nonzero, counts[1] += sent, counts[2] += not_finite - nan, counts[3] += nan;
+    }
+}
+
+/* out = scale * in; returns how many values of in are infinite or NaN. */
+VECTORIZED int64_t unpack_float32_float32(int64_t size, const float *in, float scale, float *out)
+{
+    int64_t not_finite = 0;
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t n = size - start < BLOCK ? size - start : BLOCK;
+        int32_t count = 0;
+        for (int64_t i = start; i < start + n; i++) {
+            count += magnitude_of(in[i]) >= INFINITE_FLOAT;
+            out[i] = scale * in[i];
+        }
+        not_finite += count;
+    }
+    return not_finite;
+}
+
+/* out = float32(sum of the rows / n), added up in float64, each row STRIDE values after the one
+   before; out may be the first row. */
+VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t stride, const float *in,
+                                     double divisor, float *out)
+{
+    double sum[BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t n = size - start < BLOCK ? size - start : BLOCK;
+        for (int64_t r = 0; r < rows; r++) {
+            const float *row = in + r * stride + start;
+            for (int64_t i = 0; i < n; i++)
+                sum[i] = r ? sum[i] + row[i] : row[i];
+        }
+        for (int64_t i = 0; i < n; i++)
+            out[start + i] = sum[i] / divisor;
+    }
+}
+
 /* ---- float16, in the instructions of x86-64 processors since 2013; elsewhere NumPy converts. */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define HALF __attribute__((target("avx2,f16c")))
-#define BLOCK 1024
-
 int has_float16(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
 static inline HALF void to_float16(int64_t size, const float *in, uint16_t *out)
@@ -80,8 +145,8 @@ static inline HALF void from_float16(int64_t size, const uint16_t *in, float *ou
 
 /* out = float16(scale * in). Adds to counts how many values of in are not zero, and how many of out
    are not zero, infinite, and NaN: of a block that is still in the first-level cache. */
-HALF void float32_to_float16(int64_t size, const float *in, float scale, uint16_t *out,
-                             int64_t *counts)
+HALF void pack_float32_float16(int64_t size, const float *in, float scale, uint16_t *out,
+                               int64_t *counts)
 {
     float block[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
@@ -104,7 +169,7 @@ HALF void float32_to_float16(int64_t size, const float *in, float scale, uint16_
 }
 
 /* out = scale * float32(in); returns how many values of in are infinite or NaN. */
-HALF int64_t float16_to_float32(int64_t size, const uint16_t *in, float scale, float *out)
+HALF int64_t unpack_float16_float32(int64_t size, const uint16_t *in, float scale, float *out)
 {
     int64_t not_finite = 0;
     for (int64_t start = 0; start < size; start += BLOCK) {
@@ -131,12 +196,12 @@ HALF int64_t float16_to_float32(int64_t size, const uint16_t *in, float scale, f
             STATEMENT;                                                                      \
     }
 
-HALF void float16_to_float64(int64_t size, const uint16_t *in, double *out)
+HALF void widen_float16(int64_t size, const uint16_t *in, double *out)
 {
     FOR_EACH_FLOAT16(out[start + i] = block[i])
 }
 
-HALF void float16_add(int64_t size, const uint16_t *in, double *sum)
+HALF void add_float16(int64_t size, const uint16_t *in, double *sum)
 {
     FOR_EACH_FLOAT16(sum[start + i] += block[i])
 }
@@ -178,6 +243,6 @@ static inline double to_half(double value)
         }                                                                                   \
     }
 
-MEAN(float16_mean, uint16_t, float, (from_float16(n, row, block), block))
-MEAN(float64_mean, double, double, row)
+MEAN(mean_float16_float16, uint16_t, float, (from_float16(n, row, block), block))
+MEAN(mean_float64_float16, double, double, row)
 #endif

@@ -38,18 +38,20 @@ def _load() -> dict:
     arguments: dict = {'float32_add_scaled': [size, pointer, ctypes.c_float, pointer]}
     for name, scalar in (('float32', ctypes.c_float), ('float64', ctypes.c_double)):
         arguments[f'rmsprop_warmup_{name}'] = [size, pointer, *[scalar] * 7, *[pointer] * 3]
+    pack = [size, pointer, ctypes.c_float, pointer, pointer]
+    mean = [size, size, size, pointer, ctypes.c_double, pointer]
+    arguments['pack_float32_float32'] = pack
+    arguments['unpack_float32_float32'] = pack[:-1]
+    arguments['mean_float32_float32'] = mean
     if hasattr(library, 'has_float16') and library.has_float16():
-        arguments['float32_to_float16'] = [size, pointer, ctypes.c_float, pointer, pointer]
-        arguments['float16_to_float32'] = [size, pointer, ctypes.c_float, pointer]
-        arguments['float16_to_float64'] = [size, pointer, pointer]
-        arguments['float16_add'] = [size, pointer, pointer]
-        for name in ('float16_mean', 'float64_mean'):
-            arguments[name] = [size, size, size, pointer, ctypes.c_double, pointer]
+        arguments['pack_float32_float16'] = pack
+        arguments['unpack_float16_float32'] = pack[:-1]
+        arguments['widen_float16'] = arguments['add_float16'] = [size, pointer, pointer]
+        arguments['mean_float16_float16'] = arguments['mean_float64_float16'] = mean
     functions = {name: getattr(library, name) for name in arguments}
     for name, function in functions.items():
-        function.argtypes, function.restype = arguments[name], None
-    if 'float16_to_float32' in functions:
-        functions['float16_to_float32'].restype = size
+        function.argtypes = arguments[name]
+        function.restype = size if name.startswith('unpack') else None
     return functions
 
 
@@ -79,7 +81,7 @@ def pack(grad, scale, target, counts):
             and not zero, infinite, and NaN in ``target``.
     """
     grad = np.ascontiguousarray(grad)
-    function = compiled.get(f'{name_of(grad.dtype)}_to_{name_of(target.dtype)}')
+    function = compiled.get(f'pack_{name_of(grad.dtype)}_{name_of(target.dtype)}')
     if function:
         function(grad.size, address(grad), scale, address(target), address(counts))
         return
@@ -104,7 +106,7 @@ def unpack(mean, scale, grad) -> int:
     Returns:
         int: How many elements of ``mean`` are infinite or NaN.
     """
-    function = compiled.get(f'{name_of(mean.dtype)}_to_{name_of(grad.dtype)}')
+    function = compiled.get(f'unpack_{name_of(mean.dtype)}_{name_of(grad.dtype)}')
     if function and grad.flags.c_contiguous:
         return function(mean.size, address(mean), 1 / scale, address(grad))
     with np.errstate(over='ignore', invalid='ignore'):
@@ -116,7 +118,7 @@ def unpack(mean, scale, grad) -> int:
 
 def widen(source, target):
     """``target[...] = source`` for contiguous arrays, ``target`` of float64."""
-    function = compiled.get(f'{name_of(source.dtype)}_to_{name_of(target.dtype)}')
+    function = compiled.get(f'widen_{name_of(source.dtype)}')
     if function:
         function(source.size, address(source), address(target))
     else:
@@ -125,7 +127,7 @@ def widen(source, target):
 
 def add(source, target):
     """``target += source`` for contiguous arrays, ``target`` of float64."""
-    function = compiled.get(f'{name_of(source.dtype)}_add')
+    function = compiled.get(f'add_{name_of(source.dtype)}')
     if function:
         function(source.size, address(source), address(target))
     else:
@@ -140,10 +142,9 @@ def mean(rows, n, target):
         n (int): What the sum is divided by.
         target (array): [size], contiguous.
     """
-    name = name_of(rows.dtype)
-    if name_of(target.dtype) == 'float16' and f'{name}_mean' in compiled:
+    function = compiled.get(f'mean_{name_of(rows.dtype)}_{name_of(target.dtype)}')
+    if function:
         stride = rows.strides[0] // rows.itemsize
-        function = compiled[f'{name}_mean']
         function(target.size, len(rows), stride, address(rows), n, address(target))
         return
     total = np.empty(min(_BLOCK, target.size), np.float64)

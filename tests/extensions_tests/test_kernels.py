@@ -8,7 +8,8 @@ import pytest
 from extensions import kernels
 
 pytestmark = pytest.mark.skipif(
-    'float16_mean' not in kernels.compiled, reason='no C compiler at the installation, or no F16C'
+    'mean_float16_float16' not in kernels.compiled,
+    reason='no C compiler at the installation, or no F16C',
 )
 HALVES = np.arange(65536, dtype=np.uint16).view(np.float16)  # all there are
 
@@ -76,6 +77,53 @@ def test_floats_to_halves(both, scale):
     expected = [(source != 0).sum(), (half != 0).sum(), np.isinf(half).sum(), np.isnan(half).sum()]
     assert min(expected) > 0 and expected[0] > expected[1]
     np.testing.assert_array_equal(counts, [np.add(expected, 7)] * 2)
+
+
+ANY_FLOATS = np.random.RandomState(0).randint(0, 2**32, 300_001, dtype=np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize('scale', [1.0, 2.0**-10, 2.0**12])
+def test_floats_on_the_wire(both, scale):
+    odd = np.array([0, -0.0, 1e-45, -1e-45, np.inf, -np.inf, np.nan, 3e38, 1e-42], np.float32)
+    source, counts, bad = np.concatenate([ANY_FLOATS, odd]), [], []
+
+    def pack(target):
+        counts.append(np.full(4, 7))
+        kernels.pack(source, scale, target, counts[-1])
+
+    with np.errstate(all='ignore'):
+        sent = (source.astype(np.float64) * scale).astype(np.float32)
+        back = (source.astype(np.float64) / scale).astype(np.float32)
+    expected = [(source != 0).sum(), (sent != 0).sum(), np.isinf(sent).sum(), np.isnan(sent).sum()]
+    for function, values in (
+        (pack, sent),
+        (lambda t: bad.append(kernels.unpack(source, scale, t)), back),
+    ):
+        values[np.isnan(values)] = 1
+        for result in both(function, np.empty(source.size, np.float32)):
+            np.testing.assert_array_equal(result, values.view(np.uint8))
+    np.testing.assert_array_equal(counts, [np.add(expected, 7)] * 2)
+    assert min(expected) > 0 and (expected[0] > expected[1]) == (scale < 1)
+    assert bad == [(~np.isfinite(source)).sum()] * 2
+
+
+@pytest.mark.parametrize('k', [1, 2, 5])
+def test_mean_of_rows_of_floats(both, k):
+    rows = ANY_FLOATS[: (k + 1) * 50_000].reshape(k + 1, -1)[1:, 1:]
+    with np.errstate(all='ignore'):
+        total = functools.reduce(np.add, rows.astype(np.float64))
+        expected = (total / 3).astype(np.float32)
+    expected[np.isnan(expected)] = 1
+    for result in both(lambda t: kernels.mean(rows, 3, t), np.empty(rows.shape[1], np.float32)):
+        np.testing.assert_array_equal(result, expected.view(np.uint8))
+
+    def in_place(target):
+        own = rows.copy()
+        kernels.mean(own, 3, own[0])
+        target[...] = own[0]
+
+    for result in both(in_place, np.empty(rows.shape[1], np.float32)):  # as the all-reduce does it
+        np.testing.assert_array_equal(result, expected.view(np.uint8))
 
 
 def test_gradients_of_any_layout(both):
@@ -147,6 +195,15 @@ def test_nothing_beyond_the_end_is_written(size):
     np.testing.assert_array_equal(target, [0] * size + [7] * 8)
     wide = np.full(size + 8, 7, np.float32)
     kernels.unpack(np.zeros(size, np.float16), 1, wide[:size])
+    np.testing.assert_array_equal(wide, [0] * size + [7] * 8)
+    wide[:size] = 5
+    kernels.pack(np.zeros(size, np.float32), 1, wide[:size], np.zeros(4, np.int64))
+    np.testing.assert_array_equal(wide, [0] * size + [7] * 8)
+    wide[:size] = 5
+    kernels.unpack(np.zeros(size, np.float32), 1, wide[:size])
+    np.testing.assert_array_equal(wide, [0] * size + [7] * 8)
+    wide[:size] = 5
+    kernels.mean(np.zeros((3, size), np.float32), 2, wide[:size])
     np.testing.assert_array_equal(wide, [0] * size + [7] * 8)
     for dtype in (np.float16, np.float64):
         target[:size] = 5
