@@ -442,20 +442,30 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
             kernels.add(self._wire, self._sum)
 
     def _exact_mean(self):
-        if self._n_added > 1:  # in place: there is no second buffer of this size
-            received = self._sum.reshape(self.size, -1)
-            self.mpi_comm.Alltoall(MPI.IN_PLACE, _bytes(received))
-        elif self.size > 1:
-            self._received = _buffer(self._received, self._wire.size, self._wire.dtype)
-            received = self._received.reshape(self.size, -1)
-            self.mpi_comm.Alltoall(_bytes(self._wire), _bytes(received))
-        else:
-            received = self._wire.reshape(1, -1)
         n_workers = self._n_added * self.size
-        mean = self._wire.reshape(self.size, -1)[self.rank]
-        kernels.mean(received, n_workers, mean)  # [H]
+        wire = self._wire.reshape(self.size, -1)
+        mean = wire[self.rank]
+        if self._n_added > 1:  # in place: there is no second buffer of this size
+            sums = self._sum.reshape(self.size, -1)
+            self.mpi_comm.Alltoall(MPI.IN_PLACE, _bytes(sums))
+            kernels.mean(sums, n_workers, mean)
+        else:
+            kernels.mean(self._received_from_others(), n_workers, mean, mean, self.rank)  # [H]
         self.mpi_comm.Allgather(MPI.IN_PLACE, _bytes(self._wire))
         return self._wire
+
+    def _received_from_others(self):
+        """Their values of the chunk that this rank sums; its own stay where they are."""
+        chunk = self._wire.size // self.size
+        self._received = _buffer(self._received, self._wire.size - chunk, self._wire.dtype)
+        counts = np.full(self.size, chunk * self._wire.itemsize)
+        counts[self.rank] = 0
+        places = np.cumsum(counts) - counts
+        self.mpi_comm.Alltoallv(
+            [self._wire.view(np.uint8), (counts, counts.max() * np.arange(self.size)), MPI.BYTE],
+            [self._received.view(np.uint8), (counts, places), MPI.BYTE],
+        )
+        return self._received.reshape(self.size - 1, chunk)
 
     def _add_to_ring(self, params):
         self._pack(params)

@@ -2,6 +2,7 @@
    round once where NumPy rounds twice. */
 
 #include <stdint.h>
+#include <string.h>
 #include <tgmath.h>
 
 /* One copy for each instruction set; the processor's is chosen when the library is loaded. */
@@ -97,16 +98,19 @@ VECTORIZED int64_t unpack_float32_float32(int64_t size, const float *in, float s
     return not_finite;
 }
 
-/* out = float32(sum of the rows / n), added up in float64, each row STRIDE values after the one
-   before; out may be the first row. */
-VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t stride, const float *in,
-                                     double divisor, float *out)
+/* Row r of those that are added up: `own` at its place among those that were received. */
+#define ROW(r) ((r == place ? own : in + (r - (r > place)) * stride) + start)
+
+/* out = float32(sum of the rows / n), added up in float64; `own` may be out. The others begin at
+   `in`, each STRIDE values after the one before. */
+VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t place, const float *own,
+                                     int64_t stride, const float *in, double divisor, float *out)
 {
     double sum[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t n = size - start < BLOCK ? size - start : BLOCK;
         for (int64_t r = 0; r < rows; r++) {
-            const float *row = in + r * stride + start;
+            const float *row = ROW(r);
             for (int64_t i = 0; i < n; i++)
                 sum[i] = r ? sum[i] + row[i] : row[i];
         }
@@ -121,6 +125,8 @@ VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t stride,
 #include <immintrin.h>
 
 #define HALF __attribute__((target("avx2,f16c")))
+#define LARGE (1 << 17) /* values: more than a cache keeps until they are needed */
+
 int has_float16(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
 static inline HALF void to_float16(int64_t size, const float *in, uint16_t *out)
@@ -141,6 +147,19 @@ static inline HALF void from_float16(int64_t size, const uint16_t *in, float *ou
         out[i] = _cvtsh_ss(in[i]);
 }
 
+/* memcpy past the caches: what is written is not read into them before. */
+static inline HALF void stream(void *out, const void *in, int64_t bytes)
+{
+    char *to = out;
+    const char *from = in, *end = from + bytes;
+    int64_t head = -(uintptr_t)to & 31;
+    head = head < bytes ? head : bytes;
+    memcpy(to, from, head);
+    for (to += head, from += head; from + 32 <= end; to += 32, from += 32)
+        _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+    memcpy(to, from, end - from);
+}
+
 #define INFINITE 0x7c00 /* the bits of a float16, without its sign */
 
 /* out = float16(scale * in). Adds to counts how many values of in are not zero, and how many of out
@@ -149,6 +168,7 @@ HALF void pack_float32_float16(int64_t size, const float *in, float scale, uint1
                                int64_t *counts)
 {
     float block[BLOCK];
+    uint16_t halves[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t n = size - start < BLOCK ? size - start : BLOCK;
         int32_t nonzero = 0;
@@ -157,31 +177,42 @@ HALF void pack_float32_float16(int64_t size, const float *in, float scale, uint1
             nonzero += in[start + i] != 0;
             block[i] = scale * in[start + i];
         }
-        to_float16(n, block, out + start);
+        to_float16(n, block, halves);
         for (int64_t i = 0; i < n; i++) {
-            const int16_t magnitude = out[start + i] & 0x7fff;
+            const int16_t magnitude = halves[i] & 0x7fff;
             sent += magnitude != 0;
             not_finite += magnitude >= INFINITE;
             nan += magnitude > INFINITE;
         }
         counts[0] += nonzero, counts[1] += sent, counts[2] += not_finite - nan, counts[3] += nan;
+        if (size < LARGE)
+            memcpy(out + start, halves, n * sizeof *halves);
+        else
+            stream(out + start, halves, n * sizeof *halves);
     }
+    _mm_sfence();
 }
 
 /* out = scale * float32(in); returns how many values of in are infinite or NaN. */
 HALF int64_t unpack_float16_float32(int64_t size, const uint16_t *in, float scale, float *out)
 {
+    float block[BLOCK];
     int64_t not_finite = 0;
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t n = size - start < BLOCK ? size - start : BLOCK;
         int16_t count = 0;
-        from_float16(n, in + start, out + start);
+        from_float16(n, in + start, block);
         for (int64_t i = 0; i < n; i++) {
-            out[start + i] *= scale;
+            block[i] *= scale;
             count += (int16_t)(in[start + i] & 0x7fff) >= INFINITE;
         }
         not_finite += count;
+        if (size < LARGE)
+            memcpy(out + start, block, n * sizeof *block);
+        else
+            stream(out + start, block, n * sizeof *block);
     }
+    _mm_sfence();
     return not_finite;
 }
 
@@ -221,18 +252,18 @@ static inline double to_half(double value)
     return half.number;
 }
 
-/* out = float16(sum of the rows / n), each row STRIDE values after the one before. WIDEN makes
-   float32 or float64 values `v` of the n values of a row that begin at `row`. */
+/* out = float16(sum of the rows / n), else as mean_float32_float32. WIDEN makes float32 or float64
+   values `v` of the n values of a row that begin at `row`. */
 #define MEAN(NAME, T, V, WIDEN)                                                             \
-    HALF void NAME(int64_t size, int64_t rows, int64_t stride, const T *in, double divisor, \
-                   uint16_t *out)                                                           \
+    HALF void NAME(int64_t size, int64_t rows, int64_t place, const T *own, int64_t stride, \
+                   const T *in, double divisor, uint16_t *out)                              \
     {                                                                                       \
         double sum[BLOCK];                                                                  \
         float block[BLOCK];                                                                 \
         for (int64_t start = 0; start < size; start += BLOCK) {                             \
             const int64_t n = size - start < BLOCK ? size - start : BLOCK;                  \
             for (int64_t r = 0; r < rows; r++) {                                            \
-                const T *row = in + r * stride + start;                                     \
+                const T *row = ROW(r);                                                      \
                 const V *v = WIDEN;                                                         \
                 for (int64_t i = 0; i < n; i++)                                             \
                     sum[i] = r ? sum[i] + v[i] : v[i];                                      \

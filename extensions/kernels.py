@@ -39,7 +39,7 @@ def _load() -> dict:
     for name, scalar in (('float32', ctypes.c_float), ('float64', ctypes.c_double)):
         arguments[f'rmsprop_warmup_{name}'] = [size, pointer, *[scalar] * 7, *[pointer] * 3]
     pack = [size, pointer, ctypes.c_float, pointer, pointer]
-    mean = [size, size, size, pointer, ctypes.c_double, pointer]
+    mean = [size, size, size, pointer, size, pointer, ctypes.c_double, pointer]
     arguments['pack_float32_float32'] = pack
     arguments['unpack_float32_float32'] = pack[:-1]
     arguments['mean_float32_float32'] = mean
@@ -134,26 +134,33 @@ def add(source, target):
         target += source
 
 
-def mean(rows, n, target):
-    """``target[...] = rows.sum(axis=0) / n`` in float64, in the order of the rows, rounded once.
+def mean(rows, n, target, own=None, place=0):
+    """``target[...] = (sum of the rows) / n`` in float64, in their order, rounded once.
 
     Args:
-        rows (array): [k, size], each row contiguous; the first may be ``target``.
+        rows (array): [k, size], each row contiguous.
         n (int): What the sum is divided by.
         target (array): [size], contiguous.
+        own (array): One more row, contiguous, which may be ``target``.
+        place (int): Its index among all of them.
     """
     function = compiled.get(f'mean_{name_of(rows.dtype)}_{name_of(target.dtype)}')
     if function:
-        stride = rows.strides[0] // rows.itemsize
-        function(target.size, len(rows), stride, address(rows), n, address(target))
+        k = len(rows) + (own is not None)
+        own, place = (rows, k) if own is None else (own, place)
+        row_addresses = (address(own), rows.strides[0] // rows.itemsize, address(rows))
+        function(target.size, k, place, *row_addresses, n, address(target))
         return
+    every = list(rows)
+    if own is not None:
+        every.insert(place, own)
     total = np.empty(min(_BLOCK, target.size), np.float64)
     for start in range(0, target.size, _BLOCK):
         block = slice(start, min(start + _BLOCK, target.size))
         t = total[: block.stop - start]
-        widen(rows[0, block], t)
-        for row in rows[1:, block]:
-            add(row, t)
+        widen(every[0][block], t)
+        for row in every[1:]:
+            add(row[block], t)
         with np.errstate(over='ignore', invalid='ignore'):
             target[block] = t / n
 

@@ -118,9 +118,9 @@ def test_mean_of_rows_of_floats(both, k):
         np.testing.assert_array_equal(result, expected.view(np.uint8))
 
     def in_place(target):
-        own = rows.copy()
-        kernels.mean(own, 3, own[0])
-        target[...] = own[0]
+        target[...] = rows[k // 2]
+        others = np.delete(rows, k // 2, axis=0)
+        kernels.mean(others, 3, target, target, k // 2)
 
     for result in both(in_place, np.empty(rows.shape[1], np.float32)):  # as the all-reduce does it
         np.testing.assert_array_equal(result, expected.view(np.uint8))
@@ -175,6 +175,9 @@ def test_mean_of_rows(both, k, dtype):
         expected = (total / 3).astype(np.float16)
     expected[np.isnan(expected)] = 1
     np.testing.assert_array_equal(compiled, expected.view(np.uint8))
+    others, own = np.delete(rows, k - 1, axis=0), np.ascontiguousarray(rows[k - 1])
+    for result in both(lambda t: kernels.mean(others, 3, t, own, k - 1), target):
+        np.testing.assert_array_equal(result, expected.view(np.uint8))
 
 
 def test_adding_what_is_scaled_is_two_roundings():
