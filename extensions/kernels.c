@@ -168,7 +168,6 @@ HALF void pack_float32_float16(int64_t size, const float *in, float scale, uint1
                                int64_t *counts)
 {
     float block[BLOCK];
-    uint16_t halves[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t n = size - start < BLOCK ? size - start : BLOCK;
         int32_t nonzero = 0;
@@ -177,20 +176,15 @@ HALF void pack_float32_float16(int64_t size, const float *in, float scale, uint1
             nonzero += in[start + i] != 0;
             block[i] = scale * in[start + i];
         }
-        to_float16(n, block, halves);
+        to_float16(n, block, out + start);
         for (int64_t i = 0; i < n; i++) {
-            const int16_t magnitude = halves[i] & 0x7fff;
+            const int16_t magnitude = out[start + i] & 0x7fff;
             sent += magnitude != 0;
             not_finite += magnitude >= INFINITE;
             nan += magnitude > INFINITE;
         }
         counts[0] += nonzero, counts[1] += sent, counts[2] += not_finite - nan, counts[3] += nan;
-        if (size < LARGE)
-            memcpy(out + start, halves, n * sizeof *halves);
-        else
-            stream(out + start, halves, n * sizeof *halves);
     }
-    _mm_sfence();
 }
 
 /* out = scale * float32(in); returns how many values of in are infinite or NaN. */

@@ -89,7 +89,7 @@ MISTAKES = {
     ),
     'no hook for weight decay': (
         'reproduce/train.py',
-        '        param.update_rule.add_hook(WeightDecay(settings.weight_decay))',
+        '        param.update_rule.add_hook(extensions.WeightDecay(settings.weight_decay))',
         '        pass',
         'tests/reproduce_tests/test_train.py::test_every_option_reaches_the_training',
     ),
