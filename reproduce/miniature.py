@@ -34,6 +34,7 @@ VARIANTS = {
     'a': ('small batch, SGD', '--workers 2 --lr-schedule steps --alpha-form sgd --bn-decay 0.9'),
     'b': ('large batch, SGD', f'{_LARGE} --lr-schedule steps --alpha-form sgd'),
     'c': ('large, gradual warm-up', f'{_LARGE} --lr-schedule gradual_warmup --alpha-form sgd'),
+    's': ('large, slow start alone', f'{_LARGE} --alpha-form sgd'),
     'd': ('large, the paper, printed', f'{_LARGE} --alpha-form printed'),
     'dc': ('large, the paper, continuous', f'{_LARGE} --alpha-form continuous'),
     'e': ('d with BN moving averages', f'{_LARGE} --alpha-form printed --bn-decay 0.9'),

@@ -129,12 +129,17 @@ def test_the_variants_are_what_their_titles_say():
     assert {s.total_batch_size for name, s in settings.items() if name != 'a'} == {1024}
     assert {s.epochs for s in settings.values()} == {miniature.N_EPOCHS}
     differing = {}
-    for name in ('dc', 'e', 'f'):
+    for name in ('s', 'dc', 'e', 'f'):
         differing[name] = {
             key
             for key, value in settings[name].identity.items()
             if value != settings['d'].identity[key]
         }
-    assert differing == {'dc': {'alpha_form'}, 'e': {'bn_decay'}, 'f': {'allreduce_grad_dtype'}}
+    assert differing == {
+        's': {'alpha_form'},
+        'dc': {'alpha_form'},
+        'e': {'bn_decay'},
+        'f': {'allreduce_grad_dtype'},
+    }
     assert settings['b'].lr(0) == 0.4 and settings['c'].lr(0) == 0.1 and settings['d'].lr(0) == 0.2
-    assert all(settings[name].alpha_form == 'sgd' for name in 'abc')
+    assert all(settings[name].alpha_form == 'sgd' for name in 'abcs')
