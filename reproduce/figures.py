@@ -139,8 +139,8 @@ def runs(logs: dict, out: str):
 
 
 def paper_schedules(out: str):
-    """Draws OUT/schedules.png: alpha_SGD in both forms, alpha_RMSprop, and the learning rates over the
-    paper's 90 epochs with its total batch of 32,768."""
+    """Draws OUT/schedules.png: alpha_SGD in both forms, alpha_RMSprop, and the learning rates over
+    the paper's 90 epochs with its total batch of 32,768."""
     batch = 32768
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), constrained_layout=True)
     early = np.linspace(0, 15, 3001)
