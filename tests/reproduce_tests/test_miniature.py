@@ -143,3 +143,25 @@ def test_the_variants_are_what_their_titles_say():
     }
     assert settings['b'].lr(0) == 0.4 and settings['c'].lr(0) == 0.1 and settings['d'].lr(0) == 0.2
     assert all(settings[name].alpha_form == 'sgd' for name in 'abcs')
+
+
+def test_the_published_table_is_that_of_the_logs(root):
+    results = root / 'reproduce' / 'results' / 'miniature'
+    found = miniature.collect(results)
+    assert set(found) == set(miniature.VARIANTS)
+    assert all(len(logs) >= 3 for logs in found.values())
+    table = miniature.table(found)
+    assert (results / 'table.md').read_text() == table + '\n'
+    assert table in (results / 'README.md').read_text()
+    commands = (results / 'commands.txt').read_text().splitlines()
+    n_updates = {}
+    for variant, logs in found.items():
+        for seed, log in logs.items():
+            run = results / f'{variant}-seed{seed}'
+            summary = json.loads((run / 'summary.json').read_text())
+            assert summary['top1'] == log[-1]['validation/main/accuracy']
+            assert len(log) == miniature.N_EPOCHS
+            [command] = [c for c in commands if c.endswith(f'/{variant}-seed{seed}')]
+            assert f'{miniature.VARIANTS[variant][1]} --seed {seed} ' in command
+            n_updates[variant] = summary['iterations']
+    assert n_updates == {variant: 1563 if variant == 'a' else 98 for variant in found}
