@@ -443,6 +443,8 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
 
     def _exact_mean(self):
         n_workers = self._n_added * self.size
+        if n_workers == 1:
+            return self._wire
         wire = self._wire.reshape(self.size, -1)
         mean = wire[self.rank]
         if self._n_added > 1:  # in place: there is no second buffer of this size
