@@ -31,7 +31,6 @@ from extensions.schedules import (
 )
 from extensions.timing import Timer, TimeReport
 from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
-from extensions.weight_decay import WeightDecay
 
 __all__ = [
     'AllreduceBatchStatistics',
@@ -53,7 +52,6 @@ __all__ = [
     'TimeReport',
     'Timer',
     'VirtualWorkersUpdater',
-    'WeightDecay',
     'alpha_rmsprop',
     'alpha_sgd',
     'base_learning_rate',

@@ -399,29 +399,21 @@ class HalfPrecisionMpiCommunicator(_Options, mpi_communicator_base.MpiCommunicat
         not_finite = self._counts[:, 2:].sum(axis=1)
         chunk = -(-size // self.size)  # each rank sums one chunk; nobody reads the padding
         self._wire = _buffer(self._wire, chunk * self.size, self.allreduce_grad_dtype)
-        start = 0
-        for (_, param), counts in zip(params, self._counts):
-            stop = start + param.data.size
-            if param.grad is None:
-                self._wire[start:stop] = 0
-            else:
-                kernels.pack(param.grad, self.gradient_scale, self._wire[start:stop], counts)
-            start = stop
+        grads = [np.zeros_like(p.data) if p.grad is None else p.grad for _, p in params]
+        kernels.pack(grads, self.gradient_scale, self._wire[:size], self._counts)
         for i in np.flatnonzero(self._counts[:, 2:].sum(axis=1) > not_finite):
             self._culprits.setdefault(i, []).append(self._n_added)
 
     def _unpack(self, mean, params):
         """Returns the names of the parameters whose mean is not finite."""
-        names, start = [], 0
-        for name, _ in self._layout:
-            param = params[name]
-            if param.grad is None:
-                param.grad = np.empty_like(param.data)
-            part = slice(start, start + param.data.size)
-            start = part.stop
-            if kernels.unpack(mean[part], self.gradient_scale, param.grad):
-                names.append(name)
-        return names
+        names = [name for name, _ in self._layout]
+        for name in names:
+            if params[name].grad is None:
+                params[name].grad = np.empty_like(params[name].data)
+        grads = [params[name].grad for name in names]
+        size = sum(grad.size for grad in grads)
+        not_finite = kernels.unpack(mean[:size], self.gradient_scale, grads)
+        return [names[i] for i in np.flatnonzero(not_finite)]
 
     def _what_was_sent(self, first_worker):
         """Of each parameter with values that are not finite: how many, and of which workers."""

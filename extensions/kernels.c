@@ -16,7 +16,7 @@ const char *source_digest(void) { return SOURCE_DIGEST; }
 
 #define PARAMETERS(T)                                                                       \
     int64_t size, const T *grads, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2,         \
-        T one_minus_mu2, T eps, T *params, T *ms, T *deltas
+        T one_minus_mu2, T eps, T weight_decay_rate, T *params, T *ms, T *deltas
 #define FOR_EACH_ELEMENT                                                                    \
     _Pragma("GCC ivdep") for (int64_t i = 0; i < size; i++)                                 \
     {                                                                                       \
@@ -26,7 +26,7 @@ const char *source_digest(void) { return SOURCE_DIGEST; }
         params[i] = param, ms[i] = m, deltas[i] = delta;                                    \
     }
 
-VECTORIZED void rmsprop_warmup_float32(PARAMETERS(float))
+VECTORIZED void update_float32(PARAMETERS(float))
 {
     typedef float T;
     FOR_EACH_ELEMENT
@@ -34,7 +34,7 @@ VECTORIZED void rmsprop_warmup_float32(PARAMETERS(float))
     END
 }
 
-VECTORIZED void rmsprop_warmup_float64(PARAMETERS(double))
+VECTORIZED void update_float64(PARAMETERS(double))
 {
     typedef double T;
     FOR_EACH_ELEMENT
@@ -42,14 +42,39 @@ VECTORIZED void rmsprop_warmup_float64(PARAMETERS(double))
     END
 }
 
-/* out += factor * in */
-VECTORIZED void float32_add_scaled(int64_t size, const float *in, float factor, float *out)
-{
-    _Pragma("GCC ivdep") for (int64_t i = 0; i < size; i++)
-        out[i] += factor * in[i];
-}
+/* Of all parameters, as each call from Python takes microseconds. `arrays` are the gradient, the
+   parameter, m and delta of each, `values` its hyper-parameters in the order of PARAMETERS. */
+#define UPDATE_ALL(NAME, T, UPDATE)                                                         \
+    void NAME(int64_t n, const int64_t *sizes, T *const (*arrays)[4], const double (*values)[8]) \
+    {                                                                                       \
+        for (int64_t k = 0; k < n; k++) {                                                   \
+            T *const *a = arrays[k];                                                        \
+            const double *v = values[k];                                                    \
+            UPDATE(sizes[k], a[0], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], a[1], a[2], \
+                   a[3]);                                                                   \
+        }                                                                                   \
+    }
+
+UPDATE_ALL(rmsprop_warmup_float32, float, update_float32)
+UPDATE_ALL(rmsprop_warmup_float64, double, update_float64)
 
 /* ---- float32 on the wire */
+
+/* As UPDATE_ALL: the arrays of all parameters, which lie one after the other on the wire. */
+#define PACK_ALL(NAME, WIRE, PACK)                                                          \
+    void NAME(int64_t n, const int64_t *sizes, const float *const *in, float scale, WIRE *out, \
+              int64_t (*counts)[4])                                                         \
+    {                                                                                       \
+        for (int64_t k = 0; k < n; out += sizes[k++])                                       \
+            PACK(sizes[k], in[k], scale, out, counts[k]);                                   \
+    }
+#define UNPACK_ALL(NAME, WIRE, UNPACK)                                                      \
+    void NAME(int64_t n, const int64_t *sizes, const WIRE *in, float scale, float *const *out, \
+              int64_t *not_finite)                                                          \
+    {                                                                                       \
+        for (int64_t k = 0; k < n; in += sizes[k++])                                        \
+            not_finite[k] = UNPACK(sizes[k], in, scale, out[k]);                            \
+    }
 
 #define BLOCK 1024 /* values that stay in the first-level cache */
 
@@ -63,8 +88,8 @@ static inline int32_t magnitude_of(float value)
 
 /* out = scale * in, and adds to counts how many values of in are not zero, and how many of out are
    not zero, infinite, and NaN. */
-VECTORIZED void pack_float32_float32(int64_t size, const float *in, float scale, float *out,
-                                     int64_t *counts)
+VECTORIZED void pack_float32(int64_t size, const float *in, float scale, float *out,
+                             int64_t *counts)
 {
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t n = size - start < BLOCK ? size - start : BLOCK;
@@ -83,7 +108,7 @@ VECTORIZED void pack_float32_float32(int64_t size, const float *in, float scale,
 }
 
 /* out = scale * in; returns how many values of in are infinite or NaN. */
-VECTORIZED int64_t unpack_float32_float32(int64_t size, const float *in, float scale, float *out)
+VECTORIZED int64_t unpack_float32(int64_t size, const float *in, float scale, float *out)
 {
     int64_t not_finite = 0;
     for (int64_t start = 0; start < size; start += BLOCK) {
@@ -97,6 +122,9 @@ VECTORIZED int64_t unpack_float32_float32(int64_t size, const float *in, float s
     }
     return not_finite;
 }
+
+PACK_ALL(pack_float32_float32, float, pack_float32)
+UNPACK_ALL(unpack_float32_float32, float, unpack_float32)
 
 /* Row r of those that are added up: `own` at its place among those that were received. */
 #define ROW(r) ((r == place ? own : in + (r - (r > place)) * stride) + start)
@@ -164,8 +192,7 @@ static inline HALF void stream(void *out, const void *in, int64_t bytes)
 
 /* out = float16(scale * in). Adds to counts how many values of in are not zero, and how many of out
    are not zero, infinite, and NaN: of a block that is still in the first-level cache. */
-HALF void pack_float32_float16(int64_t size, const float *in, float scale, uint16_t *out,
-                               int64_t *counts)
+HALF void pack_float16(int64_t size, const float *in, float scale, uint16_t *out, int64_t *counts)
 {
     float block[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
@@ -188,7 +215,7 @@ HALF void pack_float32_float16(int64_t size, const float *in, float scale, uint1
 }
 
 /* out = scale * float32(in); returns how many values of in are infinite or NaN. */
-HALF int64_t unpack_float16_float32(int64_t size, const uint16_t *in, float scale, float *out)
+HALF int64_t unpack_float16(int64_t size, const uint16_t *in, float scale, float *out)
 {
     float block[BLOCK];
     int64_t not_finite = 0;
@@ -209,6 +236,9 @@ HALF int64_t unpack_float16_float32(int64_t size, const uint16_t *in, float scal
     _mm_sfence();
     return not_finite;
 }
+
+PACK_ALL(pack_float32_float16, uint16_t, pack_float16)
+UNPACK_ALL(unpack_float16_float32, uint16_t, unpack_float16)
 
 /* As one loop over blocks that stay in the first-level cache: STATEMENT is done for each float i of
    a block of n that begins at start. */

@@ -35,23 +35,24 @@ def _load() -> dict:
     if library.source_digest().decode() != source_digest():
         return {}
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments: dict = {'float32_add_scaled': [size, pointer, ctypes.c_float, pointer]}
-    for name, scalar in (('float32', ctypes.c_float), ('float64', ctypes.c_double)):
-        arguments[f'rmsprop_warmup_{name}'] = [size, pointer, *[scalar] * 7, *[pointer] * 3]
-    pack = [size, pointer, ctypes.c_float, pointer, pointer]
+    pack = unpack = [size, pointer, pointer, ctypes.c_float, pointer, pointer]
     mean = [size, size, size, pointer, size, pointer, ctypes.c_double, pointer]
-    arguments['pack_float32_float32'] = pack
-    arguments['unpack_float32_float32'] = pack[:-1]
-    arguments['mean_float32_float32'] = mean
+    arguments = {
+        'rmsprop_warmup_float32': [size, pointer, pointer, pointer],
+        'rmsprop_warmup_float64': [size, pointer, pointer, pointer],
+        'pack_float32_float32': pack,
+        'unpack_float32_float32': unpack,
+        'mean_float32_float32': mean,
+    }
     if hasattr(library, 'has_float16') and library.has_float16():
         arguments['pack_float32_float16'] = pack
-        arguments['unpack_float16_float32'] = pack[:-1]
+        arguments['unpack_float16_float32'] = unpack
         arguments['widen_float16'] = arguments['add_float16'] = [size, pointer, pointer]
         arguments['mean_float16_float16'] = arguments['mean_float64_float16'] = mean
     functions = {name: getattr(library, name) for name in arguments}
     for name, function in functions.items():
         function.argtypes = arguments[name]
-        function.restype = size if name.startswith('unpack') else None
+        function.restype = None
     return functions
 
 
@@ -67,53 +68,105 @@ def name_of(dtype) -> str:
 
 
 def address(array) -> int:
-    return array.__array_interface__['data'][0]
+    try:  # the buffer protocol takes a quarter of the other's time, where it may write
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):
+        return array.__array_interface__['data'][0]
 
 
-def pack(grad, scale, target, counts):
-    """``target[...] = scale * grad`` in one pass, which also counts what the cast makes of them.
+def _common_name(arrays) -> str:
+    """The name of the dtype that they have alike; none if they differ."""
+    dtypes = {array.dtype for array in arrays}
+    return name_of(dtypes.pop()) if len(dtypes) == 1 else ''
+
+
+def _table(arrays):
+    """What a function in C is told of several arrays: their sizes and addresses."""
+    sizes = np.array([array.size for array in arrays], np.int64)
+    return sizes, np.array([address(array) for array in arrays], np.uintp)
+
+
+def _parts(array, sizes):
+    """Its parts of these sizes, one after the other."""
+    return [array[stop - size : stop] for size, stop in zip(sizes, np.cumsum(sizes))]
+
+
+def pack(grads, scale, target, counts):
+    """``target[...] = scale * grads``, one after the other, in one pass, which also counts what the
+    cast makes of them.
 
     Args:
-        grad (array): Of any shape.
-        scale (float): A power of two, applied in the dtype of ``grad``.
+        grads (list of arrays): Of any shapes.
+        scale (float): A power of two, applied in the dtype of ``grads``.
         target (array): As many elements, contiguous; beyond 65,504 a float16 is infinite.
-        counts (array): int64 [4]. The numbers of elements are added that are not zero in ``grad``,
-            and not zero, infinite, and NaN in ``target``.
+        counts (array): int64 [len(grads), 4]. The numbers of elements are added that are not zero
+            in a gradient, and not zero, infinite, and NaN in its part of ``target``.
     """
-    grad = np.ascontiguousarray(grad)
-    function = compiled.get(f'pack_{name_of(grad.dtype)}_{name_of(target.dtype)}')
+    function = compiled.get(f'pack_{_common_name(grads)}_{name_of(target.dtype)}')
+    grads = [np.ascontiguousarray(grad) for grad in grads]
     if function:
-        function(grad.size, address(grad), scale, address(target), address(counts))
+        sizes, addresses = _table(grads)
+        tables = address(sizes), address(addresses)
+        function(len(grads), *tables, scale, address(target), address(counts))
         return
-    grad = grad.reshape(-1)
-    for start in range(0, grad.size, _BLOCK):
-        g, t = grad[start : start + _BLOCK], target[start : start + _BLOCK]
-        with np.errstate(over='ignore', invalid='ignore'):
-            t[...] = g if scale == 1 else g * grad.dtype.type(scale)
-        not_finite = t.size - np.count_nonzero(np.isfinite(t))
-        nan = np.count_nonzero(np.isnan(t)) if not_finite else 0
-        counts += (np.count_nonzero(g), np.count_nonzero(t), not_finite - nan, nan)
+    for grad, part, count in zip(grads, _parts(target, [grad.size for grad in grads]), counts):
+        grad = grad.reshape(-1)
+        for start in range(0, grad.size, _BLOCK):
+            g, t = grad[start : start + _BLOCK], part[start : start + _BLOCK]
+            with np.errstate(over='ignore', invalid='ignore'):
+                t[...] = g if scale == 1 else g * grad.dtype.type(scale)
+            not_finite = t.size - np.count_nonzero(np.isfinite(t))
+            nan = np.count_nonzero(np.isnan(t)) if not_finite else 0
+            count += (np.count_nonzero(g), np.count_nonzero(t), not_finite - nan, nan)
 
 
-def unpack(mean, scale, grad) -> int:
-    """``grad[...] = mean / scale`` in one pass.
+def unpack(mean, scale, grads):
+    """``grads[...] = mean / scale``, one after the other, in one pass.
 
     Args:
         mean (array): Contiguous.
-        scale (float): A power of two, taken out in the dtype of ``grad``.
-        grad (array): As many elements, of any shape.
+        scale (float): A power of two, taken out in the dtype of ``grads``.
+        grads (list of arrays): As many elements, of any shapes.
 
     Returns:
-        int: How many elements of ``mean`` are infinite or NaN.
+        array: int64 [len(grads)], how many elements of each one's part are infinite or NaN.
     """
-    function = compiled.get(f'unpack_{name_of(mean.dtype)}_{name_of(grad.dtype)}')
-    if function and grad.flags.c_contiguous:
-        return function(mean.size, address(mean), 1 / scale, address(grad))
-    with np.errstate(over='ignore', invalid='ignore'):
-        grad[...] = mean.reshape(grad.shape)
-        if scale != 1:
-            grad *= grad.dtype.type(1 / scale)
-    return mean.size - np.count_nonzero(np.isfinite(mean))
+    function = compiled.get(f'unpack_{name_of(mean.dtype)}_{_common_name(grads)}')
+    if function and all(grad.flags.c_contiguous for grad in grads):
+        sizes, addresses = _table(grads)
+        not_finite = np.empty(len(grads), np.int64)
+        tables = address(sizes), address(mean), 1 / scale, address(addresses)
+        function(len(grads), *tables, address(not_finite))
+        return not_finite
+    parts = _parts(mean, [grad.size for grad in grads])
+    for grad, part in zip(grads, parts):
+        with np.errstate(over='ignore', invalid='ignore'):
+            grad[...] = part.reshape(grad.shape)
+            if scale != 1:
+                grad *= grad.dtype.type(1 / scale)
+    return np.array([part.size - np.count_nonzero(np.isfinite(part)) for part in parts], np.int64)
+
+
+def rmsprop_warmup(arrays, values) -> bool:
+    """The update of parameters on the CPU, [W0] to [W3] of :class:`~extensions.RMSpropWarmup`.
+
+    Args:
+        arrays (list): Gradient, parameter, m and delta of the first parameter, of the second, ...
+        values (list of tuples): The eight hyper-parameters of each.
+
+    Returns:
+        bool: Whether it was done: the arrays must be contiguous, all float32 or all float64.
+    """
+    function = compiled.get(f'rmsprop_warmup_{_common_name(arrays)}')
+    if not function or not all(array.flags.c_contiguous for array in arrays):
+        return False
+    sizes, addresses = _table(arrays)
+    of_each = sizes.reshape(-1, 4)
+    if np.any(of_each != of_each[:, :1]):
+        return False  # NumPy says what is wrong
+    sizes, scalars = of_each[:, 0].copy(), np.array(values, np.float64)
+    function(len(sizes), address(sizes), address(addresses), address(scalars))
+    return True
 
 
 def widen(source, target):
@@ -163,18 +216,3 @@ def mean(rows, n, target, own=None, place=0):
             add(row[block], t)
         with np.errstate(over='ignore', invalid='ignore'):
             target[block] = t / n
-
-
-def add_scaled(source, factor, target):
-    """``target += factor * source`` in one pass, for arrays of one dtype.
-
-    Returns:
-        bool: Whether it was done: there is C for contiguous float32 alone.
-    """
-    function = compiled.get('float32_add_scaled')
-    if not function or not all(
-        a.dtype == np.float32 and a.flags.c_contiguous for a in (source, target)
-    ):
-        return False
-    function(source.size, address(source), factor, address(target))
-    return True

@@ -20,7 +20,10 @@ _BLOCK = 65536
 # One element of the update, as C and CUDA compile it, and the CUDA kernel's arguments.
 ELEMENT = Path(__file__).with_name('rmsprop_warmup_element.h').read_text()
 KERNEL = (
-    'T grad, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2, T one_minus_mu2, T eps',
+    (
+        'T grad, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2, T one_minus_mu2, T eps, '
+        'T weight_decay_rate'
+    ),
     'T param, T m, T delta',
     ELEMENT,
     'rmsprop_warmup',
@@ -43,6 +46,7 @@ _default_hyperparam.alpha_rmsprop = 0.0
 _default_hyperparam.mu1 = 0.9
 _default_hyperparam.mu2 = 0.99
 _default_hyperparam.eps = 1e-8
+_default_hyperparam.weight_decay_rate = 0.0
 
 
 class RMSpropWarmupRule(optimizer.UpdateRule):
@@ -51,8 +55,8 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
     Args:
         parent_hyperparam (~chainer.optimizer.Hyperparameter): Provides the values that are not
             given here.
-        lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps (float): As in :class:`RMSpropWarmup`, for this
-            parameter alone.
+        lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps, weight_decay_rate (float): As in
+            :class:`RMSpropWarmup`, for this parameter alone.
 
     Attributes:
         state (dict): ``m`` and ``delta``, arrays of the parameter's shape, dtype and device,
@@ -73,6 +77,7 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
         mu1=None,
         mu2=None,
         eps=None,
+        weight_decay_rate=None,
     ):
         super().__init__(parent_hyperparam or _default_hyperparam)
         given = {
@@ -82,6 +87,7 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
             'mu1': mu1,
             'mu2': mu2,
             'eps': eps,
+            'weight_decay_rate': weight_decay_rate,
         }
         given = {name: value for name, value in given.items() if value is not None}
         _check_hyperparameters(**given)
@@ -103,36 +109,37 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
             )
         # Python floats: a NumPy scalar would widen float32 arithmetic to float64. And 1 - mu2 is
         # rounded once: in float32 itself the difference would be off by 6 roundings.
-        values = (hp['lr'], hp['alpha_sgd'], hp['alpha_rmsprop'], hp['mu1'], mu2, 1 - mu2, eps)
+        alphas = hp['alpha_sgd'], hp['alpha_rmsprop']
+        values = (hp['lr'], *alphas, hp['mu1'], mu2, 1 - mu2, eps, hp['weight_decay_rate'])
         return tuple(map(float, values))
 
     def update_core_cpu(self, param):
         if param.grad is None:
             return
-        arrays = (param.data, param.grad, self.state['m'], self.state['delta'])
+        arrays = (param.grad, param.data, self.state['m'], self.state['delta'])
         hyperparameters = self._hyperparameters(param.dtype)
-        compiled = kernels.compiled.get(f'rmsprop_warmup_{kernels.name_of(param.dtype)}')
-        if compiled and all(a.dtype == param.dtype and a.flags.c_contiguous for a in arrays):
-            p, g, m, delta = map(kernels.address, arrays)
-            compiled(param.size, g, *hyperparameters, p, m, delta)
-        else:
+        if not kernels.rmsprop_warmup(arrays, [hyperparameters]):
             self._update_by_numpy(arrays, *hyperparameters)
 
-    def _update_by_numpy(self, arrays, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, one_minus_mu2, eps):
-        dtype = arrays[0].dtype
+    def _update_by_numpy(
+        self, arrays, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, one_minus_mu2, eps, weight_decay_rate
+    ):
+        dtype = arrays[1].dtype
         scratch = np.empty(min(_BLOCK, arrays[0].size), dtype)
         # nditer hands out blocks of the arrays themselves, as 1-d views, whatever their layout.
         blocks = np.nditer(
             arrays,
             flags=['external_loop', 'buffered', 'zerosize_ok'],
-            op_flags=[['readwrite'], ['readonly'], ['readwrite'], ['readwrite']],
+            op_flags=[['readonly'], ['readwrite'], ['readwrite'], ['readwrite']],
             op_dtypes=[dtype] * 4,
             casting='same_kind',
             buffersize=_BLOCK,
         )
         with blocks:
-            for p, g, m, delta in blocks:
+            for g, p, m, delta in blocks:
                 s = scratch[: len(p)]
+                if weight_decay_rate != 0:
+                    g = g + weight_decay_rate * p  # [W0]
                 np.multiply(g, g, out=s)
                 s *= one_minus_mu2
                 m *= mu2
@@ -167,6 +174,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
 
     With g_t the gradient averaged over all workers, theta the parameters and m_0 = Delta_0 = 0::
 
+        [W0]  g_t    := g_t + weight_decay_rate * theta_{t-1}
         [W1]  m_t     = mu2 * m_{t-1} + (1 - mu2) * g_t**2
         [W2]  Delta_t = mu1 * Delta_{t-1} - (alpha_SGD + alpha_RMSprop / (sqrt(m_t) + eps)) * g_t
         [W3]  theta_t = theta_{t-1} + eta * Delta_t
@@ -188,6 +196,9 @@ class RMSpropWarmup(optimizer.GradientMethod):
         mu1 (float): Decay rate of the momentum; 0.9 (R).
         mu2 (float): Decay rate of the mean square; 0.99 (R).
         eps (float): Added to the root, outside of it; 1e-8 (R).
+        weight_decay_rate (float): Of all parameters whose rule has none of its own. It is Chainer's
+            hook :class:`~chainer.optimizer_hooks.WeightDecay`, on CPUs to the bit, without a pass
+            of its own over gradients and parameters; ``param.grad`` stays as it is.
 
     Raises:
         TypeError: A hyper-parameter is not a number, a boolean for instance.
@@ -195,7 +206,16 @@ class RMSpropWarmup(optimizer.GradientMethod):
             first update: ``eps`` is zero in the parameter's dtype.
     """
 
-    def __init__(self, lr, alpha_sgd=1.0, alpha_rmsprop=0.0, mu1=0.9, mu2=0.99, eps=1e-8):
+    def __init__(
+        self,
+        lr,
+        alpha_sgd=1.0,
+        alpha_rmsprop=0.0,
+        mu1=0.9,
+        mu2=0.99,
+        eps=1e-8,
+        weight_decay_rate=0.0,
+    ):
         super().__init__()
         values = {
             'lr': lr,
@@ -204,6 +224,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
             'mu1': mu1,
             'mu2': mu2,
             'eps': eps,
+            'weight_decay_rate': weight_decay_rate,
         }
         _check_hyperparameters(**values)
         for name, value in values.items():
@@ -215,6 +236,50 @@ class RMSpropWarmup(optimizer.GradientMethod):
     mu1 = optimizer.HyperparameterProxy('mu1')
     mu2 = optimizer.HyperparameterProxy('mu2')
     eps = optimizer.HyperparameterProxy('eps')
+    weight_decay_rate = optimizer.HyperparameterProxy('weight_decay_rate')
 
     def create_update_rule(self):
         return RMSpropWarmupRule(self.hyperparam)
+
+    def update(self, lossfun=None, *args, **kwds):
+        """As every :class:`~chainer.GradientMethod`'s. On CPUs it is one call for all parameters,
+        where nothing asks for Chainer's way from one to the next, which takes longer than the
+        arithmetic of a small one: no hooks, no loss scaling, no float16."""
+        if lossfun is not None or not self._update_at_once():
+            super().update(lossfun, *args, **kwds)
+
+    def _update_at_once(self) -> bool:
+        params = [p for p in self.target.params() if p.update_rule and p.update_rule.enabled]
+        if self._loss_scale is not None or _has_hooks(self) or not all(map(_is_plain, params)):
+            return False
+        arrays: list = []
+        values = []
+        for param in params:
+            rule = param.update_rule
+            arrays += (param.grad, param.array, rule.state['m'], rule.state['delta'])
+            values.append(rule._hyperparameters(param.dtype))
+        if not kernels.rmsprop_warmup(arrays, values):
+            return False
+        for rule in [self, *(param.update_rule for param in params)]:
+            rule.t += 1
+        return True
+
+
+def _has_hooks(hookable) -> bool:
+    hooks = hookable._hookable
+    return bool(hooks._pre_update_hooks or hooks._post_update_hooks)
+
+
+def _is_plain(param) -> bool:
+    """Whether its rule would do nothing but call ``update_core_cpu``, as in most iterations."""
+    rule = param.update_rule
+    return (
+        type(rule) is RMSpropWarmupRule
+        and not _has_hooks(rule)
+        and rule.state is not None
+        and isinstance(rule.state['m'], np.ndarray)
+        and isinstance(param.array, np.ndarray)
+        and param.dtype != np.float16
+        and param.grad is not None
+        and param._loss_scale is None
+    )

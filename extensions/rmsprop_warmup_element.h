@@ -1,6 +1,9 @@
 // One element of the update. CuPy makes the CUDA kernel from this text, kernels.c the CPU's loop;
 // T is the parameter's type. NumPy's statements in rmsprop_warmup.py give the same bits.
-const T g = grad;
+T g = grad;
+if (weight_decay_rate != 0) {
+    g = grad + weight_decay_rate * param;  // [W0]
+}
 const T mean_square = mu2 * m + one_minus_mu2 * (g * g);  // [W1]
 T scale = alpha_sgd;
 if (alpha_rmsprop != 0) {

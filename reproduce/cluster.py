@@ -148,7 +148,7 @@ def predict(cluster, job, processes) -> dict:
         pack      N (8 + 4 e) / memory_bandwidth    N parameters, e bytes each on the wire: read 4
                   and write e to pack, read and write e to divide by P, read e and write 4 to
                   unpack; nothing for P = 1
-        update    N * 4 * 10 / memory_bandwidth     7 streams of the rule, 3 of weight decay
+        update    N * 4 * 7 / memory_bandwidth      reads 4 arrays, writes 3
         training  ceil(epochs * images / (P b)) iterations
         validation  of each epoch: ceil(50,000 / P) * forward_share / images_per_second, after an
                   all-reduce of the BN statistics
@@ -165,7 +165,7 @@ def predict(cluster, job, processes) -> dict:
         'compute': job.local_batch / rate,
         'pack': job.parameters * wire / host.memory_bandwidth if processes > 1 else 0.0,
         'allreduce': allreduce_seconds(cluster, job, processes),
-        'update': job.parameters * 4 * 10 / host.memory_bandwidth,
+        'update': job.parameters * 4 * 7 / host.memory_bandwidth,
     }
     iterations = math.ceil(job.epochs * job.images / (processes * job.local_batch))
     images = math.ceil(job.validation_images / processes)

@@ -88,10 +88,6 @@ class _System:
         x, t = (self.device.send(array) for array in batch)
         return images.normalize(x, images.MEAN, images.STD, self.device.xp), t
 
-    def decay(self, hook):
-        for param in train.decayed_parameters(self.model):
-            param.update_rule.add_hook(hook(1e-4))
-
     def give_timer(self):
         """Hands on ``timer`` where it is not asked for in every call."""
         raise NotImplementedError
@@ -133,7 +129,8 @@ class Ours(_System):
         self.comm.bcast_data(model)
         lr = extensions.base_learning_rate(self.total_batch_size)
         optimizer = extensions.RMSpropWarmup(lr).setup(model)
-        self.decay(extensions.WeightDecay)
+        for param in train.decayed_parameters(model):
+            param.update_rule.hyperparam.weight_decay_rate = 1e-4
         statistics = extensions.AllreduceBatchStatistics(model, comm)
         self.updater = extensions.VirtualWorkersUpdater(
             self.batches.train_batch,
@@ -194,7 +191,8 @@ class ChainerMN(_System):
         optimizer = chainermn.create_multi_node_optimizer(
             chainer.optimizers.CorrectedMomentumSGD(lr, 0.9), comm
         ).setup(model)
-        self.decay(WeightDecay)
+        for param in train.decayed_parameters(model):
+            param.update_rule.add_hook(WeightDecay(1e-4))
 
         def loss_function(x, t):
             loss = F.softmax_cross_entropy(model(x), t)

@@ -82,7 +82,7 @@ def main(argv=None):
         settings.lr_base, mu1=settings.mu1, mu2=settings.mu2, eps=settings.eps
     ).setup(model)
     for param in decayed_parameters(model):
-        param.update_rule.add_hook(extensions.WeightDecay(settings.weight_decay))
+        param.update_rule.hyperparam.weight_decay_rate = settings.weight_decay
 
     # Batch normalization without moving averages: the last minibatch's statistics, averaged before
     # each validation.

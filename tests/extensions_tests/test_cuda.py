@@ -128,7 +128,6 @@ CHAINER_ON_A_GPU = [
     'chainer.functions.pooling.pooling_nd',
     'chainer.link',
     'chainer.optimizer',
-    'chainer.optimizer_hooks.weight_decay',
     'chainer.utils.conv',
     'chainermn.communicators._communication_utility',
     'chainermn.communicators._memory_utility',

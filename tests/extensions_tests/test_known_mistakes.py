@@ -77,8 +77,8 @@ MISTAKES = {
     'the sign of the update reversed': (RULE, 'p += s  # [W3]', 'p -= s', EQUATIONS),
     'a hyper-parameter given and ignored': (
         RULE,
-        "            'mu2': mu2,\n            'eps': eps,\n        }\n        _check",
-        "            'mu2': 0.99,\n            'eps': eps,\n        }\n        _check",
+        "            'mu2': mu2,\n            'eps': eps,\n            'weight_decay_rate'",
+        "            'mu2': 0.99,\n            'eps': eps,\n            'weight_decay_rate'",
         f'{RULE_TESTS}::test_every_hyperparameter_reaches_the_rule',
     ),
     'a boolean taken for a number': (
@@ -87,9 +87,9 @@ MISTAKES = {
         '',
         f'{RULE_TESTS}::test_impossible_hyperparameters_are_errors',
     ),
-    'no hook for weight decay': (
+    'no weight decay': (
         'reproduce/train.py',
-        '        param.update_rule.add_hook(extensions.WeightDecay(settings.weight_decay))',
+        '        param.update_rule.hyperparam.weight_decay_rate = settings.weight_decay',
         '        pass',
         'tests/reproduce_tests/test_train.py::test_every_option_reaches_the_training',
     ),

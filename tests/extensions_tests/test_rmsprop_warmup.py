@@ -11,11 +11,12 @@ from chainer.optimizer_hooks import WeightDecay
 import extensions
 from extensions import RMSpropWarmup, RMSpropWarmupRule, kernels, rmsprop_warmup
 
-HYPERPARAMETERS = ('lr', 'alpha_sgd', 'alpha_rmsprop', 'mu1', 'mu2', 'eps')
+HYPERPARAMETERS = ('lr', 'alpha_sgd', 'alpha_rmsprop', 'mu1', 'mu2', 'eps', 'weight_decay_rate')
 
 
-def equations(theta, m, delta, g, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps):
-    """[W1] [W2] [W3] in float64, as the paper states them."""
+def equations(theta, m, delta, g, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps, weight_decay_rate=0):
+    """[W0] to [W3] in float64, as the paper states them."""
+    g = g + weight_decay_rate * theta
     m = mu2 * m + (1 - mu2) * g**2
     delta = mu1 * delta - (alpha_sgd + alpha_rmsprop / (np.sqrt(m) + eps)) * g
     return theta + lr * delta, m, delta
@@ -52,7 +53,7 @@ def arithmetic(request, monkeypatch):
     'fixed',
     [
         {},
-        {'mu1': 0.5, 'mu2': 0.9, 'eps': 0.1},
+        {'mu1': 0.5, 'mu2': 0.9, 'eps': 0.1, 'weight_decay_rate': 0.03},
         {'mu1': 0.0, 'mu2': 0.0, 'eps': 1e-3},
     ],
 )
@@ -88,7 +89,8 @@ def test_thousand_steps_follow_the_equations(dtype, shape, fixed):
 
 @pytest.mark.skipif(not kernels.compiled, reason='no C compiler at the installation')
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
-def test_c_and_numpy_give_the_same_bits(monkeypatch, dtype):
+@pytest.mark.parametrize('weight_decay_rate', [0, 0.02])
+def test_c_and_numpy_give_the_same_bits(monkeypatch, dtype, weight_decay_rate):
     limits = np.finfo(dtype)
     odd = [0, -0.0, limits.tiny, limits.tiny / 8, limits.max, -limits.max, 1e15, np.inf, np.nan]
     start, rng = arrays((100003,), dtype)
@@ -102,6 +104,7 @@ def test_c_and_numpy_give_the_same_bits(monkeypatch, dtype):
         monkeypatch.setattr(kernels, 'compiled', compiled)
         link = link_of(start)
         optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.3).setup(link)
+        optimizer.weight_decay_rate = weight_decay_rate
         with np.errstate(all='ignore'):
             for step, g in enumerate(gradients):
                 link.p.grad = g
@@ -228,16 +231,140 @@ def test_impossible_hyperparameters_are_errors(name, value):
             optimizer(**{'lr': 0.1, name: value})
 
 
-def test_weight_decay_of_one_parameter_enters_before_the_rule():
-    start, rng = arrays((7,), 'float64')
-    g = rng.standard_normal(7)
-    link = link_of(start)
-    optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.3).setup(link)
-    link.p.update_rule.add_hook(WeightDecay(0.01))
-    link.p.grad = g.copy()
-    optimizer.update()
-    expected, _, _ = equations(start, 0, 0, g + 0.01 * start, 0.1, 1.0, 0.3, 0.9, 0.99, 1e-8)
-    np.testing.assert_allclose(link.p.data, expected, rtol=1e-14)
+@pytest.mark.usefixtures('arithmetic')
+@pytest.mark.parametrize('alpha_rmsprop', [0.0, 0.3])
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_weight_decay_has_the_bits_of_chainers_hook(dtype, alpha_rmsprop):
+    start, rng = arrays((7, 301), dtype)
+    ours, peer = link_of(start), link_of(start)
+    for link in (ours, peer):
+        with link.init_scope():
+            link.exempt = chainer.Parameter(start.copy())
+    optimizer = RMSpropWarmup(0.1, alpha_rmsprop=alpha_rmsprop).setup(ours)
+    ours.p.update_rule.hyperparam.weight_decay_rate = 0.037
+    theirs = RMSpropWarmup(0.1, alpha_rmsprop=alpha_rmsprop).setup(peer)
+    peer.p.update_rule.add_hook(WeightDecay(0.037))
+    for _ in range(5):
+        g = rng.standard_normal(start.shape).astype(dtype)
+        for link in (ours, peer):
+            link.p.grad, link.exempt.grad = g.copy(), g.copy()
+        optimizer.update()
+        theirs.update()
+    np.testing.assert_array_equal(ours.p.grad, g)
+    for name in ('p', 'exempt'):
+        one, other = getattr(ours, name), getattr(peer, name)
+        np.testing.assert_array_equal(one.array, other.array)
+        for state in ('m', 'delta'):
+            np.testing.assert_array_equal(
+                one.update_rule.state[state], other.update_rule.state[state]
+            )
+    assert np.any(ours.p.array != ours.exempt.array)
+
+
+def chain_of(rng, **shapes):
+    chain = chainer.Chain()
+    with chain.init_scope():
+        for name, shape in shapes.items():
+            setattr(chain, name, chainer.Parameter(rng.standard_normal(shape).astype('float32')))
+    return chain
+
+
+def changed_by(update, n_steps=4, prepare=lambda optimizer, chain: None, **shapes):
+    """The optimizer and all arrays after some steps, each of which ends with ``update``."""
+    rng = np.random.RandomState(0)
+    chain = chain_of(rng, **(shapes or {'a': (), 'b': (0,), 'c': (3, 500), 'd': (70_000,)}))
+    optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.3, weight_decay_rate=0.01).setup(chain)
+    prepare(optimizer, chain)
+    for _ in range(n_steps):
+        for param in chain.params():
+            param.grad = np.asarray(rng.standard_normal(param.shape), 'float32')
+        update(optimizer)
+    arrays = [p.array for p in chain.params()]
+    for param in chain.params():
+        if param.update_rule.state:
+            arrays += [param.update_rule.state['m'], param.update_rule.state['delta']]
+    return optimizer, arrays
+
+
+@pytest.mark.skipif(not kernels.compiled, reason='no C compiler at the installation')
+def test_all_parameters_in_one_call_and_one_after_the_other_are_the_same(monkeypatch):
+    def prepare(optimizer, chain):
+        chain.c.update_rule.hyperparam.weight_decay_rate = 0
+        chain.c.update_rule.hyperparam.lr = 0.2
+        chain.d.update_rule.enabled = False
+
+    calls, in_c = [], kernels.rmsprop_warmup
+    monkeypatch.setattr(
+        kernels,
+        'rmsprop_warmup',
+        lambda arrays, *rest: calls.append(len(arrays)) or in_c(arrays, *rest),
+    )
+    optimizer, together = changed_by(RMSpropWarmup.update, prepare=prepare)
+    assert calls == [4] * 3 + [12] * 3  # the first makes the state; d is disabled
+    optimizers_t, rules_t = optimizer.t, [p.update_rule.t for p in optimizer.target.params()]
+    optimizer, alone = changed_by(chainer.GradientMethod.update, prepare=prepare)
+    assert optimizers_t == optimizer.t == 4
+    assert rules_t == [p.update_rule.t for p in optimizer.target.params()] == [4, 4, 4, 0]
+    for one, other in zip(together, alone):
+        np.testing.assert_array_equal(one, other)
+    assert len(together) == len(alone) == 4 + 3 * 2
+
+
+class OtherRule(RMSpropWarmupRule):
+    def update_core_cpu(self, param):
+        param.array[...] = self.t
+
+
+def test_what_a_rule_or_an_optimizer_was_given_still_acts():
+    called = []
+
+    def on_a_rule(optimizer, chain):
+        chain.a.update_rule.add_hook(lambda rule, param: called.append(param.name), 'of a rule')
+
+    def after_a_rule(optimizer, chain):
+        chain.a.update_rule.add_hook(
+            lambda rule, param: called.append(param.name), 'after', timing='post'
+        )
+
+    def on_the_optimizer(optimizer, chain):
+        optimizer.add_hook(lambda optimizer: called.append('optimizer'), 'of the optimizer')
+
+    for prepare, expected in (
+        (on_a_rule, ['a'] * 3),
+        (after_a_rule, ['a'] * 3),
+        (on_the_optimizer, ['optimizer'] * 3),
+    ):
+        called.clear()
+        changed_by(RMSpropWarmup.update, 3, prepare, a=(2,), b=(3,))
+        assert called == expected
+
+    def another_rule(optimizer, chain):
+        chain.b.update_rule = OtherRule(optimizer.hyperparam)
+
+    _, (_, b, *_) = changed_by(RMSpropWarmup.update, 3, another_rule, a=(2,), b=(3,))
+    np.testing.assert_array_equal(b, [3, 3, 3])
+
+    def loss_scale(optimizer, chain):
+        for param in chain.params():
+            param._loss_scale = 8
+
+    _, scaled = changed_by(RMSpropWarmup.update, 3, loss_scale, a=(2,), b=(3,))
+    _, expected = changed_by(chainer.GradientMethod.update, 3, loss_scale, a=(2,), b=(3,))
+    for one, other in zip(scaled, expected):
+        np.testing.assert_array_equal(one, other)
+
+    def dynamic_loss_scaling(optimizer, chain):
+        optimizer.loss_scaling()
+
+    optimizer, _ = changed_by(RMSpropWarmup.update, 3, dynamic_loss_scaling, a=(2,))
+    assert optimizer._loss_scale == 8  # doubled in every step
+
+
+def test_state_of_another_size_is_numpys_error_and_no_write_beyond_its_end():
+    optimizer, _ = changed_by(RMSpropWarmup.update, 1, a=(5,))
+    optimizer.target.a.update_rule.state['m'] = np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match='broadcast'):
+        optimizer.update()
 
 
 def test_missing_gradient_and_disabled_rule_change_nothing():
@@ -332,7 +459,7 @@ C_PROGRAM = """
 #include <tgmath.h>
 typedef %s T;
 void update(long n, const T *grad_, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2,
-            T one_minus_mu2, T eps, T *param_, T *m_, T *delta_) {
+            T one_minus_mu2, T eps, T weight_decay_rate, T *param_, T *m_, T *delta_) {
     for (long i = 0; i < n; i++) {
         T grad = grad_[i], param = param_[i], m = m_[i], delta = delta_[i];
         %s
@@ -342,9 +469,11 @@ void update(long n, const T *grad_, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T
 """
 
 
-@pytest.mark.parametrize('alpha_rmsprop', [0.0, 0.3])
+@pytest.mark.parametrize('alpha_rmsprop, weight_decay_rate', [(0.0, 0.02), (0.3, 0.0), (0.3, 0.02)])
 @pytest.mark.parametrize('dtype, c_type', [('float32', 'float'), ('float64', 'double')])
-def test_body_of_the_cuda_kernel_run_on_the_host(tmp_path, dtype, c_type, alpha_rmsprop):
+def test_body_of_the_cuda_kernel_run_on_the_host(
+    tmp_path, dtype, c_type, alpha_rmsprop, weight_decay_rate
+):
     """The kernel's text as it stands, through the host's C compiler, against the equations."""
     compiler = shutil.which('cc')
     if compiler is None:
@@ -363,9 +492,9 @@ def test_body_of_the_cuda_kernel_run_on_the_host(tmp_path, dtype, c_type, alpha_
     state = [rng.standard_normal(1002), rng.uniform(size=1002) ** 4, rng.standard_normal(1002)]
     state[1][-5:] = 0
     grad, *state = (np.asarray(array, dtype) for array in (grad, *state))
-    scalars = (0.1, 0.7, alpha_rmsprop, 0.9, 0.99, 1 - 0.99, 1e-8)
+    scalars = (0.1, 0.7, alpha_rmsprop, 0.9, 0.99, 1 - 0.99, 1e-8, weight_decay_rate)
     theta, m, delta = equations(
-        *(a.astype(np.float64) for a in (*state, grad)), *scalars[:5], scalars[6]
+        *(a.astype(np.float64) for a in (*state, grad)), *scalars[:5], *scalars[6:]
     )
     pointer = ctypes.POINTER(scalar)
     update(
