@@ -148,7 +148,7 @@ def unpack(mean, scale, grads):
 
 
 def rmsprop_warmup(arrays, values) -> bool:
-    """The update of parameters on the CPU, [W0] to [W3] of :class:`~extensions.RMSpropWarmup`.
+    """The update of parameters on the CPU, whose equations :class:`~extensions.RMSpropWarmup` has.
 
     Args:
         arrays (list): Gradient, parameter, m and delta of the first parameter, of the second, ...

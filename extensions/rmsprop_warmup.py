@@ -139,7 +139,7 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
             for g, p, m, delta in blocks:
                 s = scratch[: len(p)]
                 if weight_decay_rate != 0:
-                    g = g + weight_decay_rate * p  # [W0]
+                    g = g + weight_decay_rate * p
                 np.multiply(g, g, out=s)
                 s *= one_minus_mu2
                 m *= mu2
@@ -172,9 +172,9 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
 class RMSpropWarmup(optimizer.GradientMethod):
     """RMSprop warm-up (S): momentum SGD and RMSprop, mixed inside the momentum.
 
-    With g_t the gradient averaged over all workers, theta the parameters and m_0 = Delta_0 = 0::
+    With g_t the gradient averaged over all workers, plus ``weight_decay_rate`` times theta_{t-1},
+    theta the parameters and m_0 = Delta_0 = 0::
 
-        [W0]  g_t    := g_t + weight_decay_rate * theta_{t-1}
         [W1]  m_t     = mu2 * m_{t-1} + (1 - mu2) * g_t**2
         [W2]  Delta_t = mu1 * Delta_{t-1} - (alpha_SGD + alpha_RMSprop / (sqrt(m_t) + eps)) * g_t
         [W3]  theta_t = theta_{t-1} + eta * Delta_t

@@ -2,7 +2,7 @@
 // T is the parameter's type. NumPy's statements in rmsprop_warmup.py give the same bits.
 T g = grad;
 if (weight_decay_rate != 0) {
-    g = grad + weight_decay_rate * param;  // [W0]
+    g = grad + weight_decay_rate * param;
 }
 const T mean_square = mu2 * m + one_minus_mu2 * (g * g);  // [W1]
 T scale = alpha_sgd;

@@ -15,7 +15,7 @@ HYPERPARAMETERS = ('lr', 'alpha_sgd', 'alpha_rmsprop', 'mu1', 'mu2', 'eps', 'wei
 
 
 def equations(theta, m, delta, g, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps, weight_decay_rate=0):
-    """[W0] to [W3] in float64, as the paper states them."""
+    """[W1] [W2] [W3] in float64, as the paper states them."""
     g = g + weight_decay_rate * theta
     m = mu2 * m + (1 - mu2) * g**2
     delta = mu1 * delta - (alpha_sgd + alpha_rmsprop / (np.sqrt(m) + eps)) * g
