@@ -20,7 +20,6 @@ from mpi4py import MPI
 
 from extensions import device_of, kernels, schedules
 from extensions.timing import PARTS
-from reproduce import figures
 
 _COLUMNS = (  # title, key in the log, format
     ('epoch', 'epoch', '{:>5d}'),
@@ -231,12 +230,15 @@ class Curves(training.Extension):
     priority = extension.PRIORITY_READER - 1
 
     def __init__(self, settings, log_report):
+        from reproduce import figures  # here: matplotlib takes a fifth of a rank's start
+
+        self._figures = figures
         self._settings = settings
         self._log_report = log_report
 
     def __call__(self, trainer):
         if self._log_report.log:
-            figures.curves(self._log_report.log, self._settings, trainer.out)
+            self._figures.curves(self._log_report.log, self._settings, trainer.out)
 
 
 def duration(seconds: float) -> str:
@@ -313,6 +315,8 @@ def summarize(settings, comm, trainer, log, peak_memory, bad_images, timing) -> 
         'versions': versions(),
     }
     _write_json(summary, os.path.join(settings.out, 'summary.json'))
+    from reproduce import figures
+
     figures.curves(log, settings, settings.out)
     return summary
 
