@@ -242,44 +242,55 @@ class RMSpropWarmup(optimizer.GradientMethod):
         return RMSpropWarmupRule(self.hyperparam)
 
     def update(self, lossfun=None, *args, **kwds):
-        """As every :class:`~chainer.GradientMethod`'s. On CPUs it is one call for all parameters,
-        where nothing asks for Chainer's way from one to the next, which takes longer than the
-        arithmetic of a small one: no hooks, no loss scaling, no float16."""
-        if lossfun is not None or not self._update_at_once():
+        """As every :class:`~chainer.GradientMethod`'s, but on CPUs it is one call for all
+        parameters, where no hook, loss scale or float16 asks for Chainer's way from one to the
+        next, which takes longer than the arithmetic of a small one."""
+        if lossfun is not None or self._loss_scale is not None:
             super().update(lossfun, *args, **kwds)
+            return
+        self.reallocate_cleared_grads()
+        self.call_hooks('pre')
+        self.t += 1
+        if not self._update_at_once():
+            for param in self.target.params():
+                param.update()
+        self.reallocate_cleared_grads()
+        self.call_hooks('post')
+
+    def reallocate_cleared_grads(self):
+        """As Chainer's, which looks at every parameter with care, here only if one is missing."""
+        if any(param.grad is None for param in self.target.params()):
+            super().reallocate_cleared_grads()
 
     def _update_at_once(self) -> bool:
-        params = [p for p in self.target.params() if p.update_rule and p.update_rule.enabled]
-        if self._loss_scale is not None or _has_hooks(self) or not all(map(_is_plain, params)):
-            return False
         arrays: list = []
         values = []
-        for param in params:
+        rules = []
+        for param in self.target.params():
             rule = param.update_rule
+            if rule is None or not rule.enabled:
+                continue
+            if not _is_plain(rule, param):
+                return False
             arrays += (param.grad, param.array, rule.state['m'], rule.state['delta'])
             values.append(rule._hyperparameters(param.dtype))
+            rules.append(rule)
         if not kernels.rmsprop_warmup(arrays, values):
             return False
-        for rule in [self, *(param.update_rule for param in params)]:
+        for rule in rules:
             rule.t += 1
         return True
 
 
-def _has_hooks(hookable) -> bool:
-    hooks = hookable._hookable
-    return bool(hooks._pre_update_hooks or hooks._post_update_hooks)
-
-
-def _is_plain(param) -> bool:
-    """Whether its rule would do nothing but call ``update_core_cpu``, as in most iterations."""
-    rule = param.update_rule
+def _is_plain(rule, param) -> bool:
+    """Whether the rule would do nothing but call ``update_core_cpu``, as in most iterations."""
+    hooks = rule._hookable
     return (
         type(rule) is RMSpropWarmupRule
-        and not _has_hooks(rule)
+        and not (hooks._pre_update_hooks or hooks._post_update_hooks)
         and rule.state is not None
         and isinstance(rule.state['m'], np.ndarray)
         and isinstance(param.array, np.ndarray)
         and param.dtype != np.float16
-        and param.grad is not None
         and param._loss_scale is None
     )
