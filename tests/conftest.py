@@ -88,8 +88,10 @@ def leaves_nothing():
     before = _left()
     yield
     deadline = time.monotonic() + 20
+    files = _left() - before
     while time.monotonic() < deadline:
-        left = _left() - before, _processes_with(marker)
+        files &= _left()  # those of others come and go meanwhile
+        left = files, _processes_with(marker)
         if not any(left):
             break
         time.sleep(0.2)

@@ -77,8 +77,8 @@ MISTAKES = {
     'the sign of the update reversed': (RULE, 'p += s  # [W3]', 'p -= s', EQUATIONS),
     'a hyper-parameter given and ignored': (
         RULE,
-        "            'mu2': mu2,\n            'eps': eps,\n            'weight_decay_rate'",
-        "            'mu2': 0.99,\n            'eps': eps,\n            'weight_decay_rate'",
+        'for name, value in given.items() if value is not None}',
+        "for name, value in given.items() if value is not None and name != 'mu2'}",
         f'{RULE_TESTS}::test_every_hyperparameter_reaches_the_rule',
     ),
     'a boolean taken for a number': (
@@ -91,19 +91,19 @@ MISTAKES = {
         'reproduce/train.py',
         '        param.update_rule.hyperparam.weight_decay_rate = settings.weight_decay',
         '        pass',
-        'tests/reproduce_tests/test_train.py::test_every_option_reaches_the_training',
+        'tests/reproduce_tests/test_train.py::test_what_main_hands_to_the_trainer',
     ),
     'no all-reduce of the BN statistics': (
         'extensions/batch_statistics.py',
         'self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, total, MPI.SUM)',
         'total *= self._comm.size',
-        'tests/mpi/test_batch_statistics.py::test_average_of_all_ranks_minibatches',
+        'tests/mpi/test_batch_statistics.py::test_average_of_all_ranks_minibatches[2-False]',
     ),
     'no float16 on the wire': (
         'extensions/half_precision.py',
         "self.set_config('allreduce_grad_dtype', allreduce_grad_dtype)",
         "self.set_config('allreduce_grad_dtype', 'float32')",
-        'tests/mpi/test_half_precision.py::test_mean_equals_the_reference',
+        'tests/mpi/test_half_precision.py::test_mean_equals_the_reference[2-1-float16-0-exact-1]',
     ),
 }
 

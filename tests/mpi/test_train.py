@@ -101,12 +101,16 @@ def test_same_bits_on_1_2_4_and_8_processes(root, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_1024_workers_need_one_buffer_more_than_2(train, tmp_path):
     peaks = {}
     for workers in (2, 1024):
         out = tmp_path / str(workers)
         done = train(
-            2, *SMOKE, '--workers', workers, '--local-batch-size', 1, '--epochs', 1, '--out', out
+            2,
+            *SMOKE,
+            *f'--workers {workers} --local-batch-size 1 --epochs 1 --out {out}'.split(),
+            timeout=280,
         )
         assert done.returncode == 0, done.stdout
         peaks[workers] = summary_of(out)['peak_memory_bytes']

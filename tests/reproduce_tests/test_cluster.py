@@ -324,6 +324,7 @@ def test_bad_options_are_one_line(root, options, message):
     assert 'Traceback' not in done.stderr
 
 
+@pytest.mark.slow
 def test_command_prints_inputs_tables_and_sensitivity_and_writes_them(root, tmp_path):
     done = command(root, '--processes', '1024,8', '--out', tmp_path)
     assert done.returncode == 0, done.stderr

@@ -81,22 +81,19 @@ def test_runs_are_drawn_as_their_mean_with_a_band(drawn):
     assert len(styles) == 2  # told apart without colours
 
 
-def command(root, *arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'reproduce.figures', *map(str, arguments)],
-        cwd=root,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-
-
+@pytest.mark.slow
 def test_the_command(root, tmp_path):
     run = tmp_path / 'a run'
     run.mkdir()
     (run / 'log').write_text(json.dumps(log_of([2, 1], [0.1, 0.4])))
-    done = command(root, 'runs', run, '--out', tmp_path / 'out')
-    assert done.stdout == f'{tmp_path / "out" / "runs.png"}\n' and done.returncode == 0
+    done = subprocess.run(
+        [sys.executable, '-m', 'reproduce.figures', 'runs', run, '--out', tmp_path / 'out'],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f'{tmp_path / "out" / "runs.png"}\n'
     assert (tmp_path / 'out' / 'runs.png').exists()
 
 
@@ -108,6 +105,9 @@ def test_the_command(root, tmp_path):
         (['runs', 'nowhere'], 'nowhere is no folder of a run'),
     ],
 )
-def test_wrong_input(root, arguments, message):
-    done = command(root, *arguments)
-    assert done.returncode == 2 and message in done.stderr and not done.stdout
+def test_wrong_input(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, 'argv', ['figures', *arguments])
+    with pytest.raises(SystemExit) as ended:
+        figures.main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and message in told.err and not told.out

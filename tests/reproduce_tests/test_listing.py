@@ -205,6 +205,7 @@ def test_a_manifest_that_cannot_be_written_is_a_note(kept, tmp_path, capsys):
     assert re.search('note: manifest .* cannot be written', capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_imagenet_s_names_are_small_on_the_wire():
     """Names as ImageNet's are: the class, and a random number of up to five digits."""
     rng = np.random.RandomState(0)
