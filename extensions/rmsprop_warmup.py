@@ -266,6 +266,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
         arrays: list = []
         values = []
         rules = []
+        known: dict = {}  # few rules have hyper-parameters of their own
         for param in self.target.params():
             rule = param.update_rule
             if rule is None or not rule.enabled:
@@ -273,7 +274,11 @@ class RMSpropWarmup(optimizer.GradientMethod):
             if not _is_plain(rule, param):
                 return False
             arrays += (param.grad, param.array, rule.state['m'], rule.state['delta'])
-            values.append(rule._hyperparameters(param.dtype))
+            own = vars(rule.hyperparam)
+            key = (*own, *map(id, own.values()))
+            if key not in known:
+                known[key] = rule._hyperparameters(param.dtype)
+            values.append(known[key])
             rules.append(rule)
         if not kernels.rmsprop_warmup(arrays, values):
             return False
