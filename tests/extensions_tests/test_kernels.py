@@ -19,9 +19,11 @@ def both(monkeypatch):
     """``both(function, target)`` calls the function, which writes to its argument, compiled and
     not; returns the two results, all NaNs alike."""
 
+    in_c = kernels.compiled
+
     def call(function, target):
         results = []
-        for compiled in (kernels.compiled, {}):
+        for compiled in (in_c, {}):
             monkeypatch.setattr(kernels, 'compiled', compiled)
             result = target.copy()
             with np.errstate(all='ignore'):
@@ -137,6 +139,45 @@ def test_gradients_of_any_layout(both):
     into = np.zeros((30, 1000), np.float32).T[::3]
     for result in both(lambda t: kernels.unpack(halves, 1, [t]), into):
         np.testing.assert_array_equal(result.reshape(-1).view(np.float32), halves)
+
+
+@pytest.mark.parametrize('wire', ['float16', 'float32'])
+@pytest.mark.parametrize('shapes', [[(3, 50), (0,), (), (2000,), (7,)], [(5,)], []])
+def test_several_gradients_lie_one_after_the_other(both, wire, shapes):
+    rng = np.random.RandomState(0)
+    grads = [np.asarray(rng.standard_normal(shape), np.float32) for shape in shapes]
+    if len(grads) > 1:
+        grads[0][0, :4] = [np.inf, np.nan, 0, 0]
+        grads[-1][:3] = np.inf
+    flat = np.concatenate([np.zeros(0, np.float32), *(grad.ravel() for grad in grads)])
+    counts, not_finite, filled = [], [], []
+
+    def pack(target):
+        counts.append(np.zeros((len(grads), 4), np.int64))
+        kernels.pack(grads, 1, target, counts[-1])
+
+    def unpack(target, transposed=False):
+        into = [np.zeros_like(grad) for grad in grads]
+        if into and transposed:  # which C does not take
+            into[0] = np.zeros(into[0].shape[::-1], np.float32).T
+        not_finite.append(kernels.unpack(target, 1, into))
+        filled.append(np.concatenate([np.zeros(0, np.float32), *(grad.ravel() for grad in into)]))
+
+    sent = flat.astype(wire)
+    sent[np.isnan(sent)] = 1
+    for result in both(pack, np.empty(flat.size, wire)):
+        np.testing.assert_array_equal(result, sent.view(np.uint8))
+    expected = [
+        [(g != 0).sum(), (g != 0).sum(), np.isinf(g).sum(), np.isnan(g).sum()] for g in grads
+    ]
+    np.testing.assert_array_equal(counts, np.reshape(expected * 2, (2, len(grads), 4)))
+    both(unpack, flat.astype(wire))
+    both(lambda target: unpack(target, transposed=True), flat.astype(wire))
+    assert len(filled) == len(not_finite) == 4
+    for found in filled:
+        np.testing.assert_array_equal(found, flat.astype(wire))
+    for found in not_finite:
+        np.testing.assert_array_equal(found, [(~np.isfinite(grad)).sum() for grad in grads])
 
 
 def test_sums_of_halves(both):

@@ -310,6 +310,20 @@ def test_all_parameters_in_one_call_and_one_after_the_other_are_the_same(monkeyp
     assert len(together) == len(alone) == 4 + 3 * 2
 
 
+def test_a_gradient_that_is_missing_is_zeros_as_everywhere_in_chainer():
+    def clearing(update):
+        def clear_one(optimizer):
+            optimizer.target.b.cleargrad()
+            update(optimizer)
+
+        return clear_one
+
+    _, ours = changed_by(clearing(RMSpropWarmup.update), a=(2,), b=(3,))
+    _, chainers = changed_by(clearing(chainer.GradientMethod.update), a=(2,), b=(3,))
+    for one, other in zip(ours, chainers):
+        np.testing.assert_array_equal(one, other)
+
+
 class OtherRule(RMSpropWarmupRule):
     def update_core_cpu(self, param):
         param.array[...] = self.t
