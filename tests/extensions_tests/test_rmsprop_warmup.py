@@ -291,6 +291,8 @@ def test_all_parameters_in_one_call_and_one_after_the_other_are_the_same(monkeyp
     def prepare(optimizer, chain):
         chain.c.update_rule.hyperparam.weight_decay_rate = 0
         chain.c.update_rule.hyperparam.lr = 0.2
+        chain.a.update_rule.hyperparam.weight_decay_rate = 0.5
+        chain.a.update_rule.hyperparam.lr = 0.3
         chain.d.update_rule.enabled = False
 
     calls, in_c = [], kernels.rmsprop_warmup
@@ -324,6 +326,28 @@ def test_a_gradient_that_is_missing_is_zeros_as_everywhere_in_chainer():
         np.testing.assert_array_equal(one, other)
 
 
+def test_parameters_of_two_dtypes_are_updated_in_theirs():
+    rng = np.random.RandomState(0)
+    chain = chain_of(rng, a=(70,))
+    with chain.init_scope():
+        chain.double = chainer.Parameter(chain.a.array.astype(np.float64))
+    optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.3).setup(chain)
+    for _ in range(3):
+        chain.a.grad = rng.standard_normal(70).astype(np.float32)
+        chain.double.grad = chain.a.grad.astype(np.float64)
+        optimizer.update()
+    assert (chain.a.dtype, chain.double.dtype) == (np.float32, np.float64)
+    np.testing.assert_allclose(chain.a.array, chain.double.array, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_function_gives_the_gradients():
+    link = link_of(np.array([1.0, -2.0]))
+    optimizer = RMSpropWarmup(0.5).setup(link)
+    for _ in range(2):
+        optimizer.update(lambda factor: chainer.functions.sum(factor * link.p), 3.0)
+    np.testing.assert_allclose(link.p.array, [1 - 0.5 * (3 + 5.7), -2 - 0.5 * (3 + 5.7)])
+
+
 class OtherRule(RMSpropWarmupRule):
     def update_core_cpu(self, param):
         param.array[...] = self.t
@@ -343,10 +367,14 @@ def test_what_a_rule_or_an_optimizer_was_given_still_acts():
     def on_the_optimizer(optimizer, chain):
         optimizer.add_hook(lambda optimizer: called.append('optimizer'), 'of the optimizer')
 
+    def after_the_optimizer(optimizer, chain):
+        optimizer.add_hook(lambda optimizer: called.append('after'), 'after', timing='post')
+
     for prepare, expected in (
         (on_a_rule, ['a'] * 3),
         (after_a_rule, ['a'] * 3),
         (on_the_optimizer, ['optimizer'] * 3),
+        (after_the_optimizer, ['after'] * 3),
     ):
         called.clear()
         changed_by(RMSpropWarmup.update, 3, prepare, a=(2,), b=(3,))
