@@ -1,4 +1,5 @@
 import functools
+import json
 import re
 import sys
 from pathlib import Path
@@ -61,35 +62,48 @@ def assert_same_bits(actual, expected):
     np.testing.assert_array_equal(np.signbit(actual), np.signbit(expected))
 
 
-@pytest.mark.parametrize(
-    'processes, each, dtype, seed, accumulate, scale',
-    [
-        *((n, 1, 'float16', 0, 'exact', 1) for n in (1, 2, 3, 4, 7)),
-        *((n, each, 'float16', 0, 'exact', 1) for n, each in ((1, 6), (2, 3), (3, 2))),
-        *((4, 1, 'float16', seed, 'exact', 1) for seed in (1, 2, 3)),
-        (7, 1, 'float16', 1, 'exact', 1),
-        (2, 3, 'float16', 1, 'exact', 2**5),
-        (3, 1, 'float64', 0, 'exact', 1),
-        (3, 1, 'float16', 0, 'exact', 2**-3),
-        *((n, 1, 'float16', 0, 'ring', 1) for n in (1, 2, 3, 4, 7)),
-        *((n, each, 'float16', 0, 'ring', 1) for n, each in ((1, 6), (2, 3), (3, 2))),
-        (4, 1, 'float16', 1, 'ring', 2**3),
-        (3, 2, 'float32', 0, 'ring', 1),
-    ],
-)
-def test_mean_equals_the_reference(
-    mpirun, tmp_path, processes, each, dtype, seed, accumulate, scale
-):
-    done = mpirun(
-        processes, PROGRAMS / 'allreduce.py', tmp_path, dtype, each, seed, accumulate, scale
-    )
-    assert done.returncode == 0, done.stdout
+CASES = [  # processes, workers of each, dtype, seed of the order, sum, scale
+    *((n, 1, 'float16', 0, 'exact', 1) for n in (1, 2, 3, 4, 7)),
+    *((n, each, 'float16', 0, 'exact', 1) for n, each in ((1, 6), (2, 3), (3, 2))),
+    *((4, 1, 'float16', seed, 'exact', 1) for seed in (1, 2, 3)),
+    (7, 1, 'float16', 1, 'exact', 1),
+    (2, 3, 'float16', 1, 'exact', 2**5),
+    (3, 1, 'float64', 0, 'exact', 1),
+    (3, 1, 'float16', 0, 'exact', 2**-3),
+    *((n, 1, 'float16', 0, 'ring', 1) for n in (1, 2, 3, 4, 7)),
+    *((n, each, 'float16', 0, 'ring', 1) for n, each in ((1, 6), (2, 3), (3, 2))),
+    (4, 1, 'float16', 1, 'ring', 2**3),
+    (3, 2, 'float32', 0, 'ring', 1),
+]
+
+
+@pytest.fixture(scope='module')
+def averaged(tmp_path_factory):
+    """``averaged(mpirun, case)``: what each rank got. One job has all cases of n processes."""
+    folders = {}
+
+    def run(mpirun, case):
+        processes = case[0]
+        cases = [options for n, *options in CASES if n == processes]
+        if processes not in folders:
+            folder = tmp_path_factory.mktemp('averaged')
+            done = mpirun(processes, PROGRAMS / 'allreduce.py', folder, json.dumps(cases))
+            assert done.returncode == 0, done.stdout
+            folders[processes] = folder
+        number = cases.index(list(case[1:]))
+        return [np.load(folders[processes] / f'{number}-{r}.npz') for r in range(processes)]
+
+    return run
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join(map(str, case)))
+def test_mean_equals_the_reference(mpirun, averaged, case):
+    processes, each, dtype, seed, accumulate, scale = case
     order = [p * each + i for p in shuffled(processes, seed) for i in range(each)]
     wires = [sent(worker, dtype, scale) for worker in order]
     with np.errstate(all='ignore'):
         mean = (exact_mean if accumulate == 'exact' else ring_mean)(wires, dtype)
-    for rank in range(processes):
-        actual = np.load(tmp_path / f'{rank}.npz')
+    for rank, actual in enumerate(averaged(mpirun, case)):
         assert set(actual.files) == {*mean, 'cast_counts'}
         for name in mean:
             assert actual[name].dtype == np.float32
