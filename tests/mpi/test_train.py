@@ -119,7 +119,7 @@ def test_1024_workers_need_one_buffer_more_than_2(train, image_folders, tmp_path
         )
         assert done.returncode == 0, done.stdout
         peaks[workers] = summary_of(out)['peak_memory_bytes']
-    assert re.search(r'iteration 1 of 1 \+ [\d,]+ of 1,024 images, .* left', done.stdout)
+    assert re.search(r'iteration 0 of 1 \+ [\d,]+ of 1,024 images, .* left', done.stdout)
     buffer = 8 * (1_486_106 - 8 * 513)  # of two classes
     assert peaks[1024] - peaks[2] < 1.2 * buffer
 
