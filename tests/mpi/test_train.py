@@ -345,14 +345,14 @@ def test_ranks_that_differ_are_named_before_the_first_iteration(
 
 
 def test_an_import_that_fails_on_one_rank_ends_the_job(train, root, tmp_path):
-    """A package that is broken on one host: matplotlib cannot be imported on rank 1."""
-    (tmp_path / 'matplotlib.py').write_text(
+    """A package that is broken on one host: chainermn cannot be imported on rank 1."""
+    (tmp_path / 'chainermn.py').write_text(
         'import os, sys\n'
         "if os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n"
         "    raise ImportError('broken on this host')\n"
         'sys.path.remove(os.path.dirname(__file__))\n'
-        "del sys.modules['matplotlib']\n"
-        'import matplotlib\n'
+        "del sys.modules['chainermn']\n"
+        'import chainermn\n'
     )
     path = f'{tmp_path}{os.pathsep}{root}'
     done = train(2, *SMOKE, '--out', tmp_path / 'out', timeout=40, PYTHONPATH=path)
