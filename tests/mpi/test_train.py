@@ -112,7 +112,7 @@ def test_1024_workers_need_one_buffer_more_than_2(train, tmp_path):
         peaks[workers] = summary_of(out)['peak_memory_bytes']
     assert re.search(r'iteration \d of 2 \+ [\d,]+ of 1,024 images, .* left', done.stdout)
     buffer = 8 * 1_486_106
-    assert peaks[1024] - peaks[2] < 1.8 * buffer  # and what MPI takes to exchange it in place
+    assert peaks[1024] - peaks[2] < 1.8 * buffer
 
 
 def test_all_ranks_start_from_rank_zeros_values(train, mpirun, root, tmp_path):
