@@ -49,7 +49,6 @@ setup(
         'opencv-python-headless',  # resizes an image in a third of Pillow's time
         'Pillow',
         'simplejpeg',  # decodes a JPEG in three quarters of Pillow's time
-        'setuptools<74',  # Chainer imports pkg_resources, NumPy 1.23 distutils.msvccompiler
     ],
     extras_require={
         'gpu': GPU,

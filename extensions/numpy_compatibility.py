@@ -8,9 +8,8 @@ NumPy's own type on NumPy 2.
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
+import types
 import warnings
 from typing import Any
 
@@ -41,12 +40,6 @@ _REMOVED = {
 }
 
 
-def _stub(name) -> Any:
-    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
-    sys.modules[name] = module
-    return module
-
-
 def restore_removed_names() -> list[str]:
     """Adds to NumPy what Chainer reads and NumPy no longer has.
 
@@ -60,19 +53,15 @@ def restore_removed_names() -> list[str]:
             if not hasattr(np, name):
                 setattr(np, name, value)
                 added.append(name)
-    if importlib.util.find_spec('numpy.distutils') is None:
-        # Chainer asks it for the BLAS on macOS only, but imports it everywhere.
-        distutils = _stub('numpy.distutils')
-        distutils.system_info = _stub('numpy.distutils.system_info')
-        distutils.system_info.get_info = lambda name: {}
-        setattr(np, 'distutils', distutils)  # noqa: B010  (mypy knows that NumPy has none)
-        added.append('distutils')
     return added
 
 
 restore_removed_names()
-with warnings.catch_warnings():
-    # Chainer's check of its environment imports two deprecated packages; every rank would say so.
-    warnings.simplefilter('ignore', DeprecationWarning)
-    warnings.filterwarnings('ignore', 'pkg_resources is deprecated')
-    import chainer  # noqa: F401
+
+# Chainer's check of its environment takes longer than the rest of Chainer and imports what current
+# releases lack (numpy.distutils, pkg_resources). It knows Python 3.5.0, macOS's old BLAS and CuPy 7,
+# none of which this project uses.
+_CHECK: Any = types.ModuleType('chainer._environment_check')
+_CHECK.check = lambda: None
+sys.modules[_CHECK.__name__] = _CHECK
+import chainer  # noqa: F401

@@ -15,6 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Open MPI 5's component for one-sided transfers sleeps for a second in each MPI_Init where there is no
+# fabric; these tests start some thousand processes.
+os.environ.setdefault('OMPI_MCA_btl', '^ofi')
+
 
 def mpi_environment():
     """The environment of a job: one BLAS thread per rank, more ranks than cores allowed, root

@@ -145,9 +145,7 @@ def test_installs_once_and_again_when_something_changed(tree):
     assert 'setuptools wheel' in installation[1] and '-c constraints.txt' in installation[1]
     assert '--no-binary mpi4py' in installation[2]
     assert '--no-build-isolation -e .[test]' in installation[3] and len(installation) == 4
-    start = time.monotonic()
     again = tree.run('smoke')
-    assert time.monotonic() - start < 1
     assert tree.calls() == installation and 'Setting up' not in again.stderr
     for name in ('constraints.txt', 'setup.py'):
         with (tree.path / name).open('a') as file:
