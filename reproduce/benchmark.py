@@ -305,7 +305,7 @@ def checkpoint(repeat: int) -> dict:
 def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
     """Trains with 8 workers on several numbers of processes, and prints digests of the results.
 
-    Each run is 45 iterations of 64 digits, over the border of an epoch, augmented, with loader
+    Each run is 23 iterations of 128 digits, over the border of an epoch, augmented, with loader
     processes.
 
     Args:
@@ -317,7 +317,7 @@ def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
     found = []
     for processes, each in layouts:
         with tempfile.TemporaryDirectory() as out:
-            options = f'--preset smoke --workers {processes * each} --local-batch-size 8 --epochs 2'
+            options = f'--preset smoke --workers {processes * each} --local-batch-size 16 --epochs 2'
             done = start_ranks(
                 processes,
                 [out, *options.split(), '--width', '8', '--communicator', 'mpi'],

@@ -39,7 +39,9 @@ def curves(log: list, settings, out: str):
     of_90 = fine * schedules.PAPER_EPOCHS / settings.epochs
     transition = (settings.beta_center, settings.beta_period, settings.alpha_form)
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, constrained_layout=True)
+    # All ranks wait for this, and a layout found by drawing would double the time.
+    borders = {'left': 0.07, 'right': 0.98, 'bottom': 0.08, 'top': 0.94, 'hspace': 0.16}
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, gridspec_kw=borders)
     axes[0, 0].plot(epochs, [entry['main/loss'] for entry in log], 'k-', label='training')
     axes[0, 0].plot(
         epochs, [entry['validation/main/loss'] for entry in log], 'k--', label='validation'

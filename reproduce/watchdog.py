@@ -77,7 +77,7 @@ class Watchdog:
             request = self._comm.isend((last, self._position(), _where()), 0)
             sent = clock.now()
             while not self._comm.iprobe(0):
-                time.sleep(self._interval / 10)
+                self._pause()
                 if clock.now() - sent > self._seconds:
                     self._end(
                         f'no sign of life from {self._name(0)} for {self._seconds:g} s: is it '
@@ -117,9 +117,14 @@ class Watchdog:
                 # Who is silent now has mostly been so for as long as nothing moved.
                 silent = [r for r, t in last_sign.items() if now - t > 3 * self._interval]
                 self._end(self._diagnosis(places, silent))
-            time.sleep(self._interval / 10)
+            self._pause()
         for request in answers:
             request.wait()
+
+    def _pause(self):
+        """Between two looks for messages: short once this rank has nothing else to do."""
+        if self._closing.wait(self._interval / 10):
+            time.sleep(min(0.01, self._interval / 10))
 
     def _diagnosis(self, places, silent) -> str:
         furthest = max(done for (done, _, _), _ in places.values())

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow, pytest.mark.usefixtures('leaves_nothing')]
+PROGRAMS = Path(__file__).resolve().parent / 'programs'
 OPTIONS = (
-    '--preset smoke --workers 4 --local-batch-size 16 --epochs 2 --width 4 --checkpoint-every 0.01m'
+    '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4 --checkpoint-every 0.003m'
 ).split()
 
 
@@ -31,7 +32,7 @@ def uninterrupted(start, tmp_path_factory):
 def start(root_of_project, job_environment, mpiexec):
     """``start(n, out, *options)``: a running job, and its output in OUT.txt."""
 
-    def run(n, out, *options, program=('-m', 'reproduce.invariance')):
+    def run(n, out, *options, program=(PROGRAMS / 'shallow.py',)):
         with open(f'{out}.txt', 'a') as said:
             return subprocess.Popen(
                 [mpiexec, '-n', str(n), sys.executable, *program, str(out), *OPTIONS, *options],
@@ -67,7 +68,7 @@ def ranks_of(out):
             words = (process / 'cmdline').read_bytes().split(b'\0')
         except OSError:
             continue
-        if b'reproduce.invariance' in words and str(out).encode() in words and b'-n' not in words:
+        if bytes(PROGRAMS / 'shallow.py') in words and str(out).encode() in words and b'-n' not in words:
             found.append(int(process.name))
     return sorted(found)
 
@@ -98,7 +99,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, uninterrupted, 
     assert said.count(message) == 1 and 'Traceback' not in said
     iteration = int(said.split(message)[1].split(';')[0])
     newest = max((out / 'checkpoints').iterdir())
-    assert newest.name == f'checkpoint-{iteration:09d}.npz' and iteration < 45
+    assert newest.name == f'checkpoint-{iteration:09d}.npz' and iteration < 23
     assert start(4, out, '--resume', 'auto').wait(100) == 0
     assert digests_of(out) == uninterrupted
     log = json.loads((out / 'log').read_text())
@@ -122,7 +123,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(start, uninterrupted, 
         out = tmp_path / str(finished)
         processes = rng.choice((1, 2, 4))
         job = start(processes, out, '--resume', 'auto', '--checkpoint-every', '0.002m')
-        moment = time.monotonic() + rng.uniform(1, 4)
+        moment = time.monotonic() + rng.uniform(0.5, 3)
         while job.poll() is None and time.monotonic() < moment:
             time.sleep(0.01)
         ranks = ranks_of(out)
@@ -262,12 +263,11 @@ def number_of(process):
     [('train_with_inf.py',), ('train_that_fails.py', 'raise'), ('train_that_fails.py', 'segfault')],
     ids=' '.join,
 )
-def test_a_rank_that_fails_loses_nothing(start, uninterrupted, root, tmp_path, program):
+def test_a_rank_that_fails_loses_nothing(start, uninterrupted, tmp_path, program):
     """An infinite gradient, an exception, a segmentation fault in an early iteration."""
     out = tmp_path / 'out'
     name, *how = program
-    path = root / 'tests' / 'mpi' / 'programs' / name
-    program = (str(path), *how, '--out')
+    program = (PROGRAMS / name, *how, '--out')
     job = start(2, out, '--checkpoint-every', '0.0001m', program=program)
     assert job.wait(60) != 0
     iterations = [int(p.stem[-9:]) for p in (out / 'checkpoints').glob('checkpoint-*')]
@@ -276,10 +276,10 @@ def test_a_rank_that_fails_loses_nothing(start, uninterrupted, root, tmp_path, p
     assert digests_of(out) == uninterrupted
 
 
-def test_a_clock_that_jumps_back_changes_nothing(start, uninterrupted, root, tmp_path):
+def test_a_clock_that_jumps_back_changes_nothing(start, uninterrupted, tmp_path):
     """Neither in a run, nor what is the newest checkpoint."""
     out = tmp_path / 'out'
-    program = (str(root / 'tests' / 'mpi' / 'programs' / 'train_with_clock.py'),)
+    program = (PROGRAMS / 'train_with_clock.py',)
     job = start(2, out, '--checkpoint-every', '0.001m', program=program)
     wait_for(lambda: len(list((out / 'checkpoints').glob('checkpoint-*.npz'))) == 2)
     job.send_signal(signal.SIGUSR1)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow, pytest.mark.usefixtures('leaves_nothing')]
-OPTIONS = '--preset smoke --workers 4 --local-batch-size 16 --epochs 2 --width 4'.split()
+SHALLOW = Path(__file__).resolve().parent / 'programs' / 'shallow.py'
+OPTIONS = '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4'.split()
 _AGENT = """#!/bin/sh
 host={prefix}h${{1##*.}}
 shift
@@ -109,7 +110,7 @@ def start(root_of_project, job_environment):
 def train_on(hosts, out, *options, n=4):
     """Words for run_mpi.sh: on both hosts, or on the first alone."""
     where = ('--hostfile', hosts.file) if n == 4 else ()
-    return ('-n', n, *where, '--', '-m', 'reproduce.invariance', out, *OPTIONS, *options)
+    return ('-n', n, *where, '--', SHALLOW, out, *OPTIONS, *options)
 
 
 def digests_of(out):
@@ -172,7 +173,7 @@ def test_a_rank_killed_on_the_other_host_ends_the_job(hosts, start, tmp_path):
     ranks = [
         process
         for process in hosts.processes()[1]
-        if Path(f'/proc/{process}/cmdline').read_bytes().count(b'reproduce.invariance')
+        if Path(f'/proc/{process}/cmdline').read_bytes().count(b'shallow.py')
         and b'OMPI_COMM_WORLD_RANK=3' in Path(f'/proc/{process}/environ').read_bytes()
     ]
     os.kill(int(ranks[0]), signal.SIGKILL)

@@ -354,10 +354,9 @@ def test_hostfiles(root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seconds, compiler', [(1, 'cc'), (3, 'false')])
-def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds, compiler):
-    """Really installs, is killed half-way with all its children, and really installs again; with a
-    C compiler and without."""
+def test_an_interrupted_installation_is_done_again(tmp_path, root):
+    """Really installs, is killed twice with all its children, and really installs again; without a
+    C compiler, which whoever runs the tests mostly has."""
     here = tmp_path / 'a folder'
     here.mkdir()
     for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
@@ -366,7 +365,7 @@ def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds, comp
         shutil.copytree(
             root / name, here / name, ignore=shutil.ignore_patterns('__pycache__', '*.so')
         )
-    environment = {**os.environ, 'PYTHON': sys.executable, 'CC': compiler}
+    environment = {**os.environ, 'PYTHON': sys.executable, 'CC': 'false'}
     for name in ('MPIEXEC', 'VENV', 'EXTRAS'):
         environment.pop(name, None)
     command = [
@@ -376,22 +375,22 @@ def test_an_interrupted_installation_is_done_again(tmp_path, root, seconds, comp
         '-c',
         'from extensions import kernels; print("works", bool(kernels.compiled))',
     ]
-    first = subprocess.Popen(
-        command,
-        cwd=here,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    time.sleep(seconds)
-    os.killpg(first.pid, signal.SIGKILL)
-    assert 'works' not in first.communicate()[0], 'installed before it could be interrupted'
-    compiled = compiler == 'cc' and shutil.which('cc') is not None
+    for seconds in (1, 3):
+        first = subprocess.Popen(
+            command,
+            cwd=here,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(seconds)
+        os.killpg(first.pid, signal.SIGKILL)
+        assert 'works' not in first.communicate()[0], 'installed before it could be interrupted'
     second = subprocess.run(
         command, cwd=here, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
-    assert second.returncode == 0 and second.stdout == f'works {compiled}\n', second
+    assert second.returncode == 0 and second.stdout == 'works False\n', second
     third = subprocess.run(
         command, cwd=here, env=environment, capture_output=True, text=True, check=True
     )

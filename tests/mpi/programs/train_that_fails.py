@@ -5,7 +5,8 @@ import os
 import sys
 import time
 
-from reproduce import train  # first: it starts the loader's server before MPI
+import shallow  # noqa: F401  isort: skip
+from reproduce import train
 
 how = sys.argv.pop(1)
 update = train.extensions.VirtualWorkersUpdater.update

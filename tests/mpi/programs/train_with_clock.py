@@ -3,6 +3,7 @@
 import sys
 import time
 
+import shallow  # noqa: F401  isort: skip
 from reproduce import invariance, train
 
 update, now = train.extensions.VirtualWorkersUpdater.update, time.time

@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 
-from reproduce import train  # first: it starts the loader's server before MPI
+import shallow  # noqa: F401  isort: skip
+from reproduce import train
 
 Communicator = train.extensions.HalfPrecisionMpiCommunicator
 add_grad = Communicator.add_grad
