@@ -58,9 +58,9 @@ def restore_removed_names() -> list[str]:
 
 restore_removed_names()
 
-# Chainer's check of its environment takes longer than the rest of Chainer and imports what current
-# releases lack (numpy.distutils, pkg_resources). It knows Python 3.5.0, macOS's old BLAS and CuPy 7,
-# none of which this project uses.
+# Chainer's check of its environment takes longer than the rest of its import, by what current
+# releases lack (numpy.distutils, pkg_resources). It is about Python 3.5.0, the BLAS of macOS, and
+# CuPy 7, none of which this project uses.
 _CHECK: Any = types.ModuleType('chainer._environment_check')
 _CHECK.check = lambda: None
 sys.modules[_CHECK.__name__] = _CHECK

@@ -317,7 +317,9 @@ def invariance(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
     found = []
     for processes, each in layouts:
         with tempfile.TemporaryDirectory() as out:
-            options = f'--preset smoke --workers {processes * each} --local-batch-size 16 --epochs 2'
+            options = (
+                f'--preset smoke --workers {processes * each} --local-batch-size 16 --epochs 2'
+            )
             done = start_ranks(
                 processes,
                 [out, *options.split(), '--width', '8', '--communicator', 'mpi'],

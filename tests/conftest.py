@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Open MPI 5's component for one-sided transfers sleeps for a second in each MPI_Init where there is no
-# fabric; these tests start some thousand processes.
+# Open MPI 5's component for one-sided transfers sleeps for a second in each MPI_Init where there is
+# no fabric; these tests start some thousand processes.
 os.environ.setdefault('OMPI_MCA_btl', '^ofi')
 
 
@@ -124,6 +124,14 @@ def _processes_with(marker):
 @pytest.fixture
 def root():
     return ROOT
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """One block in each stage of ResNet-50 instead of 3 to 6, where the network is but a load."""
+    from reproduce import resnet50
+
+    monkeypatch.setattr(resnet50, 'BLOCKS', dict.fromkeys(resnet50.BLOCKS, 1))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import pytest
 pytestmark = [pytest.mark.mpi, pytest.mark.slow, pytest.mark.usefixtures('leaves_nothing')]
 PROGRAMS = Path(__file__).resolve().parent / 'programs'
 OPTIONS = (
-    '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4 --checkpoint-every 0.003m'
+    '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4 '
+    '--checkpoint-every 0.003m'
 ).split()
 
 
@@ -68,7 +69,11 @@ def ranks_of(out):
             words = (process / 'cmdline').read_bytes().split(b'\0')
         except OSError:
             continue
-        if bytes(PROGRAMS / 'shallow.py') in words and str(out).encode() in words and b'-n' not in words:
+        if (
+            bytes(PROGRAMS / 'shallow.py') in words
+            and str(out).encode() in words
+            and b'-n' not in words
+        ):
             found.append(int(process.name))
     return sorted(found)
 

@@ -14,7 +14,7 @@ KINDS = {'convolution': '/conv', 'batch normalization': '/bn', 'fully connected'
 
 
 @pytest.mark.slow
-def test_errors_are_those_of_the_definition(tmp_path, capsys):
+def test_errors_are_those_of_the_definition(shallow, tmp_path, capsys):
     result = precision.run(STUDY, tmp_path / 'out')
     digits.write_image_folder(tmp_path / 'digits')
     gradient_of = precision.Gradients(STUDY, list_images(tmp_path / 'digits' / 'train'))
@@ -56,7 +56,7 @@ def test_errors_are_those_of_the_definition(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_other_ways_to_a_total_batch(tmp_path, capsys):
+def test_other_ways_to_a_total_batch(shallow, tmp_path, capsys):
     study = precision.Study(workers=(3,), local_batch_size=2, steps=1)
     result = precision.accumulation(study)
     digits.write_image_folder(tmp_path / 'digits')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import figures, images, resnet50, train
+from reproduce import figures, images, train
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, parse
 from reproduce.train import decayed_parameters
@@ -96,9 +96,8 @@ def same(one, other):
 
 
 @pytest.mark.slow
-def test_every_option_reaches_the_training(trained, monkeypatch):
+def test_every_option_reaches_the_training(trained, shallow, monkeypatch):
     """8 updates at the epochs 0, 11.25, 22.5, ... of 90, so that one lies in the transition."""
-    monkeypatch.setattr(resnet50, 'BLOCKS', dict.fromkeys(resnet50.BLOCKS, 1))  # quicker
     monkeypatch.setattr(figures, 'curves', lambda *arguments: None)
     model, log = trained()
     again, _ = trained()
