@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 PROGRAM = """
+import sys
 import warnings
 import numpy as np
 warnings.simplefilter('ignore')
@@ -16,6 +17,7 @@ missing = [name for name in removed.split() if not hasattr(np, name)]
 assert not missing, missing
 assert numpy_compatibility.restore_removed_names() == [], 'the second call added something'
 import chainer, chainermn
+assert not {'numpy.distutils', 'pkg_resources'} & sys.modules.keys(), 'its check was imported'
 assert np.sctypes['float'][1] is np.float32
 x = chainer.Variable(np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3))
 assert chainer.functions.resize_images(x, (4, 6)).shape == (1, 1, 4, 6)
