@@ -124,7 +124,7 @@ class Watchdog:
     def _pause(self):
         """Between two looks for messages: short once this rank has nothing else to do."""
         if self._closing.wait(self._interval / 10):
-            time.sleep(min(0.01, self._interval / 10))
+            time.sleep(0.01)
 
     def _diagnosis(self, places, silent) -> str:
         furthest = max(done for (done, _, _), _ in places.values())

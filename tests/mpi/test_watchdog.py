@@ -45,6 +45,13 @@ def test_an_ending_that_all_agreed_on_is_not_held_up(watched):
     assert 'nothing has moved' not in done.stdout
 
 
+def test_the_end_of_a_run_does_not_wait_for_the_next_look(watched):
+    """Those of a running job are half a second apart: with them 20 ends took a minute."""
+    done = watched('often')
+    assert done.returncode == 0, done.stdout
+    assert max(map(float, re.findall('^20 took (.*)$', done.stdout, re.MULTILINE))) < 15
+
+
 def test_a_job_that_is_suspended_as_a_whole_goes_on(root, mpiexec, job_environment):
     program = root / 'tests' / 'mpi' / 'programs' / 'watched.py'
     job = subprocess.Popen(
