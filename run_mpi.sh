@@ -2,34 +2,84 @@
 # No "set -u": the bash of older clusters (before 4.4) takes an empty array for an unset one.
 set -eo pipefail
 
+here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P)
+
+# The verbs. Jobs start mpiexec. The others run one program, most of them a module of this project.
+jobs=(smoke train preflight)
+programs=(test lint benchmark figures cluster miniature images invariance python)
+declare -A module=(
+    [benchmark]=reproduce.studies.speed
+    [figures]=reproduce.studies.figures
+    [cluster]=reproduce.studies.cluster
+    [miniature]=reproduce.studies.miniature
+    [images]=reproduce.studies.image_commands
+    [invariance]=reproduce.studies.invariance
+)
+# The names that a verb needs after it. The modules have them too; a test compares the two.
+declare -A names=(
+    [benchmark]='update statistics allreduce workers checkpoint loader listing iteration precision accumulation'
+    [figures]='schedules comparison runs'
+    [images]='check arrange'
+)
+
 usage() {
-    cat <<'END'
-run_mpi.sh makes the Python environment (.venv) the first time, then starts a job in it:
+    cat <<END
+Usage: ./run_mpi.sh VERB [options]
 
-  ./run_mpi.sh smoke [options]         train on two processes, with images that come along
-  ./run_mpi.sh -n 4 smoke [options]    the same on four
-  ./run_mpi.sh preflight [mpiexec options] [-- train.py options]
-                                       check every host for that run, without training
-  ./run_mpi.sh test [pytest options]   run the tests
-  ./run_mpi.sh lint                    check style and types
-  ./run_mpi.sh python [arguments]      the environment's Python, one process
+The first start sets up the Python environment, .venv. Then the verb runs in it.
 
-  ./run_mpi.sh [mpiexec options] -- [options of reproduce/train.py]
-  ./run_mpi.sh [mpiexec options] -- FILE.py [its options]        or: -- -m MODULE [its options]
+Train:
+  smoke       train on two processes, with images that come along; options are train.py's
+  train       train; first mpiexec's options, then "--", then train.py's
+  preflight   check every host for a run, without training; options as for train
 
-The paper's run, on the 1,024 GPUs that hostfiles/mn1 names (see hostfiles/README.md):
+Measure and look:
+  benchmark   measure the speed of one part; needs a NAME
+  figures     draw curves; needs a NAME
+  cluster     predict how long the paper's run takes on a cluster of GPUs
+  miniature   train a small network without one or the other part of the method
+  images      check an image folder, or arrange flat images in class folders; needs a NAME
+  invariance  train on 1, 2, 4 and 8 processes, and compare the bits
 
-  ./run_mpi.sh -n 1024 --hostfile hostfiles/mn1 -- --preset paper --train-root TRAIN --val-root VAL
+Develop:
+  test        run the tests; options are pytest's
+  lint        check style and types
+  python      start the environment's Python, on one process
+  help        print this text
 
-Without -n and hosts it is one process. The mpiexec command is printed before it runs, and its exit status
-is returned. "./run_mpi.sh -- --help" lists the options of train.py.
+Names:
+  benchmark   ${names[benchmark]}
+  figures     ${names[figures]}
+  images      ${names[images]}
+
+"./run_mpi.sh VERB --help" lists the options of a verb.
+
+Examples:
+  ./run_mpi.sh smoke --epochs 3           a short run
+  ./run_mpi.sh -n 4 smoke                 the same verb on four processes
+  ./run_mpi.sh benchmark update
+  ./run_mpi.sh images check FOLDER
+  ./run_mpi.sh train -n 4 -- --preset cifar10 --train-root TRAIN --val-root VAL
+
+The paper's run uses the 1,024 GPUs that hostfiles/mn1 names (see hostfiles/README.md):
+  ./run_mpi.sh preflight -n 1024 --hostfile hostfiles/mn1 -- --train-root TRAIN --val-root VAL
+  ./run_mpi.sh train -n 1024 --hostfile hostfiles/mn1 -- --train-root TRAIN --val-root VAL
+
+Other programs start the same way:
+  ./run_mpi.sh train -n 4 -- FILE.py [its options]
+  ./run_mpi.sh train -n 4 -- -m MODULE [its options]
+
+The word "train" may be left out before an option: ./run_mpi.sh -n 4 -- --preset smoke
+Without -n and hosts, a job has one process. The mpiexec command is printed before it runs.
+The exit status is the program's.
 
 Environment variables:
-  EXTRAS=gpu           install CuPy, cuDNN and NCCL too (2 GB); said once, .venv remembers it
-  MPIEXEC=/path/mpiexec   a cluster's own MPI, instead of the Open MPI that pip installs
-  PYTHON=/path/python  the Python to use, 3.9 to 3.13
-  VENV=/path           the environment, instead of .venv
-  OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS   threads of one rank; 1 unless set
+  EXTRAS=gpu             install CuPy, cuDNN and NCCL too (2 GB); .venv remembers it
+  MPIEXEC=/path/mpiexec  use a cluster's own MPI, instead of the Open MPI that pip installs
+  PYTHON=/path/python    use this Python, 3.9 to 3.13
+  VENV=/path             put the environment there, instead of .venv
+  OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
+                         threads of one process; 1 unless set
 END
 }
 
@@ -38,11 +88,206 @@ fail() {
     exit 1
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 venv=${VENV:-$here/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
+[[ $venv == / ]] || venv=${venv%/} # its log and its lock are beside it
 stamp=$venv/installed # what .venv was made of; and EXTRAS, to be remembered
 log=$venv.log
+
+# ---------------------------------------------------------------- what is asked for
+
+contains() { # WORD NAME...
+    local word=$1 other
+    shift
+    for other; do
+        if [[ $other == "$word" ]]; then return 0; fi
+    done
+    return 1
+}
+
+# Prints 'Did you mean "NAME"? ' if one is near; nothing where there is no Python to ask.
+near() { # WORD NAME...
+    local found
+    found=$("${PYTHON:-python3}" -ISc '
+import difflib, sys
+print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' "$@" 2>/dev/null) || true
+    if [[ -n $found ]]; then echo "Did you mean \"$found\"? "; fi
+}
+
+# Prints a command as one would type it.
+typed() {
+    local line
+    line=$(printf '%q ' "$@")
+    echo "${line% }"
+}
+
+# Is this an option of train.py? Sets `values`. The source has the names: a second list here would go stale.
+is_setting() { # OPTION
+    local name type
+    while read -r name type; do
+        name=${name//_/-}
+        if [[ $type == bool ]]; then values=0; else values=1; fi
+        if [[ $1 == "--$name" || ($type == bool && $1 == "--no-$name") ]]; then return 0; fi
+    done < <(
+        echo 'dry_run bool'
+        sed -n 's/^    \([a-z0-9_]*\): \([a-z]*\).* = _setting(.*/\1 \2/p' "$here/reproduce/settings.py" 2>/dev/null
+    )
+    return 1
+}
+
+# Sets `kind`, and `values`: how many words belong to the option. Listed are those options of mpiexec that matter here, and
+# those whose values could be taken for a verb. mpiexec judges the others.
+classify() { # OPTION
+    values=1
+    case $1 in
+        -n | -np | --n | --np | -c) kind=number ;;
+        --hostfile | -hostfile | --machinefile | -machinefile | -f) kind=hostfile ;;
+        --host | -host | -H | -hosts) kind=hosts ;;
+        --map-by | -map-by) kind=places ;;
+        --oversubscribe | -oversubscribe) kind=places values=0 ;;
+        --bind-to | -bind-to) kind=binding ;;
+        --rank-by | -rank-by | -x | -N | -ppn | --output | --display | --timeout | --prefix | --wdir | -wdir) kind=known ;;
+        --mca | -mca | --prtemca | --pmixmca | -env | -genv) kind=known values=2 ;;
+        --report-bindings | -report-bindings | --allow-run-as-root | --tag-output | -v | -q) kind=known values=0 ;;
+        -h | --help) kind=help values=0 ;;
+        *) if is_setting "$1"; then kind=setting; else kind=unknown values=0; fi ;;
+    esac
+}
+
+# Checks the value of an option of mpiexec, and notes what start_job must know. Without the check, a mistake shows only
+# after the installation, or never.
+note_option() { # OPTION VALUE; after classify
+    local needs='a value'
+    case $kind in
+        number) needs="the number of processes, as in \"$1 2\"" ;;
+        hostfile) needs="a file, as in \"$1 hostfiles/localhost\"" ;;
+    esac
+    if [[ -z $2 || $2 == -[^0-9]* ]]; then fail "$1 needs $needs"; fi
+    case $kind in
+        number)
+            [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 needs $needs, not \"$2\""
+            n=$2
+            ;;
+        hostfile)
+            [[ -r $2 && ! -d $2 ]] || fail "$1 $2: no such file, or it cannot be read"
+            hosts=given
+            ;;
+        hosts) hosts=given ;;
+        places) places=given ;;
+        binding) binding=given ;;
+    esac
+}
+
+# An option before "--". Sets `values`, the number of words that belong to it.
+read_option() { # OPTION and all that follow it
+    local name=${1%%=*} value=$2
+    classify "$name"
+    if [[ $1 == *=* ]]; then
+        value=${1#*=} values=0
+    elif ((values == 0)); then
+        value=none
+    fi
+    case $kind in
+        help) help=1 && return ;;
+        setting) misplaced+=("${@:1:values+1}") && return ;;
+        unknown) doubt=${doubt:-$1} ;;
+        *) note_option "$name" "$value" ;;
+    esac
+    options+=("${@:1:values+1}")
+}
+
+# A word before "--" that is neither an option nor the value of one: a verb, or a mistake.
+read_word() { # WORD and all that follow it
+    if [[ -z $verb ]] && contains "$1" "${jobs[@]}"; then
+        verb=$1
+    elif [[ -n $doubt ]]; then
+        options+=("$1") # perhaps the value of an option that only this mpiexec knows
+    elif [[ $1 == python ]]; then
+        fail 'python starts one process. For more:' \
+            "$(typed ./run_mpi.sh train "${options[@]}" -- "${@:2}" "${words[@]}")"
+    elif contains "$1" "${programs[@]}"; then
+        fail "$1 takes no options before it: $(typed ./run_mpi.sh "$@")"
+    elif [[ $1 == smoke ]]; then
+        misplaced+=(--preset smoke)
+    elif [[ $1 == *.py || $1 == -m ]]; then
+        fail "a program comes after \"--\": $(typed ./run_mpi.sh "${verb:-train}" "${options[@]}" -- "$@" "${words[@]}")"
+    elif [[ -z $verb ]]; then
+        fail "there is no verb \"$1\". $(near "$1" "${jobs[@]}" "${programs[@]}")./run_mpi.sh --help lists all verbs"
+    else
+        fail "\"$1\" cannot stand there. The options of train.py come after \"--\"; ./run_mpi.sh --help shows examples"
+    fi
+}
+
+# What follows "smoke" is for train.py.
+read_smoke() { # the words between "smoke" and "--"
+    local own=() strange=()
+    while (($#)); do
+        kind=unknown values=0
+        if [[ $1 == -* ]]; then classify "${1%%=*}"; fi
+        if [[ $1 == *=* ]]; then values=0; fi
+        case $kind in
+            setting | unknown) own+=("${@:1:values+1}") ;;
+            help) help=1 ;;
+            *) strange+=("${@:1:values+1}") ;;
+        esac
+        shift $((values < $# ? values + 1 : $#))
+    done
+    if ((${#strange[@]})); then
+        fail 'the options of mpiexec come before "smoke":' \
+            "$(typed ./run_mpi.sh "${options[@]}" "${strange[@]}" smoke "${own[@]}" "${words[@]}")"
+    fi
+    words=("${own[@]}" "${words[@]}")
+}
+
+# Ends with one line if the words of a job do not make a command. It has the command that was probably meant.
+check_job() {
+    local place='the options of train.py come after "--"'
+    if [[ $verb == smoke && ${#misplaced[@]} != 0 ]]; then
+        fail 'the options of train.py come after "smoke":' \
+            "$(typed ./run_mpi.sh "${options[@]}" smoke "${misplaced[@]}" "${words[@]}")"
+    elif ((${#misplaced[@]})); then
+        fail "$place:" \
+            "$(typed ./run_mpi.sh "${verb:-train}" "${options[@]}" -- "${words[@]}" "${misplaced[@]}")"
+    elif [[ -n $separator || $verb == smoke || $verb == preflight ]]; then
+        return
+    elif [[ -n $doubt ]]; then
+        fail "what is \"$doubt\" for? Verbs have no dashes; $place; ./run_mpi.sh --help shows examples"
+    fi
+    fail "nothing to run; $place, as in $(typed ./run_mpi.sh train "${options[@]}" -- --preset smoke)"
+}
+
+# Sorts the command line of a job into `verb`, `options` of mpiexec, and `words` for the program.
+read_job() {
+    local kind values before=() misplaced=() separator='' doubt='' help=''
+    while (($#)) && [[ $1 != -- ]]; do before+=("$1") && shift; done
+    if (($#)); then separator=$1 && shift; fi
+    words=("$@")
+    set -- "${before[@]}"
+    while (($#)) && [[ $verb != smoke ]]; do
+        values=0
+        if [[ $1 == -m || $1 != -* ]]; then read_word "$@"; else read_option "$@"; fi
+        shift $((values < $# ? values + 1 : $#))
+    done
+    if [[ $verb == smoke ]]; then read_smoke "$@"; fi
+    if [[ -n $help && -z $verb ]]; then usage && exit; fi
+    if [[ -n $help ]]; then options=(-n 1) n=1 separator=-- misplaced=() words+=(--help); fi
+    check_job
+}
+
+# Sets `verb` and `words`. Programs would report a wrong name too, but only after the installation.
+read_program() {
+    verb=$1 words=("${@:2}")
+    if [[ $2 == -h || $2 == --help ]]; then
+        if [[ $1 == lint ]]; then usage && exit; fi
+    elif [[ $1 == lint && $# != 1 ]]; then
+        fail 'lint takes no options: ./run_mpi.sh lint'
+    elif [[ -n ${names[$1]} ]]; then
+        local list choice="./run_mpi.sh $1 NAME. NAME is one of: ${names[$1]}"
+        read -ra list <<<"${names[$1]}"
+        if [[ -z $2 || $2 == -* ]]; then fail "$1 needs a name first: $choice"; fi
+        contains "$2" "${list[@]}" || fail "$1 has no \"$2\". $(near "$2" "${list[@]}")$choice"
+    fi
+}
 
 # ---------------------------------------------------------------- the environment
 
@@ -54,7 +299,8 @@ import glob, hashlib, os, sys
 if not (3, 9) <= sys.version_info[:2] <= (3, 13):
     sys.exit(1)
 here, *others = sys.argv[1:]
-sources = [here + "/constraints.txt", here + "/setup.py", *sorted(glob.glob(here + "/extensions/*.[ch]"))]
+compiled = sorted(glob.glob(glob.escape(here) + "/extensions/**/*.[ch]", recursive=True))
+sources = [here + "/constraints.txt", here + "/setup.py", *compiled]
 parts = [open(path).read() for path in sources] + [here, *others, sys.version, sys.base_prefix]
 print(hashlib.sha256(repr(parts).encode()).hexdigest(), os.path.realpath(sys.executable))
 ' "$here" "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
@@ -164,23 +410,20 @@ count_cores() {
     echo $((cores > 0 && cores < threads ? cores : threads))
 }
 
-# start_job [mpiexec options] -- [train.py options]
+# Starts mpiexec with `options`, and with the program that `verb` and `words` name.
 start_job() {
-    local name n='' hosts=${SLURM_JOB_ID:-$PBS_JOBID} places='' binding='' options=() program=()
-    while (($#)) && [[ $1 != -- ]]; do
-        case ${1%%=*} in
-            -n | -np | --n | --np | -c) if [[ $1 == *=* ]]; then n=${1#*=}; else n=$2; fi ;;
-            --hostfile | -hostfile | --machinefile | -machinefile | --host | -host | -H | -f | -hosts) hosts=given ;;
-            --map-by | -map-by | --oversubscribe | -oversubscribe) places=given ;;
-            --bind-to | -bind-to) binding=given ;;
-        esac
-        options+=("$1")
-        shift
-    done
-    (($#)) || fail "what shall run? The options of train.py come after '--'; ./run_mpi.sh --help shows examples"
-    shift
-    if [[ $1 != -m && $1 != *.py ]]; then program=("$here/reproduce/train.py"); fi
+    local name program=() again=--overwrite
+    case $verb in
+        smoke) # may be repeated, but goes on where it is told to
+            if [[ -z $hosts && -z $n ]]; then options=(-n 2 "${options[@]}") n=2; fi
+            case " ${words[*]}" in *" --resume"*) again='' ;; esac
+            words=(--preset smoke ${again:+"$again"} "${words[@]}")
+            ;;
+        preflight) words=(-m reproduce.job.preflight "${words[@]}") ;;
+    esac
+    if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=("$here/reproduce/train.py"); fi
 
+    hosts=${hosts:-${SLURM_JOB_ID:-$PBS_JOBID}}
     if [[ -z $hosts && -z $n ]]; then options=(-n 1 "${options[@]}"); fi
     if [[ -n $open_mpi ]]; then
         if [[ $(id -u) == 0 ]]; then options+=(--allow-run-as-root); fi
@@ -199,24 +442,28 @@ start_job() {
         # It ties one or two ranks to a core each, which a rank's image loaders would have to share.
         if [[ -z $binding && (-z $hosts || $n == [12]) ]]; then options+=(--bind-to none); fi
     fi
-    local command=("$mpiexec" "${options[@]}" "$venv/bin/python" "${program[@]}" "$@")
+    local command=("$mpiexec" "${options[@]}" "$venv/bin/python" "${program[@]}" "${words[@]}")
     { printf '%q ' "${settings[@]}" "${command[@]}" && echo; } >&2
     exec "${command[@]}"
 }
 
-# ---------------------------------------------------------------- what was asked for
+# ---------------------------------------------------------------- main
 
-if [[ $# == 0 || $1 == -h || $1 == --help ]]; then
-    usage
-    exit
-fi
+verb='' options=() words=() # not from the environment
+n='' hosts='' places='' binding='' # what the options say of these
+case $1 in
+    '' | help | -h | --help) usage && exit ;;
+esac
+if contains "$1" "${programs[@]}"; then read_program "$@"; else read_job "$@"; fi
+
 find_mpi
 ensure_installed
 set_environment
 python=$venv/bin/python
-case $1 in
-    python) exec "$python" "${@:2}" ;;
-    test) cd "$here" && exec "$python" -m pytest "${@:2}" ;;
+case $verb in
+    '' | smoke | train | preflight) start_job ;;
+    python) exec "$python" "${words[@]}" ;;
+    test) cd "$here" && exec "$python" -m pytest "${words[@]}" ;;
     lint)
         cd "$here"
         status=0
@@ -226,23 +473,5 @@ case $1 in
         done
         exit $status
         ;;
+    *) exec "$python" -m "${module[$verb]}" "${words[@]}" ;;
 esac
-# "smoke" is short for its preset on two ranks; it may be repeated. "preflight" is a program of train.py's options.
-for ((i = 1; i <= $#; i++)); do
-    case ${!i} in
-        --) break ;;
-        preflight)
-            before=("${@:1:i-1}") && shift "$i"
-            while (($#)) && [[ $1 != -- ]]; do before+=("$1") && shift; done
-            start_job "${before[@]}" -- -m reproduce.preflight "${@:2}"
-            ;;
-        smoke)
-            before=("${@:1:i-1}")
-            if ((i == 1)); then before=(-n 2); fi
-            again=--overwrite
-            case " $* " in *" --resume"*) again='' ;; esac
-            start_job "${before[@]}" -- --preset smoke ${again:+"$again"} "${@:i+1}"
-            ;;
-    esac
-done
-start_job "$@"

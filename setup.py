@@ -1,7 +1,7 @@
 import hashlib
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 # CUDA 12 with the last CuPy that still binds cuDNN (14 removed it) and the last cuDNN that it binds
 # (8.9). The libraries come as wheels too: only NVIDIA's driver has to be on the machine.
@@ -20,11 +20,11 @@ GPU = [
 ]
 
 # The CPU's inner loops, optional: without a compiler NumPy does them, slower, with the same bits.
-# extensions/kernels.py loads them, and compares the digest with that of the sources beside it.
-SOURCES = ['extensions/kernels.c', 'extensions/rmsprop_warmup_element.h']
+# extensions/kernels/ loads them, and compares the digest with that of the sources beside it.
+SOURCES = ['extensions/kernels/kernels.c', 'extensions/rmsprop_warmup_element.h']
 DIGEST = hashlib.sha256(b''.join(Path(source).read_bytes() for source in SOURCES)).hexdigest()
 KERNELS = Extension(
-    'extensions._kernels',
+    'extensions.kernels._kernels',
     SOURCES[:1],
     depends=SOURCES[1:],
     define_macros=[('SOURCE_DIGEST', f'"{DIGEST}"')],
@@ -38,9 +38,12 @@ setup(
     description='ResNet-50 on ImageNet with a minibatch of 32,768 images, in Chainer and ChainerMN',
     license='MIT',
     python_requires='>=3.9,<3.14',
-    packages=['extensions', 'reproduce'],
+    packages=find_packages(include=['extensions*', 'reproduce*']),
     ext_modules=[KERNELS],
-    package_data={'extensions': ['*.c', '*.h'], 'reproduce': ['data/*']},
+    package_data={
+        'extensions': ['*.h', 'kernels/*.c'],
+        'reproduce': ['data/*', 'studies/cluster/*.json'],
+    },
     install_requires=[
         'chainer==7.8.1',
         'matplotlib',

@@ -24,7 +24,7 @@ class _NoteCount(chainer.LinkHook):
 class AllreduceBatchStatistics(training.Extension):
     """Averages the last minibatch's BN statistics over all workers (S)::
 
-        [B]  mean = 1/n sum_w mean_w        var = 1/n sum_w var_w
+        [N]  mean = 1/n sum_w mean_w        var = 1/n sum_w var_w
 
     with mean_w and var_w those of worker w's last minibatch: ``avg_mean`` and ``avg_var`` of a
     BatchNormalization with ``decay=0``. The average of the variances leaves out the spread of the
@@ -109,7 +109,7 @@ class AllreduceBatchStatistics(training.Extension):
         if self._n_workers == 0:
             self.add_worker()
         total = cuda.to_cpu(self._sum)
-        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, total, MPI.SUM)  # [B]
+        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, total, MPI.SUM)  # [N]
         total *= 1 / (self._n_workers * self._comm.size)
         self._n_workers = 0
         if self._pooled_variance:

@@ -10,11 +10,8 @@ PAPER_EPOCHS = 90
 
 # (until epoch, factor)
 _SLOW_START = ((40, 0.5), (70, 0.075), (85, 0.01), (float('inf'), 0.001))
-_STEPS = ((30, 1.0), (60, 0.1), (80, 0.01), (float('inf'), 0.001))
-_WARMUP_EPOCHS = 5
 
-FORMS = ('printed', 'continuous', 'sgd')
-LR_SCHEDULES = ('slow_start', 'steps', 'gradual_warmup')
+FORMS = ('printed', 'continuous')
 
 
 def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
@@ -23,7 +20,7 @@ def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
     With u = 2 (epoch - beta_center) / beta_period, ``form='printed'`` is the formula as the paper
     prints it::
 
-        [A]  alpha_SGD = 1/2 exp(u)    epoch < beta_center
+        [W5]  alpha_SGD = 1/2 exp(u)    epoch < beta_center
                          1/2 + u       epoch < beta_center + beta_period / 2
                          1             otherwise
 
@@ -31,14 +28,13 @@ def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
     drops to 1; yet the text says that the curve was chosen after the ELU, to be smooth.
     ``form='continuous'`` has 1/2 + u/2 there: exactly (ELU(u) + 1) / 2, which is continuous with
     its derivative at ``beta_center`` and reaches 1 at ``beta_center + beta_period / 2``. The
-    default is what a reader with the paper in hand expects to find. ``form='sgd'`` is 1 throughout:
-    momentum SGD from the first update on, to compare with.
+    default is what a reader with the paper in hand expects to find.
 
     Args:
         epoch (float or array): Fractional epochs, in the paper's 90.
         beta_center (float): Epoch of alpha_SGD = 1/2; 10 (S).
         beta_period (float): Epochs that the transition takes; 5 (S).
-        form (str): ``'printed'``, ``'continuous'`` or ``'sgd'``.
+        form (str): ``'printed'`` or ``'continuous'``.
 
     Returns:
         float, or float64 array of ``epoch``'s shape.
@@ -51,11 +47,9 @@ def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
     if not beta_period > 0:
         raise ValueError(f'beta_period must be above 0, not {beta_period}')
     u = 2 * (np.asarray(epoch, np.float64) - beta_center) / beta_period
-    if form == 'sgd':
-        u = np.full_like(u, np.inf)
     exponential = np.exp(np.minimum(u, 0)) / 2
     linear = 0.5 + (u if form == 'printed' else u / 2)
-    alpha = np.where(u < 0, exponential, np.where(u < 1, linear, 1.0))  # [A]
+    alpha = np.where(u < 0, exponential, np.where(u < 1, linear, 1.0))  # [W5]
     return alpha if alpha.ndim else float(alpha)
 
 
@@ -106,47 +100,23 @@ def slow_start_factor(epoch):
     Returns:
         float, or float64 array of ``epoch``'s shape.
     """
-    return _factor(_SLOW_START, epoch)  # [L]
-
-
-def _factor(steps, epoch):
-    ends, factors = zip(*steps)
-    factor = np.asarray(factors)[np.searchsorted(ends[:-1], epoch, side='right')]
+    ends, factors = zip(*_SLOW_START)
+    factor = np.asarray(factors)[np.searchsorted(ends[:-1], epoch, side='right')]  # [L]
     return factor if np.ndim(factor) else float(factor)
 
 
-def learning_rate(epoch, total_batch_size, schedule='slow_start'):
-    """eta at a fractional epoch of the paper's 90, with eta_base of :func:`base_learning_rate`.
-
-    ``'slow_start'``: eta_base times :func:`slow_start_factor`, the paper's (S). The others are what
-    it is compared with. ``'steps'``: eta_base, divided by 10 at epochs 30, 60 and 80 (G).
-    ``'gradual_warmup'``: the same, after 5 epochs that lead linearly from 0.1, the rate of 256
-    images, to eta_base (G); nothing changes where that is below 0.1.
+def learning_rate(epoch, total_batch_size):
+    """eta at a fractional epoch of the paper's 90 (S): :func:`base_learning_rate` times
+    :func:`slow_start_factor`.
 
     Args:
         epoch (float or array): Fractional epochs, in the paper's 90.
         total_batch_size (int): B, images of all workers together in one iteration.
-        schedule (str): One of ``LR_SCHEDULES``.
 
     Returns:
         float, or float64 array of ``epoch``'s shape.
-
-    Raises:
-        ValueError: Unknown ``schedule``.
     """
-    if schedule not in LR_SCHEDULES:
-        raise ValueError(
-            f'schedule must be one of {", ".join(map(repr, LR_SCHEDULES))}, not {schedule!r}'
-        )
-    base = base_learning_rate(total_batch_size)
-    if schedule == 'slow_start':
-        return base * slow_start_factor(epoch)
-    lr = base * _factor(_STEPS, epoch)
-    if schedule == 'gradual_warmup':
-        start = min(base_learning_rate(256), base)
-        rising = start + (base - start) * np.asarray(epoch, np.float64) / _WARMUP_EPOCHS
-        lr = np.minimum(lr, rising)
-    return lr if np.ndim(lr) else float(lr)
+    return base_learning_rate(total_batch_size) * slow_start_factor(epoch)
 
 
 class _Schedule(training.Extension):
@@ -203,8 +173,7 @@ class _Schedule(training.Extension):
 
 
 class StepLearningRate(_Schedule):
-    """Sets ``lr`` to :func:`learning_rate`, by default the paper's slow start:
-    ``base_learning_rate(B) * slow_start_factor(epoch)``.
+    """Sets ``lr``, by default to the paper's slow start, :func:`learning_rate`.
 
     ``epoch`` is fractional: updates done so far x total batch / images, at the start of the update,
     whatever the iterator says. A run of E epochs maps its epoch e to 90 e / E. Each update reports
@@ -215,10 +184,10 @@ class StepLearningRate(_Schedule):
         n_images (int): Images of the training set.
         epochs (float): E, epochs of this run.
         optimizer (~chainer.Optimizer): The updater's main optimizer by default.
-        schedule (str): As in :func:`learning_rate`.
+        schedule (callable): eta as a function of the epoch of the paper's 90 and of B.
 
     Raises:
-        ValueError: A number is not above 0, or ``schedule`` is unknown.
+        ValueError: A number is not above 0.
     """
 
     priority = extension.PRIORITY_READER - 50
@@ -230,14 +199,13 @@ class StepLearningRate(_Schedule):
         n_images,
         epochs=PAPER_EPOCHS,
         optimizer=None,
-        schedule='slow_start',
+        schedule=learning_rate,
     ):
         super().__init__(total_batch_size, n_images, epochs, optimizer)
-        learning_rate(0.0, total_batch_size, schedule)  # raises now what it would raise later
         self._schedule = schedule
 
     def _set(self, optimizer, epoch):
-        optimizer.lr = learning_rate(epoch, self._total_batch_size, self._schedule)
+        optimizer.lr = self._schedule(epoch, self._total_batch_size)
 
 
 class AlphaSGDSchedule(_Schedule):
@@ -270,7 +238,7 @@ class AlphaSGDSchedule(_Schedule):
         lr_rmsprop=3e-4,
     ):
         super().__init__(total_batch_size, n_images, epochs, optimizer)
-        alpha_sgd(0.0, beta_center, beta_period, form)  # raises now what it would raise later
+        alpha_sgd(0.0, beta_center, beta_period, form)  # fails early on a bad schedule
         self._transition = (beta_center, beta_period, form)
         self._lr_rmsprop = lr_rmsprop
 

@@ -9,7 +9,7 @@ import numpy as np
 from chainer import reporter, training
 from chainer.training import extension
 
-from extensions.half_precision import NonFiniteGradients
+from extensions.communicator_base import NonFiniteGradients
 from extensions.timing import untimed
 
 

@@ -1,4 +1,4 @@
-"""The way from a file to what the network sees; ``python -m reproduce.images`` has commands."""
+"""The way from a file to the network's input: decode, crop, resize, flip, normalize."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reproduce.listing import DataError
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, in units of the full scale (G)
 STD = (0.229, 0.224, 0.225)
 
-FILTERS = ('antialiased', 'pillow', 'linear')
+FILTERS = ('antialiased', 'pillow')
 _TRIES = 10
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {  # that make an image upright, by its EXIF's orientation; 1 is upright
@@ -46,7 +46,6 @@ class Preprocessing:
         resize_filter (str): ``'pillow'``: Pillow's bilinear filter, a triangle as wide as the
             reduction. ``'antialiased'``: nearly the same, by OpenCV, see :func:`triangle`; on
             another kind of processor, one value in some millions may be rounded otherwise.
-            ``'linear'``: OpenCV's INTER_LINEAR, which aliases.
     """
 
     image_size: int = 224
@@ -173,10 +172,9 @@ def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np
             return np.asarray(image)
         np.copyto(out, np.asarray(image))
         return out
-    if resize_filter == 'antialiased':
-        x, y = triangle(pixels.shape[1] / width), triangle(pixels.shape[0] / height)
-        if max(len(x), len(y)) > 1:
-            pixels = cv2.sepFilter2D(pixels, -1, x, y, borderType=cv2.BORDER_REFLECT)
+    x, y = triangle(pixels.shape[1] / width), triangle(pixels.shape[0] / height)
+    if max(len(x), len(y)) > 1:
+        pixels = cv2.sepFilter2D(pixels, -1, x, y, borderType=cv2.BORDER_REFLECT)
     return cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
@@ -206,7 +204,7 @@ def decode(path) -> np.ndarray:
 
     JPEG files in colour or grey go through simplejpeg, which gives Pillow's pixels in three
     quarters of the time; everything else, and what simplejpeg will not have, through Pillow.
-    ``python -m reproduce.benchmark loader`` compares what there was to choose from.
+    ``./run_mpi.sh benchmark loader`` compares what there was to choose from.
 
     Returns:
         uint8 array [H, W, 3].
@@ -318,7 +316,19 @@ def _normalize_kernel(xp):
     return xp.ElementwiseKernel(*NORMALIZE)
 
 
-if __name__ == '__main__':
-    from reproduce import image_commands
+def converter_to(device):
+    """A converter for Chainer's updaters and evaluators.
 
-    image_commands.main()
+    Args:
+        device (~chainer.backend.Device): Of the model.
+
+    Returns:
+        callable: Turns a minibatch, uint8 [N, H, W, 3] and labels [N], into :func:`normalize`d
+            images and labels on the device.
+    """
+
+    def convert(batch, device_=None):
+        x, t = (device.send(array) for array in batch)
+        return normalize(x, MEAN, STD, device.xp), t
+
+    return convert

@@ -177,7 +177,7 @@ def manifest_of(root, manifests) -> Path:
 
 def listing_of(root, manifests) -> ImageFolder:
     """The listing of an image folder: its manifest's where that matches, else the folder's own. It
-    writes nothing: see :func:`keep`.
+    writes nothing: see :func:`save_manifest`.
 
     Args:
         root (str): The folder.
@@ -204,7 +204,7 @@ def listing_of(root, manifests) -> ImageFolder:
     return list_images(root)
 
 
-def keep(folder: ImageFolder, manifests, now=time.time) -> None:
+def save_manifest(folder: ImageFolder, manifests, now=time.time) -> None:
     """Writes the manifest of a listing, unless there is one already that matches.
 
     A folder that has changed since it was listed is not kept, nor one that has within the last two

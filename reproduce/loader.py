@@ -25,22 +25,25 @@ from multiprocessing import reduction
 
 import numpy as np
 
-from reproduce import images, leftovers
+from reproduce import images
 from reproduce.listing import DataError
 
 
-def start_forkserver():
+def start_forkserver(remove_after_end):
     """Starts the server that forks loader processes; call it before anything imports
     ``mpi4py.MPI``.
 
     A process forked after MPI has opened InfiniBand can crash or hang. The signals that stop a
     training are the rank's to handle: mpiexec sends them to all processes of its group.
+
+    Args:
+        remove_after_end (callable): Is told the path of each file that a kill would leave behind.
     """
     # Semaphores with a name by which they can be found when all their processes were killed.
     prefix = f'/reproduce-{os.getpid()}'
     multiprocessing.current_process()._config['semprefix'] = prefix  # type: ignore[attr-defined]
-    leftovers.remove_after_end(f'/dev/shm/sem.{prefix[1:]}-*')
-    leftovers.remove_after_end(multiprocessing.util.get_temp_dir())
+    remove_after_end(f'/dev/shm/sem.{prefix[1:]}-*')
+    remove_after_end(multiprocessing.util.get_temp_dir())
     multiprocessing.set_forkserver_preload(['reproduce.loader'])  # instead of the main script
     handlers = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGUSR1)}
     multiprocessing.forkserver.ensure_running()  # what is ignored stays so in a new program
@@ -186,6 +189,7 @@ class ImageLoader:
         prefetch (int): Minibatches that are decoded ahead; two per process or thread by default.
 
     Attributes:
+        train, val (ImageFolder): As given.
         bad (dict): Path to message of the images that were skipped so far.
 
     Raises:
@@ -206,7 +210,7 @@ class ImageLoader:
         bad_images='error',
         prefetch=None,
     ):
-        self._train, self._val, self._order = train, val, order
+        self.train, self.val, self._order = train, val, order
         self._preprocessing, self._seed = preprocessing, seed
         self._workers = workers
         self._validation_batch_size = validation_batch_size
@@ -243,7 +247,7 @@ class ImageLoader:
             self._ahead.append(self._start_train(wanted))
         while len(self._ahead) <= self._prefetch:
             self._ahead.append(self._start_train(self._next(self._ahead[-1].place)))
-        return self._finish(self._ahead.popleft(), self._train)
+        return self._finish(self._ahead.popleft(), self.train)
 
     def validation_batches(self, start: int, stop: int):
         """Iterates over validation images [start, stop): uint8 [b, H, W, 3], valid until the next
@@ -256,7 +260,7 @@ class ImageLoader:
                 ahead.append(self._start(1, indices.start, np.array(indices), None))
             if not ahead:
                 return
-            yield self._finish(ahead.popleft(), self._val)
+            yield self._finish(ahead.popleft(), self.val)
 
     def close(self, wait=True):
         """Ends the loader processes or threads; ``wait=False`` returns at once."""
@@ -288,7 +292,7 @@ class ImageLoader:
         previous = slots.futures[slot]
         if previous is not None:
             self._wait(previous)  # of a minibatch that was given up: it may still be written
-        paths = [(self._train, self._val)[which].path(index) for index in indices]
+        paths = [(self.train, self.val)[which].path(index) for index in indices]
         pixels = slots.pixels[slot, : len(paths)]
         try:
             if isinstance(self._executor, concurrent.futures.ProcessPoolExecutor):

@@ -1,39 +1,22 @@
-"""Every number of the experiment, in one place; letters say where it comes from.
+"""Every number of the experiment, in one place.
 
-S a reading note of the paper, A its abstract, G Goyal et al. (arXiv:1706.02677), R what public
-re-implementations agree on, D arithmetic, P this project's own choice.
+A letter in parentheses says where a number comes from: ``extensions.SOURCES`` is the legend.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import math
-import textwrap
 from pathlib import Path
 
-from extensions import base_learning_rate
-from extensions.checkpoint import interval
-from extensions.half_precision import NAMES, SUMS
-from extensions.schedules import FORMS, LR_SCHEDULES, learning_rate
-from reproduce import images, loader
+import numpy as np
 
+from extensions import alpha_sgd, base_learning_rate
+from extensions.communicator_base import ACCUMULATE
+from extensions.half_precision import NAMES
+from extensions.schedules import FORMS, PAPER_EPOCHS
+from reproduce import images
+from reproduce.baselines import LR_SCHEDULES
 
-class InputError(Exception):
-    """What the user gave cannot be run; the message says why in one line, and what would work."""
-
-
-_AT_LEAST_ONE = (
-    'workers',
-    'local_batch_size',
-    'epochs',
-    'width',
-    'image_size',
-    'resize',
-    'validation_batch_size',
-    'n_train_images',
-    'keep_checkpoints',
-)
 # What a run that goes on from a checkpoint may have otherwise.
 _MAY_CHANGE = (
     'preset',
@@ -52,15 +35,6 @@ _MAY_CHANGE = (
     'overwrite',
     'watchdog',
 )
-_NOT_NEGATIVE = (
-    'lr_rmsprop',
-    'mu1',
-    'mu2',
-    'eps',
-    'weight_decay',
-    'seed',
-    'watchdog',
-)
 
 
 def _setting(default, help, choices=None):
@@ -73,9 +47,6 @@ def _setting(default, help, choices=None):
 class Settings:
     """The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers, a batch of 32,768, 90
     epochs.
-
-    Raises:
-        InputError: A value is out of its range; it is named.
     """
 
     preset: str = _setting('paper', 'name of the set of values that the others start from')
@@ -90,12 +61,12 @@ class Settings:
         'slow_start',
         "the paper's learning rate, or, to compare with it, Goyal's steps without or with gradual "
         'warm-up (S, G)',
-        LR_SCHEDULES,
+        tuple(LR_SCHEDULES),
     )
     alpha_form: str = _setting(
         'printed',
         'form of the transition alpha_SGD; sgd: none, momentum SGD throughout (S, P)',
-        FORMS,
+        (*FORMS, 'sgd'),
     )
     beta_center: float = _setting(10.0, 'epoch of the 90 at which alpha_SGD is 1/2 (S)')
     beta_period: float = _setting(5.0, 'epochs of the 90 that the transition takes (S)')
@@ -117,7 +88,9 @@ class Settings:
         'float16', 'type of the gradients on the wire (S)', ('float16', 'float32', 'float64')
     )
     accumulate: str = _setting(
-        'exact', 'sum of the communicator mpi; ring rounds after each addition, as NCCL (P)', SUMS
+        'exact',
+        'sum of the communicator mpi; ring rounds after each addition, as NCCL (P)',
+        ACCUMULATE,
     )
     gradient_scale: float = _setting(
         1.0, 'power of two that is on the gradients on the wire; the paper has none (P)'
@@ -143,8 +116,7 @@ class Settings:
     validation_batch_size: int = _setting(64, 'images at a time in validation (P)')
     resize_filter: str = _setting(
         'antialiased',
-        'how images are resized: antialiased bilinear, by OpenCV or, slower, by Pillow; or linear, '
-        'which aliases (P)',
+        'how images are resized: antialiased bilinear, by OpenCV or, slower, by Pillow (P)',
         images.FILTERS,
     )
     loader: str = _setting(
@@ -170,57 +142,6 @@ class Settings:
     watchdog: float = _setting(
         300.0, 'seconds without progress or a sign of life after which the job is ended; 0: never'
     )
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            choices = field.metadata['choices']
-            if choices and value not in choices:
-                raise InputError(
-                    f'{_flag(field.name)} must be one of {", ".join(choices)}, not {value!r}'
-                )
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f'{_flag(name)} must be at least 1, not {value}')
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f'{_flag(name)} must be finite and not negative, not {value}')
-        if self.eps == 0:  # a gradient of exactly 0 would be 0 / 0
-            raise InputError('--eps must be above 0')
-        for name in ('mu1', 'mu2'):
-            if getattr(self, name) >= 1:
-                raise InputError(f'{_flag(name)} must be below 1, not {getattr(self, name)}')
-        if not 0 <= self.bn_decay < 1:
-            raise InputError(f'--bn-decay must be in [0, 1), not {self.bn_decay}')
-        if self.bn_decay and self.pooled_variance:
-            raise InputError(
-                '--bn-decay and --pooled-variance exclude each other: there are no moving averages '
-                'of a pooled variance'
-            )
-        if self.seed >= 2**32:
-            raise InputError(f'--seed must be below 2**32, not {self.seed}')
-        if not (math.isfinite(self.beta_center) and 0 < self.beta_period < math.inf):
-            raise InputError(
-                '--beta-center must be finite and --beta-period above 0, not '
-                f'{self.beta_center} and {self.beta_period}'
-            )
-        try:
-            interval(self.checkpoint_every)
-        except ValueError as error:
-            raise InputError(f'--checkpoint-every is {error}') from error
-        try:
-            loader.parse(self.loader)
-        except ValueError as error:
-            raise InputError(f'--loader is {error}') from error
-        if not 0 < self.min_crop_area <= 1:
-            raise InputError(f'--min-crop-area must be in (0, 1], not {self.min_crop_area}')
-        if self.resize < self.image_size:
-            raise InputError(
-                f'--resize {self.resize} is smaller than --image-size {self.image_size}: '
-                'the centre crop does not fit'
-            )
 
     @property
     def total_batch_size(self) -> int:
@@ -248,12 +169,28 @@ class Settings:
         return {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
 
     @property
+    def communicator_options(self) -> dict:
+        """For :func:`~extensions.half_precision.create_communicator`."""
+        names = ('allreduce_grad_dtype', 'accumulate', 'gradient_scale', 'stop_on_nonfinite')
+        return {'name': self.communicator, **{name: getattr(self, name) for name in names}}
+
+    @property
     def lr_base(self) -> float:
         return base_learning_rate(self.total_batch_size)
 
+    def epoch_of_90(self, epoch):
+        """The epoch of the paper's 90 for an epoch of this run, or for each of an array."""
+        return epoch * PAPER_EPOCHS / self.epochs
+
     def lr(self, epoch_of_90):
         """eta at an epoch of the paper's 90, or at each of an array."""
-        return learning_rate(epoch_of_90, self.total_batch_size, self.lr_schedule)
+        return LR_SCHEDULES[self.lr_schedule](epoch_of_90, self.total_batch_size)
+
+    def alpha_sgd(self, epoch_of_90):
+        """alpha_SGD at an epoch of the paper's 90, or at each of an array."""
+        if self.alpha_form == 'sgd':
+            return np.ones_like(epoch_of_90, np.float64)[()]
+        return alpha_sgd(epoch_of_90, self.beta_center, self.beta_period, self.alpha_form)
 
     def iterations(self, n_images) -> int:
         """Updates until ``epochs`` epochs are complete."""
@@ -306,77 +243,3 @@ def smoke() -> Settings:
 
 
 PRESETS = {preset.__name__: preset for preset in (paper, cifar10, smoke)}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f'{message}; --help lists the options')
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')
-
-
-def _help(field) -> str:
-    """With the default, unless that is described in it."""
-    text = field.metadata['help']
-    return (text if ']' in text else f'{text} [{field.default}]').replace('%', '%%')
-
-
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    presets = '\n'.join(
-        textwrap.fill(
-            ' '.join((preset.__doc__ or '').split()),
-            width=80,
-            initial_indent=f'  {name:9}',
-            subsequent_indent=' ' * 11,
-        )
-        for name, preset in PRESETS.items()
-    )
-    parser = _Parser(
-        prog='reproduce/train.py',
-        description=description,
-        epilog=f'presets:\n{presets}',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for field in dataclasses.fields(Settings):
-        options: dict = {'help': _help(field)}
-        kind = field.metadata['kind']
-        if kind is bool:
-            options['action'] = argparse.BooleanOptionalAction
-        else:
-            options['type'] = kind
-            options['metavar'] = 'X' if not field.metadata['choices'] else None
-            options['choices'] = field.metadata['choices']
-        if field.name == 'preset':
-            options.update(choices=tuple(PRESETS), metavar=None)
-        parser.add_argument(_flag(field.name), **options)
-    parser.add_argument(
-        '--dry-run', action='store_true', default=False, help='print the plan as a table and stop'
-    )
-    return parser
-
-
-def parse(argv, n_processes: int, description: str | None = None) -> tuple[Settings, bool]:
-    """Settings of a command line: a preset, and over it what was given explicitly.
-
-    Args:
-        argv (list of str): Without the program's name.
-        n_processes (int): Workers where the preset has one a process.
-        description (str): For ``--help``.
-
-    Returns:
-        tuple: The settings, and whether this is a dry run.
-
-    Raises:
-        InputError: An option is unknown or has an impossible value.
-        SystemExit: After ``--help``.
-    """
-    given = vars(_parser(description).parse_args(argv))
-    dry_run = given.pop('dry_run')
-    settings = dataclasses.replace(PRESETS[given.get('preset', 'paper')](), **given)
-    if settings.workers is None:
-        settings = dataclasses.replace(settings, workers=n_processes)
-    return settings, dry_run

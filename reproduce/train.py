@@ -2,70 +2,63 @@
 
 The paper's run, 1,024 workers with 32 images each:
     mpiexec -n 1024 python reproduce/train.py --train-root TRAIN --val-root VAL
-What it would do, without doing it:
+The plan of that run, without running it:
     python reproduce/train.py --dry-run
-The same on two CPU cores, with images that come along:
+A run on two CPU cores, with images that come along:
     mpiexec -n 2 python reproduce/train.py --preset smoke
 
-Read from main() on: it tells the experiment in the paper's order.
+To read the paper in code, read experiment(). settings.py has its numbers.
 """
 
-from reproduce import loader
+import sys
 
-# Before anything imports MPI: a process that is forked off afterwards can crash or hang on
-# InfiniBand.
-loader.start_forkserver()
-
-from reproduce import abort
+try:
+    from reproduce.job import start
+except ModuleNotFoundError as error:
+    sys.exit(
+        f'error: {sys.executable or "this Python"} has no package {error.name!r}: start with '
+        './run_mpi.sh, which installs everything, or install by hand (hostfiles/README.md)'
+    )
 
 if __name__ == '__main__':
-    abort.on_uncaught_exception()  # before the imports below, which can fail on one host alone
-
-import os
-import sys
-from pathlib import Path
+    start.before_mpi()
 
 import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
 import chainer
 import chainer.functions as F
-from chainer.training import extensions as chainer_extensions
 from mpi4py import MPI
 
 from extensions.virtual_workers import workers_of
-from reproduce import agreement, digits, images, job, leftovers, listing, output, report
+from reproduce import images
+from reproduce.baselines import LR_SCHEDULES
+from reproduce.job import ranks, supervise
+from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
-from reproduce.settings import InputError, parse
-from reproduce.watchdog import Watchdog
 
 
-def main(argv=None):
-    mpi = MPI.COMM_WORLD
-    leftovers.remove_those_of_open_mpi()
-    arguments = sys.argv[1:] if argv is None else argv
-    settings, dry_run = job.on_rank_zero(mpi, lambda: parse(arguments, mpi.size, __doc__))
-    if dry_run:
-        job.on_rank_zero(mpi, lambda: print_plan(settings))
-        return None
+def experiment(settings, comm, train, val):
+    """Puts the paper's training together, and does not start it.
 
-    # Half-precision all-reduce: gradients are float16 on the wire, float32 everywhere else.
-    comm = job.on_every_rank(mpi, lambda: communicator_of(settings, mpi))
+    Args:
+        settings (Settings): Its numbers.
+        comm (~chainermn.CommunicatorBase): The processes. They play ``settings.workers`` workers.
+            It all-reduces the gradients in half precision: extensions/half_precision.py.
+        train, val (ImageFolder): The images.
 
-    # Data: rank 0 lists it and tells the others.
-    train, val = job.on_rank_zero(mpi, lambda: prepare_data(settings, comm.size))
-    train, val = listing.ImageFolder.unpack(train), listing.ImageFolder.unpack(val)
-    identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
-    checkpoint = job.on_rank_zero(mpi, lambda: output.find_checkpoint(settings, identity))
-    n_images = len(train)
-    order = ImageOrder(n_images, settings.workers, settings.local_batch_size, settings.seed)
-    workers = workers_of(comm.rank, comm.size, settings.workers)
-    batches = loader.ImageLoader(
+    Returns:
+        tuple: The trainer (~chainer.training.Trainer), and the ImageLoader of its images, a context
+            manager.
+    """
+    # Data: every epoch is a new permutation; each worker has its own 32 images of a minibatch.
+    order = ImageOrder(len(train), settings.workers, settings.local_batch_size, settings.seed)
+    batches = ImageLoader(
         train,
         val,
         order,
         settings.preprocessing,
         settings.seed,
-        workers,
+        workers_of(comm.rank, comm.size, settings.workers),
         settings.loader,
         settings.validation_batch_size,
         settings.bad_images,
@@ -73,6 +66,7 @@ def main(argv=None):
 
     # Model: every rank starts from rank 0's initial values; no minibatch is spent on the broadcast.
     device = extensions.device_of(comm)
+    converter = images.converter_to(device)
     model = ResNet50(len(train.classes), settings.width, settings.stem, settings.seed)
     model.to_device(device)
     comm.bcast_data(model)
@@ -84,119 +78,61 @@ def main(argv=None):
     for param in decayed_parameters(model):
         param.update_rule.hyperparam.weight_decay_rate = settings.weight_decay
 
-    # Batch normalization without moving averages: the last minibatch's statistics, averaged before
-    # each validation.
-    batch_statistics = statistics_of(settings, model, comm)
+    # Batch normalization without moving averages: every link has decay=0 (resnet50.py), and the
+    # last minibatch's statistics are averaged over all workers before each validation.
+    if settings.bn_decay:
+        batch_statistics = extensions.MovingBatchStatistics(model, comm, settings.bn_decay)
+    else:
+        batch_statistics = extensions.AllreduceBatchStatistics(
+            model, comm, settings.pooled_variance
+        )
 
-    def to_device(batch):
-        x, t = (device.send(array) for array in batch)
-        return images.normalize(x, images.MEAN, images.STD, device.xp), t
-
+    # An iteration. Here is its heart: VirtualWorkersUpdater.update_core calls, for each worker,
+    # forward and backward, then the cast to float16 (comm.add_grad), and for all of them the
+    # all-reduce (comm.mean_grad) and the update (rmsprop_warmup_element.h).
     updater = extensions.VirtualWorkersUpdater(
         batches.train_batch,
         optimizer,
         lambda x, t: F.softmax_cross_entropy(model(x), t),
         comm,
         settings.workers,
-        epoch_size=(settings.total_batch_size, n_images),
-        converter=to_device,
+        epoch_size=(settings.total_batch_size, len(train)),
+        converter=converter,
         batch_statistics=batch_statistics,
     )
-    n_iterations = settings.iterations(n_images)
-    trainer = chainer.training.Trainer(updater, (n_iterations, 'iteration'), settings.out)
+    length = (settings.iterations(len(train)), 'iteration')
+    trainer = chainer.training.Trainer(updater, length, settings.out)
 
-    # The schedules: slow-start learning rate, and the transition from RMSprop to SGD.
-    epoch_size = (settings.total_batch_size, n_images, settings.epochs)
-    trainer.extend(extensions.StepLearningRate(*epoch_size, schedule=settings.lr_schedule))
-    trainer.extend(
-        extensions.AlphaSGDSchedule(
-            *epoch_size,
-            beta_center=settings.beta_center,
-            beta_period=settings.beta_period,
-            form=settings.alpha_form,
-            lr_rmsprop=settings.lr_rmsprop,
+    # Schedules: the slow-start learning rate, half of eta_base at first (schedules.py), and the
+    # transition from RMSprop to SGD.
+    epoch_size = (settings.total_batch_size, len(train), settings.epochs)
+    schedule = LR_SCHEDULES[settings.lr_schedule]
+    trainer.extend(extensions.StepLearningRate(*epoch_size, schedule=schedule))
+    if settings.alpha_form != 'sgd':
+        trainer.extend(
+            extensions.AlphaSGDSchedule(
+                *epoch_size,
+                beta_center=settings.beta_center,
+                beta_period=settings.beta_period,
+                form=settings.alpha_form,
+                lr_rmsprop=settings.lr_rmsprop,
+            )
         )
-    )
 
-    # Validation after every epoch, of each image once.
+    # Validation: after every epoch, each image once.
     trainer.extend(batch_statistics)
-    evaluator = extensions.ExactEvaluator(
-        batches.validation_batches,
-        model,
-        comm,
-        len(val),
-        settings.validation_batch_size,
-        converter=to_device,
-    )
-    trainer.extend(evaluator)
-    trainer.extend(extensions.MeanTrainingLoss(comm))
-    if hasattr(comm, 'cast_counts'):
-        trainer.extend(extensions.CastReport(comm))
-    time_report = extensions.TimeReport(comm, evaluator)
-    trainer.extend(time_report)
-    log_report = chainer_extensions.LogReport(postprocess=last_hyperparameters(optimizer))
-    if comm.rank == 0:
-        print(report.header(settings, comm, train, val, model.count_params()), flush=True)
-        report.write_settings(settings, settings.out)
-        trainer.extend(log_report)
-        trainer.extend(report.Progress(settings.total_batch_size, n_iterations, evaluator))
-        trainer.extend(report.EpochTable(log_report))
-        trainer.extend(report.Curves(settings, log_report))
-
-    # Checkpoints: whatever ends the run, it goes on from the last one to the same bits.
     trainer.extend(
-        extensions.Checkpointer(
+        extensions.ExactEvaluator(
+            batches.validation_batches,
+            model,
             comm,
-            output.checkpoints_of(settings.out),
-            identity,
-            settings.checkpoint_every,
-            settings.keep_checkpoints,
+            len(val),
+            settings.validation_batch_size,
+            converter=converter,
         )
     )
-    if checkpoint:
-        extensions.checkpoint.resume(trainer, checkpoint)
-
-    # Before the first iteration: the same program and the same numbers on all ranks.
-    sample = agreement.sample(train, val)
-    own = agreement.items(model, settings, arguments, sample)
-    job.on_every_rank(mpi, lambda: agreement.check(mpi, own, sample))
-    with Watchdog(mpi, settings.watchdog, report.position_of(updater, evaluator)):
-        with batches:
-            trainer.run(show_loop_exception_msg=False)
-        peak_memory, bad_images = report.peak_memory(comm), report.bad_images(comm, batches)
-        if comm.rank == 0:
-            chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
-            timing = time_report.summary()
-            summary = report.summarize(
-                settings, comm, trainer, log_report.log, peak_memory, bad_images, timing
-            )
-            print(
-                f'{report.parts(timing)}\n'
-                f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB a process; '
-                + (f'{len(bad_images):,} bad images skipped; ' if bad_images else '')
-                + f'results in {settings.out}',
-                flush=True,
-            )
-    return trainer
-
-
-def communicator_of(settings, mpi):
-    """The communicator that the settings ask for."""
-    return extensions.create_communicator(
-        settings.communicator,
-        settings.allreduce_grad_dtype,
-        mpi,
-        accumulate=settings.accumulate,
-        gradient_scale=settings.gradient_scale,
-        stop_on_nonfinite=settings.stop_on_nonfinite,
-    )
-
-
-def statistics_of(settings, model, comm):
-    """The paper's batch statistics, or the moving averages that it does without."""
-    if settings.bn_decay:
-        return extensions.MovingBatchStatistics(model, comm, settings.bn_decay)
-    return extensions.AllreduceBatchStatistics(model, comm, settings.pooled_variance)
+    trainer.extend(extensions.MeanTrainingLoss(comm))
+    return trainer, batches
 
 
 def decayed_parameters(model):
@@ -210,93 +146,20 @@ def decayed_parameters(model):
     return [param for param in model.params() if id(param) not in exempt]
 
 
-def last_hyperparameters(optimizer):
-    """The log's entries would be means over an epoch: here they are what the last update used."""
-
-    def postprocess(entry):
-        for name in ('lr', 'alpha_sgd', 'alpha_rmsprop'):
-            entry[name] = getattr(optimizer, name)
-
-    return postprocess
-
-
-def roots(settings):
-    """The folders of training and validation images; None where nothing was said."""
-    if (settings.train_root is None) != (settings.val_root is None):
-        raise InputError('--train-root and --val-root go together: one of them is missing')
-    if settings.train_root is None and settings.preset == 'paper' and 'IMAGENET_ROOT' in os.environ:
-        root = Path(os.environ['IMAGENET_ROOT'])
-        return str(root / 'train'), str(root / 'val')
-    return settings.train_root, settings.val_root
-
-
-def print_plan(settings):
-    n_images = count_images(settings)
-    check_total_batch(settings, n_images)
-    print(report.plan(settings, n_images))
-
-
-def count_images(settings) -> int:
-    """Training images, counted where there is a folder."""
-    train_root, _ = roots(settings)
-    if not train_root:
-        return settings.n_train_images
-    return len(listing.listing_of(train_root, settings.manifests_folder))
-
-
-def prepare_data(settings, n_processes):
-    """Checks the settings against the data, makes the output folder, and lists the images; writes
-    nothing before all else fits.
-
-    Returns:
-        tuple: The packed listings of training and validation images.
-
-    Raises:
-        InputError, ~reproduce.listing.DataError: What does not fit, and how to mend it.
-    """
-    try:
-        workers_of(0, n_processes, settings.workers)
-    except ValueError as error:
-        raise InputError(f'--workers: {error}') from error
-    train_root, _ = roots(settings)
-    ships_data = settings.preset == 'smoke' and train_root is None
-    if train_root is None and not ships_data:
-        raise InputError(
-            'no images: give --train-root and --val-root, or set IMAGENET_ROOT to a folder with '
-            'train and val in it; "./run_mpi.sh smoke" runs without any'
-        )
-    if ships_data:
-        check_total_batch(settings, len(digits.split()[0]))
-    else:
-        train, val = list_folders(settings)
-        check_total_batch(settings, len(train))
-    output.prepare(settings)
-    if ships_data:
-        root = Path(settings.out) / 'digits'
-        digits.write_image_folder(root)
-        train, val = listing.list_images(root / 'train'), listing.list_images(root / 'val')
-    else:
-        for folder in (train, val):
-            listing.keep(folder, settings.manifests_folder)
-    return train.pack(), val.pack()
-
-
-def list_folders(settings):
-    """The listings of the folders of training and validation images, from their manifests where
-    these are up to date."""
-    train, val = (listing.listing_of(root, settings.manifests_folder) for root in roots(settings))
-    listing.check_same_classes(train, val)
-    return train, val
-
-
-def check_total_batch(settings, n_images):
-    if settings.total_batch_size > n_images:
-        raise InputError(
-            f'the total batch of {settings.workers} workers x {settings.local_batch_size} images = '
-            f'{settings.total_batch_size} is larger than the training set of {n_images} images: '
-            'choose fewer --workers or a smaller --local-batch-size'
-        )
+def main(argv=None):
+    """Runs the experiment as a job of all ranks; returns its trainer, None after ``--dry-run``."""
+    argv = sys.argv[1:] if argv is None else argv
+    mpi = MPI.COMM_WORLD
+    settings = supervise.read_settings(mpi, argv, __doc__)
+    if settings is None:
+        return None
+    options = settings.communicator_options
+    comm = ranks.on_every_rank(mpi, lambda: extensions.create_communicator(mpi_comm=mpi, **options))
+    train, val = supervise.find_images(mpi, settings)
+    trainer, batches = experiment(settings, comm, train, val)
+    supervise.run(mpi, comm, settings, argv, trainer, batches)
+    return trainer
 
 
 if __name__ == '__main__':
-    job.run(main)
+    ranks.run(main)

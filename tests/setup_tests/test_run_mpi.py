@@ -1,6 +1,10 @@
 """run_mpi.sh: what it asks of Python, pip and mpiexec, noted by fakes; real installations."""
 
+import ast
+import dataclasses
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +22,7 @@ if [[ $1 == -ISc ]]; then
 fi
 if [[ $1 == -c && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
 echo "$*" >>"$FAKE_LOG"
+env >"$FAKE_LOG.env"
 case "$1 $2" in
     "-m venv")
         mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"
@@ -39,9 +44,9 @@ class Tree:
 
     def __init__(self, top, root, version='mpiexec (Open MPI) 5.0.11'):
         self.path = top / 'a folder'
-        self.path.mkdir()
-        for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
-            shutil.copy(root / name, self.path)
+        (self.path / 'reproduce').mkdir(parents=True)
+        for name in ('run_mpi.sh', 'constraints.txt', 'setup.py', 'reproduce/settings.py'):
+            shutil.copy(root / name, self.path / name)
         (top / 'bin').mkdir()
         self.python = self.executable(
             top / 'python', FAKE_PYTHON.format(python=sys.executable, fake=top / 'python')
@@ -84,7 +89,7 @@ class Tree:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def environment(self):
-        """What the fake mpiexec was started with."""
+        """What the fake Python or mpiexec was started with last."""
         lines = (self.path.parent / 'log.env').read_text().splitlines()
         return dict(line.split('=', 1) for line in lines if '=' in line)
 
@@ -106,7 +111,7 @@ def only_error(done):
 def test_no_python(tree, tmp_path):
     tools = tmp_path / 'tools'
     tools.mkdir()
-    for name in ('dirname', 'sed', 'head', 'ls', 'mkdir', 'touch', 'cat'):
+    for name in ('dirname', 'readlink', 'sed', 'head', 'ls', 'mkdir', 'touch', 'cat'):
         (tools / name).symlink_to(shutil.which(name))
     done = tree.run('smoke', PATH=str(tools), PYTHON=None, MPIEXEC=None)
     assert 'no Python 3.9 to 3.13 found: install one' in only_error(done)
@@ -190,6 +195,36 @@ def test_extras_are_remembered(tree):
     assert tree.calls()[-1].endswith('-e .[test]')
 
 
+def test_a_changed_c_source_is_compiled_again(tree):
+    source = tree.path / 'extensions' / 'kernels' / 'kernels.c'
+    source.parent.mkdir(parents=True)
+    for text in ('', 'int changed;'):
+        source.write_text(text)
+        assert 'Setting up' in tree.run('smoke').stderr
+        assert 'Setting up' not in tree.run('smoke').stderr
+
+
+def test_the_c_sources_are_where_they_are_looked_for(root):
+    assert list(root.glob('extensions/**/*.c')) and list(root.glob('extensions/**/*.h'))
+
+
+@pytest.mark.parametrize('name', ['environment', 'environment/'])
+def test_an_environment_elsewhere(tree, tmp_path, name):
+    variables = {'VENV': f'{tmp_path}/{name}'}
+    assert 'Setting up' in tree.run('smoke', **variables).stderr
+    assert (tmp_path / 'environment.log').exists() and not (tree.path / '.venv').exists()
+    assert not (tmp_path / 'environment' / '.lock').exists()
+    done, words = job(tree, 'smoke', **variables)
+    assert 'Setting up' not in done.stderr and f'{tmp_path}/environment/bin/python' in words
+
+
+def test_through_a_symbolic_link(tree, tmp_path):
+    there = tree.path
+    tree.path = tmp_path / 'bin'
+    (tree.path / 'run_mpi.sh').symlink_to('../a folder/run_mpi.sh')
+    assert f'{there}/reproduce/train.py' in job(tree, 'smoke')[1]
+
+
 @pytest.mark.skipif(not shutil.which('flock'), reason='needs flock')
 def test_two_starts_install_once(tree):
     both = [tree.start('smoke', FAKE_PIP_SECONDS='0.3') for _ in range(2)]
@@ -230,6 +265,12 @@ def test_smoke(tree):
 def test_smoke_that_goes_on_overwrites_nothing(tree):
     _, words = job(tree, 'smoke', '--resume', 'auto')
     assert '--overwrite' not in words and '--resume' in words
+
+
+def test_smoke_with_dashes(tree):
+    plain = tree.run('smoke', '--epochs', '3', '--seed', '2').stdout
+    for line in ('smoke -- --epochs 3 --seed 2', 'smoke --epochs 3 -- --seed 2'):
+        assert tree.run(*line.split()).stdout == plain
 
 
 def test_smoke_on_more_ranks_than_there_can_be_cores(tree):
@@ -280,12 +321,17 @@ def test_environment_of_the_job(tree):
     assert 'LD_LIBRARY_PATH=' in printed
 
 
-def test_the_papers_run(tree):
-    arguments = (
-        '-n 1024 --hostfile hostfiles/mn1 -- --preset paper --train-root T --val-root'.split()
+def test_the_papers_run(tree, root):
+    hosts = str(root / 'hostfiles' / 'mn1')
+    arguments = '-- --preset paper --train-root T --val-root'.split()
+    _, words = job(
+        tree,
+        *('-n', '1024', '--hostfile', hosts, *arguments, 'a b'),
+        NCCL_DEBUG='INFO',
+        SECRET='x',
+        IMAGENET_ROOT='/i',
     )
-    _, words = job(tree, *arguments, 'a b', NCCL_DEBUG='INFO', SECRET='x', IMAGENET_ROOT='/i')
-    assert words[:4] == ['-n', '1024', '--hostfile', 'hostfiles/mn1']
+    assert words[:4] == ['-n', '1024', '--hostfile', hosts]
     passed = {words[i + 1] for i, word in enumerate(words) if word == '-x'}
     assert {'NCCL_DEBUG', 'IMAGENET_ROOT', 'PATH', 'OMP_NUM_THREADS'} <= passed
     assert 'SECRET' not in passed
@@ -327,15 +373,255 @@ def test_mpicc_is_needed_to_install_only(tree):
     assert tree.run('smoke').returncode == 0
 
 
-def test_options_without_dashes(tree):
-    assert "come after '--'" in only_error(tree.run('-n', '2'))
+def table(root, name):
+    """A table of run_mpi.sh: verb to text."""
+    text = (root / 'run_mpi.sh').read_text()
+    rows = re.search(rf'declare -A {name}=\(\n(.*?)\n\)', text, re.DOTALL).group(1)
+    return {verb: words.strip("'") for verb, words in re.findall(r'\[(\w+)\]=(.*)', rows)}
 
 
-@pytest.mark.parametrize('arguments', [[], ['--help']])
+def verbs(root, kinds=('jobs', 'programs')):
+    text = (root / 'run_mpi.sh').read_text()
+    return [
+        verb
+        for kind in kinds
+        for verb in re.search(rf'^{kind}=\((.*)\)$', text, re.MULTILINE).group(1).split()
+    ]
+
+
+PROGRAMS = {
+    'test -k a': ['-m pytest -k a'],
+    'lint': ['-m ruff check .', '-m ruff format --check .', '-m mypy'],
+    'benchmark update --repeat 3': ['-m reproduce.studies.speed update --repeat 3'],
+    'figures runs A B': ['-m reproduce.studies.figures runs A B'],
+    'cluster --cluster mn1': ['-m reproduce.studies.cluster --cluster mn1'],
+    'miniature --seeds 1': ['-m reproduce.studies.miniature --seeds 1'],
+    'images check DIR': ['-m reproduce.studies.image_commands check DIR'],
+    'invariance': ['-m reproduce.studies.invariance'],
+    'python -c 1': ['-c 1'],
+    # Their own help, not that of run_mpi.sh.
+    'test --help': ['-m pytest --help'],
+    'benchmark --help': ['-m reproduce.studies.speed --help'],
+    'figures -h': ['-m reproduce.studies.figures -h'],
+    'cluster --help': ['-m reproduce.studies.cluster --help'],
+    'miniature --help': ['-m reproduce.studies.miniature --help'],
+    'images --help': ['-m reproduce.studies.image_commands --help'],
+    'images check --help': ['-m reproduce.studies.image_commands check --help'],
+    'invariance --help': ['-m reproduce.studies.invariance --help'],
+    'python --help': ['--help'],
+}
+JOBS = {
+    'smoke --epochs 3': ('-n 2', 'train.py --preset smoke --overwrite --epochs 3'),
+    '-n 3 smoke': ('-n 3', 'train.py --preset smoke --overwrite'),
+    '--oversubscribe smoke': ('-n 2 --oversubscribe', 'train.py --preset smoke --overwrite'),
+    'smoke --help': ('-n 1', 'train.py --preset smoke --overwrite --help'),
+    '-n 4 smoke --epochs 3 -h': ('-n 1', 'train.py --preset smoke --overwrite --epochs 3 --help'),
+    'train -- --epochs 3': ('-n 1', 'train.py --epochs 3'),
+    'train -n 3 -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
+    '-n 3 train -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
+    '-n 3 -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
+    '-n 3 --': ('-n 3', 'train.py'),
+    'train --help': ('-n 1', 'train.py --help'),
+    'train -n 4 -h -- --epochs 3': ('-n 1', 'train.py --epochs 3 --help'),
+    '-- --help': ('-n 1', 'train.py --help'),
+    'train -n 2 -- FILE.py -n two': ('-n 2', 'FILE.py -n two'),
+    '-n 2 -- -m MODULE --hostfile x': ('-n 2', '-m MODULE --hostfile x'),
+    'preflight': ('-n 1', '-m reproduce.job.preflight'),
+    'preflight -n 3': ('-n 3', '-m reproduce.job.preflight'),
+    'preflight -n 3 -- --epochs 3': ('-n 3', '-m reproduce.job.preflight --epochs 3'),
+    '-n 3 preflight --bind-to core -- --seed 3': (
+        '-n 3 --bind-to core',
+        '-m reproduce.job.preflight --seed 3',
+    ),
+    'preflight --help': ('-n 1', '-m reproduce.job.preflight --help'),
+    # Values that look like verbs or like options of train.py, and options that only mpiexec knows.
+    '-n 2 --host test -- --seed 1': ('-n 2 --host test', 'train.py --seed 1'),
+    '--host smoke --np=2 -- --seed 1': ('--host smoke --np=2', 'train.py --seed 1'),
+    '-n 2 --mca lint python -x cluster -- -h': ('-n 2 --mca lint python -x cluster', 'train.py -h'),
+    '-n 2 --unheard-of test --other -- -h': ('-n 2 --unheard-of test --other', 'train.py -h'),
+}
+
+
+@pytest.mark.parametrize('line', PROGRAMS)
+def test_each_program_is_started_where_the_user_is(tree, line):
+    assert tree.run(*line.split()).returncode == 0
+    assert tree.calls()[4:] == PROGRAMS[line]
+    environment = tree.environment()
+    ours = line.split()[0] in ('test', 'lint')
+    assert environment['PWD'] == (str(tree.path) if ours else '/')
+    assert environment['OMP_NUM_THREADS'] == '1'
+    assert environment['PATH'].startswith(f'{tree.path}/.venv/bin:')
+
+
+@pytest.mark.parametrize('line', JOBS)
+def test_each_job(tree, line):
+    options, program = JOBS[line]
+    done, words = job(tree, *line.split())
+    assert done.returncode == 0
+    assert words[: len(options.split())] == options.split()
+    python = words.index(f'{tree.path}/.venv/bin/python')
+    said = ' '.join(words[python + 1 : -3]).replace(f'{tree.path}/reproduce/', '')
+    assert said == program
+
+
+def test_no_verb_is_untested(root):
+    started = {word for line in [*PROGRAMS, *JOBS] for word in line.split('--')[0].split()}
+    assert set(verbs(root)) <= started
+
+
+def test_modules_are_there(root):
+    modules = {*table(root, 'module').values(), 'reproduce.job.preflight'}
+    for path in (root / module.replace('.', '/') for module in modules):
+        assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), path
+    assert set(table(root, 'names')) < set(table(root, 'module')) < set(verbs(root))
+
+
+def calls_in(tree, method):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == method:
+            yield node
+
+
+def test_names_are_those_of_the_modules(root):
+    studies = root / 'reproduce' / 'studies'
+    sources = {
+        name: ast.parse((studies / name).read_text())
+        for name in ('speed/__main__.py', 'figures.py', 'image_commands.py')
+    }
+    benchmarks = [
+        name
+        for node in sources['speed/__main__.py'].body
+        if isinstance(node, ast.Assign) and node.targets[0].id in ('MODULES', 'STUDIES')
+        for name in ast.literal_eval(node.value)
+    ]
+    figures = next(
+        ast.literal_eval(keyword.value)
+        for call in calls_in(sources['figures.py'], 'add_argument')
+        for keyword in call.keywords
+        if keyword.arg == 'choices' and not call.args[0].value.startswith('-')
+    )
+    images = [call.args[0].value for call in calls_in(sources['image_commands.py'], 'add_parser')]
+    names = {verb: words.split() for verb, words in table(root, 'names').items()}
+    assert names == {'benchmark': benchmarks, 'figures': [*figures], 'images': images}
+
+
+# What is typed, and what the one line says. {here} is a folder.
+WRONG = {
+    # The dashes were forgotten: the line has the whole command.
+    '--preset smoke': 'come after "--": ./run_mpi.sh train -- --preset smoke$',
+    '--epochs=3': 'come after "--": ./run_mpi.sh train -- --epochs=3$',
+    '--dry-run': 'come after "--": ./run_mpi.sh train -- --dry-run$',
+    'train --epochs 3': 'come after "--": ./run_mpi.sh train -- --epochs 3$',
+    '-n 2 --preset smoke': 'come after "--": ./run_mpi.sh train -n 2 -- --preset smoke$',
+    '--seed 3 -n 2': 'come after "--": ./run_mpi.sh train -n 2 -- --seed 3$',
+    '--no-horizontal-flip -n 2': './run_mpi.sh train -n 2 -- --no-horizontal-flip$',
+    'preflight --preset smoke': './run_mpi.sh preflight -- --preset smoke$',
+    '-n 2 preflight --seed 3': './run_mpi.sh preflight -n 2 -- --seed 3$',
+    '-n 2 --preset smoke -- --epochs 3': './run_mpi.sh train -n 2 -- --epochs 3 --preset smoke$',
+    'train smoke --seed 3': './run_mpi.sh train -- --preset smoke --seed 3$',
+    '-n 2 --seed 3 smoke --epochs 2': 'after "smoke": ./run_mpi.sh -n 2 smoke --seed 3 --epochs 2$',
+    'smoke --seed 3 -n 4': 'of mpiexec come before "smoke": ./run_mpi.sh -n 4 smoke --seed 3$',
+    'smoke -n 4 -- --seed 3': './run_mpi.sh -n 4 smoke --seed 3$',
+    'train': 'nothing to run; .* as in ./run_mpi.sh train -- --preset smoke$',
+    '-n 2': 'nothing to run; .* as in ./run_mpi.sh train -n 2 -- --preset smoke$',
+    '--epoch 3': '"--epoch" .* come after "--"',
+    '-n 2 my.py --x 3': 'comes after "--": ./run_mpi.sh train -n 2 -- my.py --x 3$',
+    'my.py': 'comes after "--": ./run_mpi.sh train -- my.py$',
+    '-n 2 -m MODULE -- 3': 'comes after "--": ./run_mpi.sh train -n 2 -- -m MODULE 3$',
+    'train cifar10': '"cifar10" cannot stand there.* come after "--"',
+    # The number of processes.
+    '-n': '-n needs the number of processes, as in "-n 2"$',
+    '-n -- --seed 3': '-n needs the number of processes, as in "-n 2"$',
+    '-n --oversubscribe smoke': '-n needs the number of processes, as in "-n 2"$',
+    '-n smoke': '-n needs the number .*, not "smoke"$',
+    '-n two smoke': '-n needs the number .*, not "two"$',
+    '-n=two smoke': '-n needs the number .*, not "two"$',
+    '-n 0 smoke': '-n needs the number .*, not "0"$',
+    '-n -1 -- --seed 3': '-n needs the number .*, not "-1"$',
+    'preflight -np 2.5': '-np needs the number .*, not "2.5"$',
+    '--np two -- --seed 3': '--np needs the number of processes, as in "--np 2", not "two"$',
+    '--n= -- --seed 3': '--n needs the number of processes',
+    'train -c x -- --seed 3': '-c needs the number .*, not "x"$',
+    # The file of hosts.
+    '--hostfile no/where -- --seed 3': '--hostfile no/where: no such file',
+    '--hostfile={here}/hosts smoke': '--hostfile {here}/hosts: no such file',
+    '-hostfile {here} smoke': '-hostfile {here}: no such file',
+    'preflight --machinefile hosts': '--machinefile hosts: no such file',
+    '--hostfile': '--hostfile needs a file',
+    '--hostfile -- --seed 3': '--hostfile needs a file',
+    'train -hostfile -n 2 -- --seed 3': '-hostfile needs a file',
+    '--map-by': '--map-by needs a value$',
+    # Names.
+    'benchmark': 'benchmark needs a name first.* update .* accumulation$',
+    'benchmark --repeat 3 update': 'benchmark needs a name first.* update .* accumulation$',
+    'benchmark updat': 'has no "updat". Did you mean "update"?.* update .* accumulation$',
+    'figures': 'figures needs a name first.*: schedules comparison runs$',
+    'figures run A': 'has no "run". Did you mean "runs"?.*: schedules comparison runs$',
+    'images': 'images needs a name first.*: check arrange$',
+    'images xyz': 'images has no "xyz". ./run_mpi.sh images NAME.*: check arrange$',
+    # Verbs.
+    'smok': 'no verb "smok". Did you mean "smoke"\\? ./run_mpi.sh --help lists all verbs$',
+    'bench': 'no verb "bench". Did you mean "benchmark"\\? ./run_mpi.sh --help lists all verbs$',
+    'xyz': 'no verb "xyz". ./run_mpi.sh --help lists all verbs$',
+    '-n 4 smok': 'no verb "smok". Did you mean "smoke"',
+    '-n 4 test -k a': 'test takes no options before it: ./run_mpi.sh test -k a$',
+    '-n 4 images check DIR': 'images takes no options before it: ./run_mpi.sh images check DIR$',
+    '-n 4 python my.py 3': 'python starts one process.*: ./run_mpi.sh train -n 4 -- my.py 3$',
+    'lint reproduce': 'lint takes no options: ./run_mpi.sh lint$',
+    '--test': '"--test" .* Verbs have no dashes',
+}
+
+
+@pytest.mark.parametrize('line', WRONG)
+def test_a_wrong_command_line_gets_one_line_before_anything_starts(tree, tmp_path, line):
+    done = tree.run(*line.format(here=tmp_path).split())
+    message = only_error(done)
+    assert re.search(WRONG[line].format(here=re.escape(str(tmp_path))), message), message
+    assert done.stdout == '' and tree.calls() == [] and not (tree.path / '.venv').exists()
+
+
+def test_every_option_of_train_py_is_known(tree):
+    """Their names are read from the source of the settings."""
+    from reproduce.settings import Settings
+
+    words = ['--dry-run']
+    for field in dataclasses.fields(Settings):
+        name = field.name.replace('_', '-')
+        if isinstance(field.default, bool):
+            words += [f'--{name}', f'--no-{name}']
+        else:
+            words += [f'--{name}', 'smoke']  # a value that would be a verb elsewhere
+    message = only_error(tree.run('-n', '2', *words))
+    assert message.endswith(f': ./run_mpi.sh train -n 2 -- {" ".join(words)}')
+
+
+def test_commands_that_are_proposed_can_be_pasted(tree):
+    message = only_error(tree.run('-n', '2', '--out', "Anna's run", '--seed', '3'))
+    command = shlex.split(message.split(': ')[-1])
+    assert command[1:] == ['train', '-n', '2', '--', '--out', "Anna's run", '--seed', '3']
+    assert "Anna's run" in job(tree, *command[1:])[1]
+
+
+def test_an_unknown_verb_without_python(tree):
+    message = only_error(tree.run('smok', PYTHON='/nowhere/python'))
+    assert message == 'error: there is no verb "smok". ./run_mpi.sh --help lists all verbs'
+
+
+HELP = [[], ['--help'], ['-h'], ['help'], ['-n', '4', '--help'], ['lint', '--help']]
+
+
+@pytest.mark.parametrize('arguments', HELP)
 def test_help_installs_nothing(tree, arguments):
     done = tree.run(*arguments)
-    assert done.returncode == 0 and './run_mpi.sh smoke' in done.stdout
+    assert done.returncode == 0 and './run_mpi.sh smoke' in done.stdout and not done.stderr
     assert tree.calls() == [] and not (tree.path / '.venv').exists()
+
+
+def test_help_has_one_line_for_each_verb(tree, root):
+    lines = tree.run('--help').stdout.split('\nNames:')[0].splitlines()
+    listed = [line.split()[0] for line in lines if re.match(r'  \w+ +\w', line)]
+    assert sorted(listed) == sorted([*verbs(root), 'help'])
+    assert len(listed) >= 12 and max(map(len, lines)) <= 90
 
 
 def test_hostfiles(root, tmp_path):

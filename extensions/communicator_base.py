@@ -1,0 +1,129 @@
+"""What the communicators for CPUs and for GPUs share: options, their checks, and their errors."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+from mpi4py import MPI
+
+_DTYPES = ('float16', 'float32', 'float64')
+ACCUMULATE = ('exact', 'ring')
+
+
+class CommunicatorError(Exception):
+    """The communicator asked for cannot work here; the message says why, and what would."""
+
+
+class NonFiniteGradients(ArithmeticError):
+    """The mean gradient is infinite or NaN somewhere; the message names parameters and ranks.
+
+    Attributes:
+        agreed (bool): It is raised on all ranks together: none waits for another.
+    """
+
+    agreed = True
+
+
+def wire_dtype(dtype) -> np.dtype:
+    # numpy.dtype(None) is float64.
+    try:
+        name = None if dtype is None else np.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    if name not in _DTYPES:
+        raise CommunicatorError(
+            f'allreduce_grad_dtype must be one of {", ".join(_DTYPES)}, not {name}'
+        )
+    return np.dtype(name)
+
+
+def checked_accumulate(accumulate) -> str:
+    if accumulate not in ACCUMULATE:
+        raise CommunicatorError(
+            f'accumulate must be one of {", ".join(ACCUMULATE)}, not {accumulate!r}'
+        )
+    return accumulate
+
+
+def power_of_two(scale) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise CommunicatorError(f'gradient_scale must be a number, not {scale!r}')
+    if math.frexp(scale)[0] != 0.5 or not 2.0**-40 <= scale <= 2.0**40:
+        raise CommunicatorError(
+            f'gradient_scale must be a power of two, at most 2**40 and at least 2**-40, not {scale}'
+        )
+    return float(scale)
+
+
+class CommunicatorOptions:
+    """Options that are checked when they are set, belong to one communicator, and outlive split."""
+
+    checks: ClassVar[dict] = {
+        'allreduce_grad_dtype': wire_dtype,
+        'gradient_scale': power_of_two,
+        'stop_on_nonfinite': bool,
+    }
+
+    def __init__(
+        self,
+        mpi_comm,
+        allreduce_grad_dtype='float16',
+        *,
+        gradient_scale=1.0,
+        stop_on_nonfinite=True,
+        reason='asked for',
+    ):
+        super().__init__(mpi_comm)
+        self.set_config('allreduce_grad_dtype', allreduce_grad_dtype)
+        self.set_config('gradient_scale', gradient_scale)
+        self.set_config('stop_on_nonfinite', stop_on_nonfinite)
+        self.reason = reason
+
+    def set_config(self, name, value=True, **kwargs):
+        if name in self.checks:
+            setattr(self, name, self.checks[name](value))
+        else:
+            super().set_config(name, value, **kwargs)
+
+    def get_config(self, name=None):
+        return getattr(self, name) if name in self.checks else super().get_config(name)
+
+    def split(self, color, key):
+        options = {name: getattr(self, name) for name in self.checks}
+        return type(self)(self.mpi_comm.Split(color, key), **options, reason=self.reason)
+
+    def raise_nonfinite(self, names, sent):
+        """Collective: all ranks have the same mean, so that all come here.
+
+        Args:
+            names (list of str): Parameters whose mean is not finite.
+            sent (dict): What this rank sent of them that was not: parameter to words.
+        """
+        origins = {name: [] for name in names}
+        where = f'rank {self.rank} on {MPI.Get_processor_name()}'
+        for origin, what in self.mpi_comm.allgather((where, sent)):
+            for name, words in what.items():
+                origins[name].append(f'{words} from {origin}')
+        overflow = f'finite on every rank, but the sum overflows {self.allreduce_grad_dtype}'
+        culprits = [f'{name} ({first_few(origins[name], ", ") or overflow})' for name in names]
+        raise NonFiniteGradients(
+            f'the mean gradient is infinite or NaN, and nothing was updated: '
+            f'{first_few(culprits, "; ")}. What overflows {self.allreduce_grad_dtype} fits with a '
+            f'gradient_scale below {self.gradient_scale:g}; otherwise look at the learning rate '
+            'and the images'
+        )
+
+
+def first_few(items, separator, n=3):
+    more = [f'and {len(items) - n} more'] if len(items) > n else []
+    return separator.join([*items[:n], *more])
+
+
+def params_with_grad(model, zero_fill):
+    return [
+        (name, param)
+        for name, param in sorted(model.namedparams())
+        if param.data is not None and (zero_fill or param.grad is not None)
+    ]

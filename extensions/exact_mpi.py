@@ -1,0 +1,255 @@
+"""The float16 all-reduce for CPUs, on MPI: its mean is exact, whatever the order of the workers."""
+
+from __future__ import annotations
+
+import zlib
+from typing import ClassVar
+
+import numpy as np
+from chainermn.communicators import mpi_communicator_base
+from mpi4py import MPI
+
+from extensions import kernels
+from extensions.communicator_base import (
+    CommunicatorOptions,
+    checked_accumulate,
+    first_few,
+    params_with_grad,
+)
+from extensions.timing import untimed
+
+
+class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.MpiCommunicatorBase):
+    """ChainerMN communicator for CPUs whose mean of float16 gradients is exact.
+
+    Each worker's gradient is rounded to ``allreduce_grad_dtype`` once, as on the wire. Float16
+    values are multiples of 2**-24 below 2**16, so that a float64 holds the sum of up to 8,192 of
+    them exactly: the mean does not depend on the order of the ranks, nor on how workers are spread
+    over processes. It is divided in float64 and rounded to float16 once.
+
+    The wire carries float16: a reduce-scatter by all-to-all, then an all-gather, so that
+    each rank sends 2 (P - 1) / P float16 values for each element, and holds two buffers of that
+    type. A process that plays several workers calls :meth:`add_grad` for each and then
+    :meth:`mean_grad`; its partial sums are float64, in memory and on the wire of the
+    reduce-scatter.
+
+    Deviation: NCCL's sum is rounded to float16 after every addition, and divided in float16.
+    ``accumulate='ring'`` does so too, in the order of the workers, from rank to rank; it is for
+    study: the ranks wait for each other, and all but rank 0 keep the gradients of each of their
+    workers.
+
+    Args:
+        mpi_comm (mpi4py.MPI.Comm): The ranks.
+        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'``. The
+            exact sums of the last two depend on the grouping of workers, in the last bits of a
+            float64.
+        accumulate (str): ``'exact'`` or ``'ring'``.
+        gradient_scale, stop_on_nonfinite: See :func:`create_communicator`.
+
+    Attributes:
+        cast_counts (array): int64 [4], what was counted since it was last set to zero in the pass
+            that rounds this process's gradients: elements that were not zero, that are not zero
+            afterwards, that are infinite, that are NaN.
+    """
+
+    checks: ClassVar[dict] = {**CommunicatorOptions.checks, 'accumulate': checked_accumulate}
+    timer = staticmethod(untimed)
+
+    def __init__(self, mpi_comm, allreduce_grad_dtype='float16', *, accumulate='exact', **options):
+        super().__init__(mpi_comm, allreduce_grad_dtype, **options)
+        self.set_config('accumulate', accumulate)
+        self.cast_counts = np.zeros(4, np.int64)
+        self._wire = self._sum = self._received = None
+        self._kept = []
+        self._layout = []
+        self._counts = None  # [parameters, 4], of this iteration
+        self._culprits = {}  # parameter to the process's workers whose gradient was not finite
+        self._n_added = 0
+
+    def multi_node_mean_grad(self, model, zero_fill=False):
+        """Replaces the model's gradients by their mean over the ranks, one worker each.
+
+        Args:
+            model (~chainer.Link): All ranks must have the same parameters.
+            zero_fill (bool): Count a missing gradient as zeros; otherwise that parameter is passed
+                over, and must be so on all ranks.
+
+        Raises:
+            ValueError: On every rank: the gradients of two ranks are of different parameters or
+                shapes, or two ranks have added different numbers of workers.
+            NonFiniteGradients: On every rank.
+        """
+        self._n_added = 0
+        self.add_grad(model, zero_fill)
+        self.mean_grad(model)
+
+    def add_grad(self, model, zero_fill=False):
+        """Adds one worker's gradients, rounded to the wire's dtype, to this process's sum.
+
+        Raises:
+            ValueError: They are of other parameters than the worker's before.
+        """
+        params = params_with_grad(model, zero_fill)
+        layout = [(name, param.shape) for name, param in params]
+        if self._n_added == 0:
+            self._layout = layout
+            self._counts = np.zeros((len(layout), 4), np.int64)
+            self._culprits.clear()
+            self._kept.clear()
+        elif layout != self._layout:
+            differing = sorted({name for name, _ in set(layout) ^ set(self._layout)})
+            raise ValueError(
+                f'worker {self._n_added} of rank {self.rank} and the one before it differ in '
+                f'which gradients they have: {", ".join(differing)}'
+            )
+        if self.accumulate == 'ring':
+            self._add_to_ring(params)
+        else:
+            self._add_exactly(params)
+        self._n_added += 1
+
+    def mean_grad(self, model):
+        """Replaces the gradients by the mean over all added workers, as many on each rank.
+
+        Raises:
+            RuntimeError: No worker was added.
+            ValueError, NonFiniteGradients: As in :meth:`multi_node_mean_grad`.
+        """
+        if self._n_added == 0:
+            raise RuntimeError('mean_grad needs an add_grad before it, for each worker')
+        self._check_that_ranks_agree()
+        mean = self._ring_mean() if self.accumulate == 'ring' else self._exact_mean()
+        n_workers, self._n_added = self._n_added, 0
+        self.cast_counts += self._counts.sum(axis=0)
+        with self.timer('pack'):
+            names = self._unpack(mean, dict(model.namedparams()))
+        if names and self.stop_on_nonfinite:
+            first = self.rank * n_workers
+            self.raise_nonfinite(names, self._what_was_sent(first if n_workers > 1 else None))
+
+    def _check_that_ranks_agree(self):
+        """Ranks that would send each other chunks of different sizes would hang or mix them up."""
+        digest = zlib.crc32(repr((self._layout, self._n_added)).encode())
+        extremes = np.array([digest, -digest], np.int64)
+        self.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
+        if extremes[0] == -extremes[1]:
+            return
+        (first_layout, first_n), *others = self.mpi_comm.allgather((self._layout, self._n_added))
+        for rank, (layout, n_added) in enumerate(others, start=1):
+            differing = sorted({name for name, _ in set(layout) ^ set(first_layout)})
+            if differing or n_added != first_n:
+                raise ValueError(
+                    f'ranks 0 and {rank} differ in which gradients they have: '
+                    f'{", ".join(differing) or "none"}; and have {first_n} and {n_added} workers'
+                )
+
+    def _pack(self, params):
+        size = sum(param.data.size for _, param in params)
+        not_finite = self._counts[:, 2:].sum(axis=1)
+        chunk = -(-size // self.size)  # each rank sums one chunk; nobody reads the padding
+        self._wire = _buffer(self._wire, chunk * self.size, self.allreduce_grad_dtype)
+        grads = [np.zeros_like(p.data) if p.grad is None else p.grad for _, p in params]
+        kernels.pack(grads, self.gradient_scale, self._wire[:size], self._counts)
+        for i in np.flatnonzero(self._counts[:, 2:].sum(axis=1) > not_finite):
+            self._culprits.setdefault(i, []).append(self._n_added)
+
+    def _unpack(self, mean, params):
+        """Returns the names of the parameters whose mean is not finite."""
+        names = [name for name, _ in self._layout]
+        for name in names:
+            if params[name].grad is None:
+                params[name].grad = np.empty_like(params[name].data)
+        grads = [params[name].grad for name in names]
+        size = sum(grad.size for grad in grads)
+        not_finite = kernels.unpack(mean[:size], self.gradient_scale, grads)
+        return [names[i] for i in np.flatnonzero(not_finite)]
+
+    def _what_was_sent(self, first_worker):
+        """Of each parameter with values that are not finite: how many, and of which workers."""
+        sent = {}
+        for i, workers in self._culprits.items():
+            sent[self._layout[i][0]] = f'{self._counts[i, 2]} inf and {self._counts[i, 3]} NaN'
+            if first_worker is not None:
+                numbers = first_few([str(first_worker + worker) for worker in workers], ', ')
+                sent[self._layout[i][0]] += f' of worker {numbers}'
+        return sent
+
+    def _add_exactly(self, params):
+        if self._n_added == 1:
+            self._sum = _buffer(self._sum, self._wire.size, np.float64)
+            kernels.widen(self._wire, self._sum)
+        self._pack(params)
+        if self._n_added > 0:
+            kernels.add(self._wire, self._sum)
+
+    def _exact_mean(self):
+        n_workers = self._n_added * self.size
+        if n_workers == 1:
+            return self._wire
+        wire = self._wire.reshape(self.size, -1)
+        mean = wire[self.rank]
+        if self._n_added > 1:  # in place: there is no second buffer of this size
+            sums = self._sum.reshape(self.size, -1)
+            self.mpi_comm.Alltoall(MPI.IN_PLACE, _bytes(sums))
+            kernels.mean(sums, n_workers, mean)
+        else:
+            kernels.mean(self._received_from_others(), n_workers, mean, mean, self.rank)  # [H]
+        self.mpi_comm.Allgather(MPI.IN_PLACE, _bytes(self._wire))
+        return self._wire
+
+    def _received_from_others(self):
+        """Their values of the chunk that this rank sums; its own stay where they are."""
+        chunk = self._wire.size // self.size
+        self._received = _buffer(self._received, self._wire.size - chunk, self._wire.dtype)
+        counts = np.full(self.size, chunk * self._wire.itemsize)
+        counts[self.rank] = 0
+        places = np.cumsum(counts) - counts
+        self.mpi_comm.Alltoallv(
+            [self._wire.view(np.uint8), (counts, counts.max() * np.arange(self.size)), MPI.BYTE],
+            [self._received.view(np.uint8), (counts, places), MPI.BYTE],
+        )
+        return self._received.reshape(self.size - 1, chunk)
+
+    def _add_to_ring(self, params):
+        self._pack(params)
+        if self._kept and self.rank == 0:
+            _add_rounded(self._wire, self._kept[0])
+        else:  # rank 0's first, or what has to wait for the sum of the ranks before
+            self._kept.append(self._wire)
+            self._wire = None
+
+    def _ring_mean(self):
+        if self.rank == 0:
+            total = self._kept.pop()
+        else:
+            total = np.empty_like(self._kept[0])
+            self.mpi_comm.Recv(_bytes(total), self.rank - 1)
+        for wire in self._kept:
+            _add_rounded(wire, total)
+        self._kept.clear()
+        if self.rank + 1 < self.size:
+            self.mpi_comm.Send(_bytes(total), self.rank + 1)
+        else:
+            n_workers = self._n_added * self.size
+            # A float16 quotient is the same by way of float32.
+            wider = np.promote_types(total.dtype, np.float32)
+            total[...] = np.divide(total, n_workers, dtype=wider)
+        self.mpi_comm.Bcast(_bytes(total), self.size - 1)
+        return total
+
+
+def _buffer(buffer, size, dtype):
+    """``buffer`` if it fits, else a new one."""
+    if buffer is not None and buffer.size == size and buffer.dtype == dtype:
+        return buffer
+    return np.empty(size, dtype)
+
+
+def _bytes(array):
+    """The array as MPI sees it: MPI has no float16."""
+    return [array.view(np.uint8), MPI.BYTE]
+
+
+def _add_rounded(source, target):
+    with np.errstate(over='ignore', invalid='ignore'):
+        target += source

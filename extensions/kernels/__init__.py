@@ -1,0 +1,220 @@
+"""Inner loops in C for the CPU, where the installation found a compiler; NumPy does them elsewhere.
+
+Both give the same bits. The library is plain C without Python's headers, loaded by ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+_FOLDER = Path(__file__).resolve().parent
+SOURCES = ('kernels.c', '../rmsprop_warmup_element.h')
+
+# Elements that NumPy works on at a time: they stay in a core's second-level cache.
+_BLOCK = 1 << 15
+
+
+def source_digest() -> str:
+    """Identifies the sources: a library that was compiled from others is not used."""
+    return hashlib.sha256(b''.join((_FOLDER / name).read_bytes() for name in SOURCES)).hexdigest()
+
+
+def _load() -> dict:
+    """The compiled functions by their names in ``kernels.c``; none without the library."""
+    path = _FOLDER / f'_kernels{sysconfig.get_config_var("EXT_SUFFIX")}'
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return {}
+    library.source_digest.restype = ctypes.c_char_p
+    if library.source_digest().decode() != source_digest():
+        return {}
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    pack = unpack = [size, pointer, pointer, ctypes.c_float, pointer, pointer]
+    mean = [size, size, size, pointer, size, pointer, ctypes.c_double, pointer]
+    arguments = {
+        'rmsprop_warmup_float32': [size, pointer, pointer, pointer],
+        'rmsprop_warmup_float64': [size, pointer, pointer, pointer],
+        'pack_float32_float32': pack,
+        'unpack_float32_float32': unpack,
+        'mean_float32_float32': mean,
+    }
+    if hasattr(library, 'has_float16') and library.has_float16():
+        arguments['pack_float32_float16'] = pack
+        arguments['unpack_float16_float32'] = unpack
+        arguments['widen_float16'] = arguments['add_float16'] = [size, pointer, pointer]
+        arguments['mean_float16_float16'] = arguments['mean_float64_float16'] = mean
+    functions = {name: getattr(library, name) for name in arguments}
+    for name, function in functions.items():
+        function.argtypes = arguments[name]
+        function.restype = None
+    return functions
+
+
+compiled = _load()
+
+
+_NAMES = {np.dtype(name): name for name in ('float16', 'float32', 'float64')}
+
+
+def name_of(dtype) -> str:
+    """``dtype.name``, which NumPy takes microseconds to make; other dtypes have none."""
+    return _NAMES.get(dtype, '')
+
+
+def address(array) -> int:
+    return array.__array_interface__['data'][0]
+
+
+def _common_name(arrays) -> str:
+    """The name of the dtype that they have alike; none if they differ."""
+    dtypes = {array.dtype for array in arrays}
+    return name_of(dtypes.pop()) if len(dtypes) == 1 else ''
+
+
+def _table(arrays):
+    """What a function in C is told of several arrays: their sizes and addresses."""
+    sizes = np.array([array.size for array in arrays], np.int64)
+    addressof, as_buffer = ctypes.addressof, ctypes.c_char.from_buffer
+    try:  # a quarter of the other's time, of arrays that may be written and are not empty
+        addresses = [addressof(as_buffer(array)) for array in arrays]
+    except (TypeError, ValueError):
+        addresses = [address(array) for array in arrays]
+    return sizes, np.array(addresses, np.uintp)
+
+
+def _parts(array, sizes):
+    """Its parts of these sizes, one after the other."""
+    return [array[stop - size : stop] for size, stop in zip(sizes, np.cumsum(sizes))]
+
+
+def pack(grads, scale, target, counts):
+    """``target[...] = scale * grads``, one after the other, in one pass, which also counts what the
+    cast makes of them.
+
+    Args:
+        grads (list of arrays): Of any shapes.
+        scale (float): A power of two, applied in the dtype of ``grads``.
+        target (array): As many elements, contiguous; beyond 65,504 a float16 is infinite.
+        counts (array): int64 [len(grads), 4]. The numbers of elements are added that are not zero
+            in a gradient, and not zero, infinite, and NaN in its part of ``target``.
+    """
+    function = compiled.get(f'pack_{_common_name(grads)}_{name_of(target.dtype)}')
+    grads = [np.ascontiguousarray(grad) for grad in grads]
+    if function:
+        sizes, addresses = _table(grads)
+        tables = address(sizes), address(addresses)
+        function(len(grads), *tables, scale, address(target), address(counts))
+        return
+    for grad, part, count in zip(grads, _parts(target, [grad.size for grad in grads]), counts):
+        grad = grad.reshape(-1)
+        for start in range(0, grad.size, _BLOCK):
+            g, t = grad[start : start + _BLOCK], part[start : start + _BLOCK]
+            with np.errstate(over='ignore', invalid='ignore'):
+                t[...] = g if scale == 1 else g * grad.dtype.type(scale)
+            not_finite = t.size - np.count_nonzero(np.isfinite(t))
+            nan = np.count_nonzero(np.isnan(t)) if not_finite else 0
+            count += (np.count_nonzero(g), np.count_nonzero(t), not_finite - nan, nan)
+
+
+def unpack(mean, scale, grads):
+    """``grads[...] = mean / scale``, one after the other, in one pass.
+
+    Args:
+        mean (array): Contiguous.
+        scale (float): A power of two, taken out in the dtype of ``grads``.
+        grads (list of arrays): As many elements, of any shapes.
+
+    Returns:
+        array: int64 [len(grads)], how many elements of each one's part are infinite or NaN.
+    """
+    function = compiled.get(f'unpack_{name_of(mean.dtype)}_{_common_name(grads)}')
+    if function and all(grad.flags.c_contiguous for grad in grads):
+        sizes, addresses = _table(grads)
+        not_finite = np.empty(len(grads), np.int64)
+        tables = address(sizes), address(mean), 1 / scale, address(addresses)
+        function(len(grads), *tables, address(not_finite))
+        return not_finite
+    parts = _parts(mean, [grad.size for grad in grads])
+    for grad, part in zip(grads, parts):
+        with np.errstate(over='ignore', invalid='ignore'):
+            grad[...] = part.reshape(grad.shape)
+            if scale != 1:
+                grad *= grad.dtype.type(1 / scale)
+    return np.array([part.size - np.count_nonzero(np.isfinite(part)) for part in parts], np.int64)
+
+
+def rmsprop_warmup(arrays, values) -> bool:
+    """The update of parameters on the CPU, whose equations :class:`~extensions.RMSpropWarmup` has.
+
+    Args:
+        arrays (list): Gradient, parameter, m and delta of the first parameter, of the second, ...
+        values (list of tuples): The eight hyper-parameters of each.
+
+    Returns:
+        bool: Whether it was done: the arrays must be contiguous, all float32 or all float64.
+    """
+    function = compiled.get(f'rmsprop_warmup_{_common_name(arrays)}')
+    if not function or not all(array.flags.c_contiguous for array in arrays):
+        return False
+    sizes, addresses = _table(arrays)
+    of_each = sizes.reshape(-1, 4)
+    if np.any(of_each != of_each[:, :1]):
+        return False  # NumPy says what is wrong
+    sizes, scalars = of_each[:, 0].copy(), np.array(values, np.float64)
+    function(len(sizes), address(sizes), address(addresses), address(scalars))
+    return True
+
+
+def widen(source, target):
+    """``target[...] = source`` for contiguous arrays, ``target`` of float64."""
+    function = compiled.get(f'widen_{name_of(source.dtype)}')
+    if function:
+        function(source.size, address(source), address(target))
+    else:
+        target[...] = source
+
+
+def add(source, target):
+    """``target += source`` for contiguous arrays, ``target`` of float64."""
+    function = compiled.get(f'add_{name_of(source.dtype)}')
+    if function:
+        function(source.size, address(source), address(target))
+    else:
+        target += source
+
+
+def mean(rows, n, target, own=None, place=0):
+    """``target[...] = (sum of the rows) / n`` in float64, in their order, rounded once.
+
+    Args:
+        rows (array): [k, size], each row contiguous.
+        n (int): What the sum is divided by.
+        target (array): [size], contiguous.
+        own (array): One more row, contiguous, which may be ``target``.
+        place (int): Its index among all of them.
+    """
+    function = compiled.get(f'mean_{name_of(rows.dtype)}_{name_of(target.dtype)}')
+    if function:
+        k = len(rows) + (own is not None)
+        own, place = (rows, k) if own is None else (own, place)
+        row_addresses = (address(own), rows.strides[0] // rows.itemsize, address(rows))
+        function(target.size, k, place, *row_addresses, n, address(target))
+        return
+    every = list(rows)
+    if own is not None:
+        every.insert(place, own)
+    total = np.empty(min(_BLOCK, target.size), np.float64)
+    for start in range(0, target.size, _BLOCK):
+        block = slice(start, min(start + _BLOCK, target.size))
+        t = total[: block.stop - start]
+        widen(every[0][block], t)
+        for row in every[1:]:
+            add(row[block], t)
+        with np.errstate(over='ignore', invalid='ignore'):
+            target[block] = t / n

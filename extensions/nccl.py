@@ -1,0 +1,201 @@
+"""The float16 all-reduce for GPUs, on NCCL, and which GPU a rank computes on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chainer
+import chainermn
+from chainer.backends import cuda
+from chainermn.communicators import pure_nccl_communicator
+from mpi4py import MPI
+
+from extensions.communicator_base import CommunicatorError, CommunicatorOptions, params_with_grad
+from extensions.timing import TimedSteps
+
+
+class HalfPrecisionNcclCommunicator(
+    CommunicatorOptions, TimedSteps, pure_nccl_communicator.PureNcclCommunicator
+):
+    """ChainerMN's ``pure_nccl`` (S), with a scale for the gradients and a check of their mean.
+
+    ChainerMN packs the gradients into one buffer of the wire's dtype, NCCL adds the buffers up,
+    ChainerMN divides the sum, in the wire's dtype, and unpacks it, all on the null stream. The
+    check reads one number back from the device in every iteration. What the rounding loses is not
+    counted here.
+
+    Args:
+        mpi_comm (mpi4py.MPI.Comm): The ranks; the current device of each is its GPU.
+        allreduce_grad_dtype, gradient_scale, stop_on_nonfinite: See :func:`create_communicator`.
+    """
+
+    def __init__(self, mpi_comm, allreduce_grad_dtype='float16', **options):
+        super().__init__(mpi_comm, allreduce_grad_dtype, **options)
+        # One kernel packs all parameters; ChainerMN's create_communicator chooses so too.
+        self.set_config('batched_copy', True)
+
+    def multi_node_mean_grad(self, model, zero_fill=False):
+        """Replaces the model's gradients by their mean over the ranks.
+
+        Raises:
+            NonFiniteGradients: On every rank.
+        """
+        params = params_with_grad(model, zero_fill)
+        if self.gradient_scale != 1:
+            for _, param in params:
+                if param.grad is not None:
+                    param.grad *= self.gradient_scale
+        super().multi_node_mean_grad(model, zero_fill)
+        if self.gradient_scale != 1:
+            for _, param in params:
+                param.grad *= 1 / self.gradient_scale
+        if self.stop_on_nonfinite:
+            self._check_mean(params)
+
+    def _check_mean(self, params):
+        sent, mean = (
+            buffer.array(sum(param.size for _, param in params), dtype=self.allreduce_grad_dtype)
+            for buffer in (self.gpu_buffer_a, self.gpu_buffer_b)
+        )
+        xp = chainer.backend.get_array_module(mean)
+        if xp.isfinite(mean).all():
+            return
+        names, own, start = [], {}, 0
+        for name, param in params:
+            part = slice(start, start + param.size)
+            start = part.stop
+            if not xp.isfinite(mean[part]).all():
+                names.append(name)
+                n_inf, n_nan = int(xp.isinf(sent[part]).sum()), int(xp.isnan(sent[part]).sum())
+                if n_inf or n_nan:
+                    own[name] = f'{n_inf} inf and {n_nan} NaN'
+        self.raise_nonfinite(names, own)
+
+
+def device_of(comm):
+    """The rank's device: with ``pure_nccl`` the current GPU, else the CPU.
+
+    Returns:
+        ~chainer.backend.Device: Of the communicator's gradients.
+    """
+    if not hasattr(comm, 'nccl_comm'):
+        return chainer.get_device('@numpy')
+    return chainer.get_device(f'@cupy:{cuda.cupy.cuda.runtime.getDevice()}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpus:
+    """What one rank sees.
+
+    Attributes:
+        rank (int): In the communicator.
+        host (str): Its name, as MPI has it.
+        bus_ids (tuple of str): PCI bus of each GPU that the rank can use; empty without one.
+        nccl (int): Version as NCCL counts it, 2708 or 22304; 0 without NCCL.
+        obstacle (str): Why the rank sees no GPU; None if it does.
+    """
+
+    rank: int
+    host: str
+    bus_ids: tuple = ()
+    nccl: int = 0
+    obstacle: str | None = None
+
+    def __str__(self):
+        return f'rank {self.rank} on {self.host}'
+
+    @property
+    def nccl_version(self):
+        """22304 is 2.23.4, 2708 is 2.7.8; - without NCCL."""
+        if not self.nccl:
+            return '-'
+        major = 10000 if self.nccl >= 10000 else 1000
+        return f'{self.nccl // major}.{self.nccl % major // 100}.{self.nccl % 100}'
+
+
+def inspect(rank: int) -> Gpus:
+    """Never fails: what is missing stands in the result."""
+    host = MPI.Get_processor_name()
+    if not cuda.available:
+        return Gpus(rank, host, obstacle='has no usable GPU or no CuPy')
+    runtime = cuda.cupy.cuda.runtime
+    try:
+        n_gpus = runtime.getDeviceCount()
+        bus_ids = tuple(runtime.deviceGetPCIBusId(i) for i in range(n_gpus))
+    except runtime.CUDARuntimeError as error:
+        return Gpus(rank, host, obstacle=f'sees no GPU ({error})')
+    if not bus_ids:
+        return Gpus(rank, host, obstacle='sees no GPU')
+    nccl = 0
+    if chainermn.nccl._available:
+        nccl = min(chainermn.nccl.get_build_version(), chainermn.nccl.get_version())
+    return Gpus(rank, host, bus_ids, nccl)
+
+
+def choose(name: str, everyone: list[Gpus]) -> tuple[str, str]:
+    """Chooses between ``pure_nccl`` and ``mpi`` by what all ranks see, so that all choose alike.
+
+    Returns:
+        tuple: The name, and why, in words.
+
+    Raises:
+        CommunicatorError: ``name`` is ``pure_nccl`` and a rank has no GPU or no NCCL; or ``auto``
+            and some have and some have not; or NCCL is too old or of several versions.
+    """
+    lacking = [s for s in everyone if s.obstacle or not s.nccl]
+    why = ''
+    if lacking:
+        why = f'{lacking[0]} {lacking[0].obstacle or "has a GPU, but no NCCL for CuPy"}'
+    if lacking and name == 'pure_nccl':
+        raise CommunicatorError(
+            f'the communicator pure_nccl needs a GPU and NCCL on every rank: {why}. '
+            'On CPUs choose the communicator mpi'
+        )
+    if lacking and len(lacking) < len(everyone):
+        able = next(s for s in everyone if s not in lacking)
+        raise CommunicatorError(
+            f'some ranks can use NCCL and some cannot: {able} can, but {why}. '
+            'Give every rank a GPU, or choose the communicator mpi'
+        )
+    if lacking:
+        return 'mpi', f'auto: {why}'
+    first = everyone[0]
+    for gpus in everyone:
+        if gpus.nccl < 2000:
+            raise CommunicatorError(
+                f'{gpus} has NCCL {gpus.nccl_version}, but pure_nccl needs 2.0 or later: '
+                'install a later one, or choose the communicator mpi'
+            )
+        if gpus.nccl != first.nccl:
+            raise CommunicatorError(
+                f'{first} has NCCL {first.nccl_version}, {gpus} has {gpus.nccl_version}: '
+                'install the same on every host'
+            )
+    reason = 'asked for' if name == 'pure_nccl' else 'auto: every rank has a GPU and NCCL'
+    return 'pure_nccl', f'{reason}, NCCL {first.nccl_version}'
+
+
+def own_gpus(everyone: list[Gpus]) -> list[int]:
+    """Number of the GPU that each rank takes: the ranks of a host take its GPUs in turn.
+
+    A rank to which the scheduler shows one GPU alone takes that.
+
+    Raises:
+        CommunicatorError: Two ranks would share a GPU; both are named.
+    """
+    n_ranks_on: dict = {}
+    taken: dict = {}
+    numbers = []
+    for gpus in everyone:
+        intra_rank = n_ranks_on.get(gpus.host, 0)
+        n_ranks_on[gpus.host] = intra_rank + 1
+        number = intra_rank % len(gpus.bus_ids)
+        other = taken.setdefault((gpus.host, gpus.bus_ids[number]), gpus)
+        if other is not gpus:
+            raise CommunicatorError(
+                f'{other} and {gpus} would share the GPU on PCI bus {gpus.bus_ids[number]}: '
+                'start as many ranks per host as it has GPUs (slots in the hostfile), or have the '
+                'scheduler show each rank a GPU of its own'
+            )
+        numbers.append(number)
+    return numbers

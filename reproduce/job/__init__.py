@@ -1,0 +1,1 @@
+"""A training as a job of many processes: errors, signals, logs, checkpoints, the watchdog."""

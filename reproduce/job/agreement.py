@@ -1,0 +1,138 @@
+"""Before the first iteration: all ranks run the same program on the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
+import numpy as np
+from chainer.backends import cuda
+from mpi4py import MPI
+
+from reproduce.dataset import InputError
+from reproduce.job import report
+
+_REMEDIES = {
+    'options': 'start every rank with the same',
+    'images': 'copy the same folder to every host',
+    'BLAS threads': 'set the same on every host',
+    'parameters': "all start from rank 0's values, so this is memory or network at fault",
+}
+
+
+def items(model, settings, arguments, images) -> dict:
+    """What must be the same on all ranks: name to a short text.
+
+    Args:
+        model (~chainer.Link): Before the first iteration.
+        settings (~reproduce.settings.Settings): As this rank was told them.
+        arguments (list of str): This rank's own command line.
+        images (dict): From :func:`sample`.
+    """
+    parameters = hashlib.sha256()
+    for name, param in sorted(model.namedparams()):
+        parameters.update(name.encode() + cuda.to_cpu(param.data).tobytes())
+    return {
+        **of_host(),
+        'options': shlex.join(map(str, arguments)) or 'none',
+        'settings': _short(repr(settings).encode()),
+        'images': _short(repr(images).encode()),
+        'parameters': parameters.hexdigest()[:16],
+    }
+
+
+def of_host() -> dict:
+    """What must be the same on all hosts, whatever is run."""
+    threads = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+    return {
+        **report.versions(),
+        'code': _code(),
+        'BLAS threads': ' '.join(os.environ.get(name, '-') for name in threads),
+    }
+
+
+def sample(*folders, n=32) -> dict:
+    """Sizes of ``n`` images of each folder, as this host sees them: path to bytes, or to None where
+    the file cannot be read. A host with a copy of its own may have another one."""
+    paths = [
+        folder.path(int(i)) for folder in folders for i in np.linspace(0, len(folder.labels) - 1, n)
+    ]
+    return {
+        path: os.path.getsize(path) if os.access(path, os.R_OK) else None for path in sorted(paths)
+    }
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _code() -> str:
+    """Identifies the sources of this program."""
+    digest = hashlib.sha256()
+    for package in (extensions, sys.modules['reproduce']):
+        folder = Path(package.__path__[0])
+        for path in sorted(p for p in folder.rglob('*') if p.suffix in ('.py', '.c', '.h')):
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check(mpi_comm, own: dict, images: dict):
+    """Compares all ranks; collective.
+
+    Args:
+        mpi_comm (mpi4py.MPI.Comm): The ranks.
+        own (dict): This rank's :func:`items`.
+        images (dict): From :func:`sample`; every rank must be able to read them.
+
+    Raises:
+        InputError: On every rank: ranks and items that differ, or ranks that cannot read a file.
+    """
+    unreadable = next((path for path, size in images.items() if size is None), None)
+    everyone = mpi_comm.allgather((MPI.Get_processor_name(), own, unreadable, _processor()))
+    blind = [f'rank {r} on {host}' for r, (host, _, path, _) in enumerate(everyone) if path]
+    if blind:
+        path = next(path for _, _, path, _ in everyone if path)
+        raise InputError(
+            f'{path} cannot be read by {first_few(blind)}: is the folder on every host?'
+        )
+    host, first, _, processor = everyone[0]
+    for name in first:
+        others = [
+            f'rank {rank} on {where} has {theirs.get(name)}'
+            for rank, (where, theirs, _, _) in enumerate(everyone)
+            if theirs.get(name) != first[name]
+        ]
+        if others:
+            remedy = _REMEDIES.get(name, 'install the same on every host')
+            raise InputError(
+                f'the ranks differ in {name}: rank 0 on {host} has {first[name]}, '
+                f'{first_few(others)}; {remedy}'
+            )
+    differing = sorted({theirs for *_, theirs in everyone} - {processor})
+    if differing and mpi_comm.rank == 0:
+        print(
+            f'note: processors of several kinds ({processor}; {"; ".join(differing)}): with other '
+            'processes for the same workers the last bits may differ',
+            flush=True,
+        )
+
+
+def _processor() -> str:
+    try:
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def first_few(texts, n=3) -> str:
+    """The first of them, and how many more there are."""
+    more = f' and {len(texts) - n} more' if len(texts) > n else ''
+    return ', '.join(texts[:n]) + more

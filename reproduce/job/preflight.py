@@ -1,0 +1,434 @@
+"""Checks, before anybody books a cluster, that every host is ready for a run.
+
+Its options are those of reproduce/train.py. Every rank looks at its host, all of them all-reduce
+gradients of the model's size and time a minibatch; nothing is trained, and nothing is written but a
+file in --out's place that is removed again. The exit status is 0 if all is well, else 1.
+
+    ./run_mpi.sh preflight --hostfile hostfiles/mn1 -n 1024 -- --train-root TRAIN --val-root VAL
+"""
+
+from reproduce.job import start
+
+if __name__ == '__main__':
+    start.before_mpi()
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections import defaultdict
+from pathlib import Path
+
+import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
+import chainer.functions as F
+import numpy as np
+from chainer.backends import cuda
+from mpi4py import MPI
+
+from extensions import nccl
+from extensions.virtual_workers import workers_of
+from reproduce import dataset, images, loader
+from reproduce.dataset import InputError
+from reproduce.job import agreement, janitor, options, output, ranks, report
+from reproduce.job.watchdog import Watchdog
+from reproduce.listing import DataError, ImageFolder
+from reproduce.resnet50 import ResNet50
+
+_MIB, _GIB = 2**20, 2**30
+_NCCL_SHARED_MEMORY = 10 * _MIB  # of a rank, roughly (P)
+_MARGIN = 1.5  # of memory: validation, and what the loader has ahead (P)
+_CLOCK_SKEW = 1.0  # seconds; beyond it, the logs of several hosts mislead (P)
+_COLUMNS = (  # of the table: key, head, format
+    ('ranks', 'ranks', '{:d}'),
+    ('cores', 'cores', '{:d}'),
+    ('gpus', 'GPUs', '{:d}'),
+    ('python', 'Python', '{}'),
+    ('mpi', 'MPI', '{}'),
+    ('nccl', 'NCCL', '{}'),
+    ('memory', 'GiB needed', '{:.1f}'),
+    ('available', 'of', '{:.1f}'),
+    ('shared', 'shm MiB needed', '{:.0f}'),
+    ('shared_free', 'of', '{:.0f}'),
+    ('clock', 'clock s', '{:+.3f}'),
+    ('minibatch', 'minibatch s', '{:.3f}'),
+    ('loading', 'loading s', '{:.3f}'),
+)
+
+
+def main(argv=None):
+    mpi = MPI.COMM_WORLD
+    janitor.remove_those_of_open_mpi()
+    arguments = sys.argv[1:] if argv is None else argv
+    settings, _ = ranks.on_rank_zero(mpi, lambda: options.parse(arguments, mpi.size, __doc__))
+    preflight = Preflight(mpi, settings)
+    with Watchdog(mpi, settings.watchdog, preflight.position):
+        preflight.run()
+        everyone = mpi.gather(
+            (MPI.Get_processor_name(), sorted(set(preflight.problems)), preflight.row)
+        )
+    ready = mpi.bcast(everyone and verdict(settings, everyone))
+    raise ranks.AgreedExit(0 if ready else 1)
+
+
+class Preflight:
+    """The checks of one rank, all collective; they fill ``problems`` and the host's ``row``."""
+
+    def __init__(self, mpi, settings):
+        self.problems = []
+        self.row = {}
+        self._mpi, self._settings = mpi, settings
+        self._step, self._name = 0, 'the start'
+        self._n_classes = 1000
+        self._fits = True
+        self._free_disk = None
+        self._comm = self._model = self._optimizer = None
+        self._start = (_resident(), _available_memory())
+
+    def run(self):
+        self._check('versions', self._versions)
+        self._check('clocks', self._clocks)
+        self._check('--out', self._output)
+        self._check('images', self._images)
+        self._check('the communicator', self._communicator)
+        if self._comm:
+            self._check('the all-reduce', self._all_reduce)
+            self._check('memory', self._memory)
+            if self._mpi.allreduce(self._fits, MPI.LAND):
+                self._check('a minibatch', self._minibatch)
+
+    def position(self):
+        return self._step, None, f'the check of {self._name}'
+
+    def _check(self, name, function):
+        self._step, self._name = self._step + 1, name
+        if self._mpi.rank == 0:
+            print(f'checking {name} ...', flush=True)
+        function()
+        self._mpi.barrier()
+
+    def _versions(self):
+        own = agreement.of_host()
+        for name, first in self._mpi.bcast(own).items():
+            if own.get(name) != first:
+                self.problems.append(
+                    f'{name} is {own.get(name)}, but {first} on rank 0: install the same everywhere'
+                )
+        gpus = nccl.inspect(self._mpi.rank)
+        hosts = self._mpi.allgather(MPI.Get_processor_name())
+        self.row.update(
+            ranks=hosts.count(hosts[self._mpi.rank]),
+            cores=len(os.sched_getaffinity(0)),
+            gpus=len(gpus.bus_ids),
+            python=own['python'],
+            mpi=own['mpi'].rpartition(' ')[2],
+            nccl=gpus.nccl_version,
+        )
+
+    def _clocks(self):
+        """How far each clock is ahead of rank 0's: of ten questions, the one answered soonest."""
+        mpi, quickest, ahead = self._mpi, np.inf, 0.0
+        for rank in range(1, mpi.size):
+            for _ in range(10):
+                if mpi.rank == 0:
+                    mpi.recv(source=rank)
+                    mpi.send(time.time(), rank)
+                elif mpi.rank == rank:
+                    asked = time.time()
+                    mpi.send(None, 0)
+                    theirs = mpi.recv(source=0)
+                    answered = time.time()
+                    if answered - asked < quickest:
+                        quickest, ahead = answered - asked, (asked + answered) / 2 - theirs
+        self.row['clock'] = ahead
+        if abs(ahead) > _CLOCK_SKEW:
+            self.problems.append(
+                f"its clock is {ahead:+.1f} s off rank 0's: set the clocks, by NTP or chrony"
+            )
+
+    def _output(self):
+        """Rank 0 alone writes."""
+        if self._mpi.rank:
+            return
+        out = Path(self._settings.out).absolute()
+        try:
+            output.refuse_other_run(self._settings)
+            place = next(folder for folder in (out, *out.parents) if folder.exists())
+            with tempfile.NamedTemporaryFile(dir=place) as file:
+                file.write(bytes(_MIB))
+                file.flush()
+                os.fsync(file.fileno())
+            self._free_disk = shutil.disk_usage(place).free
+        except InputError as error:
+            self.problems.append(str(error))
+        except OSError as error:
+            self.problems.append(f'--out {out} cannot be written: {error.strerror}')
+
+    def _images(self):
+        """Rank 0 lists them; all read the same few, and decode some."""
+        folders = None
+        if self._mpi.rank == 0:
+            try:
+                train_root, _ = dataset.roots(self._settings)
+                if train_root:
+                    folders = dataset.list_folders(self._settings)
+                    dataset.check_total_batch(self._settings, len(folders[0]))
+            except (InputError, DataError) as error:
+                self.problems.append(str(error))
+                folders = None
+        packed = self._mpi.bcast(folders and [folder.pack() for folder in folders])
+        if not packed:
+            return
+        folders = [ImageFolder.unpack(folder) for folder in packed]
+        self._n_classes = len(folders[0].classes)
+        sample = agreement.sample(*folders)
+        unreadable = sorted(path for path, size in sample.items() if size is None)
+        if unreadable:
+            self.problems.append(f'{unreadable[0]} cannot be read: is the folder on every host?')
+        elif self._mpi.bcast(sample) != sample:
+            self.problems.append("its images are of other sizes than rank 0's: copy them again")
+        else:
+            self._decode(list(sample))
+
+    def _decode(self, paths, n=8):
+        s = self._settings
+        start = time.perf_counter()
+        try:
+            for i, path in enumerate(paths[:: max(1, len(paths) // n)]):
+                images.train_image(path, images.augmentation_rng(0, 0, i), s.preprocessing)
+        except DataError as error:
+            self.problems.append(str(error))
+            return
+        seconds = (time.perf_counter() - start) / (i + 1) * s.local_batch_size
+        self.row['loading'] = seconds / max(1, loader.parse(s.loader)[1])
+
+    def _communicator(self):
+        s = self._settings
+        try:
+            workers_of(self._mpi.rank, self._mpi.size, s.workers)
+            self._comm = extensions.create_communicator(
+                mpi_comm=self._mpi, **s.communicator_options
+            )
+        except (ValueError, extensions.CommunicatorError) as error:  # of all ranks alike
+            self.problems += [str(error)] * (self._mpi.rank == 0)
+            return
+        model = ResNet50(self._n_classes, s.width, s.stem, s.seed)
+        model.to_device(extensions.device_of(self._comm))
+        self._model = model
+        self._optimizer = extensions.RMSpropWarmup(s.lr_base).setup(model)
+
+    def _all_reduce(self, repeat=5):
+        """Of gradients whose sum float16 holds exactly, however it is ordered: zeros and ones."""
+        xp = extensions.device_of(self._comm).xp
+        size, seconds = self._mpi.size, []
+        for _ in range(1 + repeat):
+            for param in self._model.params():
+                ramp = xp.arange(param.size).reshape(param.shape)
+                param.grad = ((ramp + self._mpi.rank) % 3 == 0).astype(np.float32)
+            self._mpi.barrier()
+            start = time.perf_counter()
+            self._comm.multi_node_mean_grad(self._model)
+            _synchronize(xp)
+            seconds.append(time.perf_counter() - start)
+        self.row['all_reduce'] = float(np.median(seconds[1:]))
+        for name, param in self._model.namedparams():
+            ramp = xp.arange(param.size).reshape(param.shape)
+            # Ranks r below the size with (ramp + r) % 3 == 0.
+            expected = (size + 2 - (-ramp) % 3) // 3 / size
+            error = float(abs(param.grad - expected).max())
+            if not error < 2e-3:  # float16 rounds 1 / size and the mean
+                self.problems.append(f'the all-reduce is wrong: {name} is {error:.3g} off')
+                return
+
+    def _memory(self):
+        """Two and three images tell what one needs."""
+        s = self._settings
+        peaks = []
+        tracemalloc.start()
+        for n in (2, 3):
+            tracemalloc.reset_peak()
+            self._step_of(n)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        image = peaks[1] - peaks[0]
+        before, available = self._start
+        rank = _peak_memory() + max(0, s.local_batch_size - 3) * image
+        kind, n = loader.parse(s.loader)
+        processes = n if kind == 'processes' else 0
+        shared = (2 * n + 1) * (s.local_batch_size + s.validation_batch_size) * 3 * s.image_size**2
+        need = _MARGIN * self.row['ranks'] * (rank + processes * before + shared)
+        self.row['memory'] = need / _GIB
+        self.row['available'] = (available + self.row['ranks'] * before) / _GIB
+        if self.row['memory'] > self.row['available']:
+            self._fits = False
+            self.problems.append(
+                'not enough memory (see the table): fewer ranks a host, a smaller '
+                '--local-batch-size or fewer processes in --loader'
+            )
+        self._device_memory()
+        on_gpus = extensions.device_of(self._comm).xp is not np
+        shared = _shared_memory_to_come() + on_gpus * self.row['ranks'] * _NCCL_SHARED_MEMORY
+        free = shutil.disk_usage('/dev/shm').free
+        self.row.update(shared=shared / _MIB, shared_free=free / _MIB)
+        if shared > free:
+            self.problems.append('/dev/shm is too small (see the table): docker run --shm-size')
+        checkpoints = (s.keep_checkpoints + 2) * 12 * self._model.count_params()
+        if self._free_disk is not None and self._free_disk < checkpoints:
+            self.problems.append(
+                f'--out {s.out} has {self._free_disk / _GIB:.1f} GiB left, and checkpoints take '
+                f'{checkpoints / _GIB:.1f}'
+            )
+
+    def _device_memory(self):
+        """On GPUs: what the pool took for three images, and how it grew."""
+        if extensions.device_of(self._comm).xp is np:
+            return
+        pool, taken = cuda.cupy.get_default_memory_pool(), []
+        for n in (2, 3):
+            pool.free_all_blocks()
+            self._step_of(n)
+            taken.append(pool.total_bytes())
+        need = taken[1] + max(0, self._settings.local_batch_size - 3) * (taken[1] - taken[0])
+        _, total = cuda.cupy.cuda.runtime.memGetInfo()
+        if _MARGIN * need > total:
+            self._fits = False
+            self.problems.append(
+                f'the GPU has {total / _GIB:.1f} GiB, and a minibatch needs about '
+                f'{_MARGIN * need / _GIB:.1f}: choose a smaller --local-batch-size'
+            )
+
+    def _minibatch(self):
+        """Forward, backward and update, on all ranks at once."""
+        self._step_of(self._settings.local_batch_size)
+        seconds = []
+        while len(seconds) < 3 and sum(seconds) < 10:
+            self._mpi.barrier()
+            start = time.perf_counter()
+            self._step_of(self._settings.local_batch_size)
+            seconds.append(time.perf_counter() - start)
+        self.row['minibatch'] = float(np.median(seconds))
+        start = time.perf_counter()
+        self._optimizer.update()
+        _synchronize(extensions.device_of(self._comm).xp)
+        self.row['update'] = time.perf_counter() - start
+
+    def _step_of(self, n_images):
+        device = extensions.device_of(self._comm)
+        side = self._settings.image_size
+        x = device.send(np.random.RandomState(0).rand(n_images, 3, side, side).astype(np.float32))
+        t = device.send(np.zeros(n_images, np.int32))
+        self._model.cleargrads()
+        F.softmax_cross_entropy(self._model(x), t).backward()
+        _synchronize(device.xp)
+
+
+def verdict(settings, everyone) -> bool:
+    """Prints the table, the problems and the estimate.
+
+    Args:
+        settings (~reproduce.settings.Settings): Of the run.
+        everyone (list): Host, problems and row of each rank.
+
+    Returns:
+        bool: No rank has a problem.
+    """
+    hosts, who = defaultdict(list), defaultdict(list)
+    for rank, (host, problems, row) in enumerate(everyone):
+        hosts[host].append(row)
+        for problem in problems:
+            who[problem].append(f'rank {rank} on {host}')
+    head = ['host', *(title for _, title, _ in _COLUMNS)]
+    lines = [head, *([host, *_cells(rows)] for host, rows in hosts.items())]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))
+    rows = [row for _, _, row in everyone]
+    if all('minibatch' in row for row in rows):
+        print(_estimate(settings, rows))
+    for problem, of_ranks in who.items():
+        print(f'problem: {problem} ({agreement.first_few(of_ranks)})')
+    n = len(who)
+    print(f'not ready: {n} problem{"s" * (n > 1)}' if n else 'ready', flush=True)
+    return not who
+
+
+def _cells(rows):
+    """Of a host, the worst of its ranks."""
+    for key, _, form in _COLUMNS:
+        values = [row[key] for row in rows if key in row]
+        yield form.format(max(values, key=abs if key == 'clock' else None)) if values else '-'
+
+
+def _estimate(settings, rows) -> str:
+    each = settings.workers // len(rows)
+    slowest = {
+        key: max(row.get(key, 0) for row in rows)
+        for key in ('minibatch', 'loading', 'all_reduce', 'update')
+    }
+    # Where there is a core for each loader process, loading goes on beside the computation.
+    beside = all(r['cores'] >= r['ranks'] * (1 + loader.parse(settings.loader)[1]) for r in rows)
+    both = slowest['minibatch'], slowest['loading']
+    seconds = each * (max(both) if beside else sum(both))
+    seconds += slowest['all_reduce'] + slowest['update']
+    n_iterations = settings.iterations(dataset.count_images(settings))
+    return (
+        f'all-reduce in {settings.allreduce_grad_dtype}: right, {slowest["all_reduce"]:.3f} s; '
+        f'update {slowest["update"]:.3f} s\n'
+        f'predicted: {seconds:.3g} s an iteration of {each:,} minibatches a rank; '
+        f'{n_iterations:,} iterations in {report.duration(n_iterations * seconds)}, without '
+        'validation, of which loading is '
+        + ('measured' if slowest['loading'] else 'not counted: no folder of images')
+    )
+
+
+def _synchronize(xp):
+    if xp is not np:
+        xp.cuda.Device().synchronize()
+
+
+def _status(path, key) -> int:
+    """Bytes that a file of /proc tells in kB."""
+    for line in Path(path).read_text().splitlines():
+        name, _, value = line.partition(':')
+        if name == key:
+            return 1024 * int(value.split()[0])
+    raise KeyError(key)
+
+
+def _resident() -> int:
+    return _status('/proc/self/status', 'VmRSS')
+
+
+def _peak_memory() -> int:
+    return _status('/proc/self/status', 'VmHWM')
+
+
+def _available_memory() -> int:
+    """Of the host, or of the control group that holds this process to less."""
+    available = _status('/proc/meminfo', 'MemAvailable')
+    group = Path('/sys/fs/cgroup')
+    try:
+        limit = int((group / 'memory.max').read_text())
+        used = int((group / 'memory.current').read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return available
+    return min(available, limit - used)
+
+
+def _shared_memory_to_come() -> int:
+    """Bytes that this user's files in /dev/shm may still take: MPI's are as large as they will be,
+    but get their memory when they are written to."""
+    promised = 0
+    for path in Path('/dev/shm').iterdir():
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        if status.st_uid == os.getuid():
+            promised += max(0, status.st_size - 512 * status.st_blocks)
+    return promised
+
+
+if __name__ == '__main__':
+    ranks.run(main)

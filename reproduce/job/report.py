@@ -1,0 +1,328 @@
+"""What a person sees: the plan, the header, progress, a table of epochs, the files of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import time
+from importlib.metadata import version
+
+import chainer
+import mpi4py
+import numpy as np
+from chainer import training
+from chainer.backends import cuda
+from chainer.training import extension, triggers
+from mpi4py import MPI
+
+from extensions import device_of, kernels, schedules
+from extensions.timing import PARTS
+
+_COLUMNS = (  # title, key in the log, format
+    ('epoch', 'epoch', '{:>5d}'),
+    ('lr', 'lr', '{:>9.5f}'),
+    ('alpha_sgd', 'alpha_sgd', '{:>9.5f}'),
+    ('alpha_rmsprop', 'alpha_rmsprop', '{:>13.3e}'),
+    ('train loss', 'main/loss', '{:>10.4f}'),
+    ('val loss', 'validation/main/loss', '{:>9.4f}'),
+    ('top-1', 'validation/main/accuracy', '{:>7.2%}'),
+    ('flushed', 'cast/flushed', '{:>7.2%}'),
+    ('seconds', 'elapsed_time', '{:>8.1f}'),
+)
+
+
+def versions() -> dict:
+    """Versions of everything that the numbers depend on."""
+    found = {
+        'python': platform.python_version(),
+        'chainer': chainer.__version__,
+        'numpy': np.__version__,
+        **{name: version(name) for name in ('simplejpeg', 'opencv-python-headless', 'Pillow')},
+        'mpi4py': mpi4py.__version__,
+        'mpi': MPI.Get_library_version().split(',')[0].strip(),
+    }
+    if cuda.available:
+        found['cupy'] = cuda.cupy.__version__
+        found['cuda'] = str(cuda.cupy.cuda.runtime.runtimeGetVersion())
+    return found
+
+
+def plan(settings, n_images: int) -> str:
+    """The run as a table: n, b_local, the total batch and eta_base, then eta and the alphas at the
+    start of each epoch.
+
+    Between the whole epochs stand the moments of the transition at which the printed form crosses 1
+    and jumps.
+
+    Args:
+        settings (Settings): With ``workers`` known.
+        n_images (int): Images of the training set.
+    """
+    s = settings
+    per_epoch = n_images / s.total_batch_size
+    lines = [
+        f'{"workers n":24}{s.workers:,}',
+        f'{"images per worker b":24}{s.local_batch_size:,}',
+        f'{"total batch n b":24}{s.total_batch_size:,}',
+        f'{"training images":24}{n_images:,}',
+        f'{"eta_base":24}{s.lr_base:g}  (0.1 x {s.total_batch_size:,} / 256)',
+        f'{"iterations":24}{s.iterations(n_images):,}  ({per_epoch:.2f} x {s.epochs} epochs)',
+        f'{"learning rate":24}{s.lr_schedule}',
+        f'{"alpha_SGD":24}{s.alpha_form}, centre {s.beta_center:g}, period {s.beta_period:g} of 90',
+        '',
+        f'{"epoch":>8} {"of 90":>8} {"eta":>10} {"alpha_sgd":>10} {"alpha_rmsprop":>14}',
+    ]
+    scale = s.epochs / schedules.PAPER_EPOCHS
+    end = s.beta_center + s.beta_period / 2
+    just_before = np.nextafter(end, 0)
+    moments = {s.beta_center + s.beta_period / 4, just_before, end}
+    whole = {epoch / scale for epoch in range(s.epochs)}
+    for of_90 in sorted(whole | {m for m in moments if 0 <= m < schedules.PAPER_EPOCHS}):
+        lr = s.lr(of_90)
+        alpha = s.alpha_sgd(of_90)
+        alpha_rmsprop = schedules.alpha_rmsprop(alpha, lr, s.lr_rmsprop)
+        epoch, of_90 = (
+            ('<' if of_90 == just_before else '') + format(e, '.6g') for e in (of_90 * scale, of_90)
+        )
+        lines.append(f'{epoch:>8} {of_90:>8} {lr:>10.5g} {alpha:>10.5f} {alpha_rmsprop:>14.4e}')
+    return '\n'.join(lines)
+
+
+def header(settings, comm, train, val, n_parameters: int) -> str:
+    """Who computes what, on what; printed before the first iteration."""
+    s = settings
+    device = device_of(comm)
+    device_name = 'CPU'
+    if device.xp is not np:
+        device_name = cuda.cupy.cuda.runtime.getDeviceProperties(device.device.id)['name'].decode()
+    each = s.workers // comm.size
+    rows = {
+        'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, '
+        f'on {comm.inter_size:,} host(s), {device_name}',
+        'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
+        'learning rate': f'base {s.lr_base:g}, first {s.lr(0):g}',
+        'communicator': f'{type(comm).__name__}; {comm.reason}',
+        'all-reduce': all_reduce_of(comm, s),
+        'update': f'RMSpropWarmup, {arithmetic_of(device)}',
+        'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
+        'training': f'{len(train):,} images in {train.root}',
+        'validation': f'{len(val):,} images in {val.root}',
+        'classes': f'{len(train.classes):,}',
+        'length': f'{s.epochs} epochs, {s.iterations(len(train)):,} iterations',
+        'versions': ', '.join(f'{name} {version}' for name, version in versions().items()),
+        'output': s.out,
+    }
+    return '\n'.join(f'{title:14}{text}' for title, text in rows.items())
+
+
+def all_reduce_of(comm, settings) -> str:
+    sum_ = f'{comm.accumulate} sum' if hasattr(comm, 'accumulate') else "the library's sum"
+    scale = f', gradient scale {settings.gradient_scale:g}' if settings.gradient_scale != 1 else ''
+    return f'{settings.allreduce_grad_dtype}, {sum_}{scale}'
+
+
+def arithmetic_of(device) -> str:
+    if device.xp is not np:
+        return 'CUDA'
+    return 'compiled C' if kernels.compiled else 'NumPy (no C compiler when it was installed)'
+
+
+class Progress(training.Extension):
+    """Prints a line with images/s and the time left, at most one in ``seconds``, also within an
+    iteration, between the workers that a process plays, and within a validation.
+
+    Always whole lines, never a line drawn over: what mpiexec gives a rank looks like a terminal
+    even where it ends in a file.
+    """
+
+    trigger = (1, 'iteration')
+    priority = extension.PRIORITY_READER
+
+    def __init__(self, total_batch_size, n_iterations, evaluator, seconds=10.0):
+        self._total_batch_size = total_batch_size
+        self._n_iterations = n_iterations
+        self._evaluator = evaluator
+        self._seconds = seconds
+        self._validation = None  # its start, the minibatches then left, the time of the last line
+        self._last = None
+
+    def initialize(self, trainer):
+        self._last = (time.monotonic(), trainer.updater.images_done)
+        trainer.updater.after_worker = lambda: self(trainer)
+        self._evaluator.after_minibatch = self._validating
+
+    def __call__(self, trainer):
+        now, images = time.monotonic(), trainer.updater.images_done
+        then, before = self._last
+        if now - then < self._seconds:
+            return
+        self._last = (now, images)
+        rate = (images - before) / (now - then)
+        left = duration((self._n_iterations * self._total_batch_size - images) / rate)
+        iteration, within = divmod(images, self._total_batch_size)
+        part = f' + {within:,} of {self._total_batch_size:,} images' if within else ''
+        print(
+            f'  iteration {iteration:,} of {self._n_iterations:,}{part}, '
+            f'epoch {trainer.updater.epoch_detail:.2f}, {rate:,.0f} images/s, {left} left',
+            flush=True,
+        )
+
+    def _validating(self):
+        now, left = time.monotonic(), self._evaluator.minibatches_left
+        if self._validation is None:
+            self._validation = now, left, now
+        start, n, said = self._validation
+        if now - said >= self._seconds and left:
+            time_left = duration((now - start) / (n - left) * left)
+            print(f'  validation: {left:,} minibatches, {time_left} left', flush=True)
+            self._validation = start, n, now
+        if left == 0:
+            self._validation = None
+            then, images = self._last
+            self._last = then + now - start, images  # it does not count as training
+
+
+def position_of(updater, evaluator):
+    """For the :class:`~reproduce.job.watchdog.Watchdog`: where this rank is, at any moment."""
+
+    def position():
+        done, left, iteration = updater.images_done, evaluator.minibatches_left, updater.iteration
+        if left is None:
+            return done, None, f'iteration {iteration + 1}, {done:,} images in all'
+        return done, left, f'validation after iteration {iteration}, {left} minibatches left'
+
+    return position
+
+
+class EpochTable(training.Extension):
+    """Prints a row for each entry of the log, under one head.
+
+    Args:
+        log_report (~chainer.training.extensions.LogReport): It runs before this extension.
+    """
+
+    trigger = (1, 'epoch')
+    priority = extension.PRIORITY_READER - 1
+
+    def __init__(self, log_report):
+        self._log_report = log_report
+
+    def initialize(self, trainer):
+        heads = (title.rjust(len(form.format(0))) for title, _, form in _COLUMNS)
+        print('  '.join(heads), flush=True)
+
+    def __call__(self, trainer):
+        entry = self._log_report.log[-1]
+        cells = (
+            form.format(entry[key]) if key in entry else '-'.rjust(len(form.format(0)))
+            for _, key, form in _COLUMNS
+        )
+        print('  '.join(cells), flush=True)
+
+
+class Curves(training.Extension):
+    """Draws ``curves.png`` once a minute at most, so that a long run can be watched."""
+
+    trigger = triggers.TimeTrigger(60)  # type: ignore[assignment]
+    priority = extension.PRIORITY_READER - 1
+
+    def __init__(self, settings, log_report):
+        from reproduce.job import plots  # here: matplotlib takes a fifth of a rank's start
+
+        self._plots = plots
+        self._settings = settings
+        self._log_report = log_report
+
+    def __call__(self, trainer):
+        if self._log_report.log:
+            self._plots.curves(self._log_report.log, self._settings, trainer.out)
+
+
+def duration(seconds: float) -> str:
+    """Two units of time: 1 h 02 min, 3 min 20 s, 12 s."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds} s'
+    if seconds < 3600:
+        return f'{seconds // 60} min {seconds % 60:02d} s'
+    return f'{seconds // 3600} h {seconds % 3600 // 60:02d} min'
+
+
+def write_settings(settings, out: str):
+    """Writes ``settings.json``."""
+    _write_json(dataclasses.asdict(settings), os.path.join(out, 'settings.json'))
+
+
+def peak_memory(comm) -> int:
+    """Most memory that a process of the job has had, in bytes. Collective."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux
+    return 1024 * comm.mpi_comm.allreduce(kilobytes, MPI.MAX)
+
+
+def bad_images(comm, batches) -> dict:
+    """Path to message of the images that the job has skipped, this time. Collective."""
+    return dict(
+        sorted(item for bad in comm.mpi_comm.allgather(batches.bad) for item in bad.items())
+    )
+
+
+def parts(timing: dict) -> str:
+    """One line: the mean iteration and its parts."""
+    if not timing['iterations']:
+        return 'no timing: too few iterations'
+    text = ', '.join(f'{name} {1000 * timing[name]:,.1f}' for name in PARTS)
+    text = text.replace('_', ' + ').replace('allreduce', 'all-reduce')
+    return f'iteration {1000 * timing["iteration"]:,.1f} ms, slowest ranks: {text}'
+
+
+def summarize(settings, comm, trainer, log, peak_memory, bad_images, timing) -> dict:
+    """Writes ``summary.json`` and the final ``curves.png``.
+
+    Args:
+        settings (Settings): Of the run.
+        comm (~chainermn.CommunicatorBase): Its processes.
+        trainer (~chainer.training.Trainer): After its run.
+        log (list of dict): Of the LogReport.
+        peak_memory (int): From :func:`peak_memory`.
+        bad_images (dict): From :func:`bad_images`.
+        timing (dict): Of the TimeReport.
+
+    Returns:
+        dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the
+            validations.
+    """
+    iterations = trainer.updater.iteration
+    last = log[-1]
+    summary = {
+        'top1': last['validation/main/accuracy'],
+        'top5': last['validation/main/top5_accuracy'],
+        'validation_loss': last['validation/main/loss'],
+        'validation_images': int(last['validation/images']),
+        'training_loss': last['main/loss'],
+        'epochs': settings.epochs,
+        'iterations': iterations,
+        'workers': settings.workers,
+        'processes': comm.size,
+        'total_batch_size': settings.total_batch_size,
+        'seconds': trainer.elapsed_time,
+        'peak_memory_bytes': peak_memory,
+        'bad_images': {'count': len(bad_images), 'messages': list(bad_images.values())},
+        'images_per_second': iterations * settings.total_batch_size / trainer.elapsed_time,
+        'timing': timing,
+        'versions': versions(),
+    }
+    _write_json(summary, os.path.join(settings.out, 'summary.json'))
+    from reproduce.job import plots
+
+    plots.curves(log, settings, settings.out)
+    return summary
+
+
+def _write_json(content: dict, path: str):
+    with open(path + '.tmp', 'w') as file:
+        json.dump(content, file, indent=2)
+        file.write('\n')
+    os.replace(path + '.tmp', path)

@@ -1,0 +1,137 @@
+"""Makes a job of a training: it reports, keeps its results, and never waits for ever."""
+
+from __future__ import annotations
+
+import os
+
+import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
+import chainer
+from chainer.training import extensions as chainer_extensions
+
+from reproduce import dataset
+from reproduce.job import agreement, janitor, options, output, ranks, report
+from reproduce.job.watchdog import Watchdog
+from reproduce.listing import ImageFolder
+
+
+def read_settings(mpi, argv, description):
+    """Rank 0 reads the command line, and tells the others.
+
+    Returns:
+        Settings: Of all ranks; None after ``--dry-run``, which prints the plan.
+    """
+    janitor.remove_those_of_open_mpi()
+    settings, dry_run = ranks.on_rank_zero(mpi, lambda: options.parse(argv, mpi.size, description))
+    if not dry_run:
+        return settings
+    ranks.on_rank_zero(mpi, lambda: _print_plan(settings))
+    return None
+
+
+def _print_plan(settings):
+    n_images = dataset.count_images(settings)
+    dataset.check_total_batch(settings, n_images)
+    print(report.plan(settings, n_images))
+
+
+def find_images(mpi, settings):
+    """Rank 0 lists the images and makes the output folder, and tells the others.
+
+    Returns:
+        tuple of ImageFolder: Training and validation images.
+    """
+
+    def on_rank_zero():
+        folders = dataset.find(settings, mpi.size)
+        output.prepare(settings)
+        return [folder.pack() for folder in dataset.keep(settings, folders)]
+
+    return tuple(map(ImageFolder.unpack, ranks.on_rank_zero(mpi, on_rank_zero)))
+
+
+def run(mpi, comm, settings, argv, trainer, batches):
+    """Runs a training, from its last checkpoint on if there is one.
+
+    Args:
+        mpi (mpi4py.MPI.Comm), comm (~chainermn.CommunicatorBase): The processes.
+        settings (Settings): Of the run.
+        argv (list of str): This rank's own command line.
+        trainer (~chainer.training.Trainer), batches (ImageLoader): From ``experiment()``.
+    """
+    train, val = batches.train, batches.val
+    updater, evaluator = trainer.updater, trainer.get_extension('validation')
+    model = updater.get_optimizer('main').target
+    time_report, log_report = _extend(settings, comm, trainer, batches)
+    identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
+    checkpoint = ranks.on_rank_zero(mpi, lambda: output.find_checkpoint(settings, identity))
+    if comm.rank == 0:
+        print(report.header(settings, comm, train, val, model.count_params()), flush=True)
+        report.write_settings(settings, settings.out)
+
+    # Whatever ends the run, it goes on from the last checkpoint to the same bits.
+    folder = output.checkpoints_of(settings.out)
+    trainer.extend(
+        extensions.Checkpointer(
+            comm, folder, identity, settings.checkpoint_every, settings.keep_checkpoints
+        )
+    )
+    if checkpoint:
+        extensions.checkpoint.resume(trainer, checkpoint)
+
+    # Before the first iteration: the same program and the same numbers on all ranks.
+    sample = agreement.sample(train, val)
+    own = agreement.items(model, settings, argv, sample)
+    ranks.on_every_rank(mpi, lambda: agreement.check(mpi, own, sample))
+    with Watchdog(mpi, settings.watchdog, report.position_of(updater, evaluator)):
+        with batches:
+            trainer.run(show_loop_exception_msg=False)
+        _conclude(settings, comm, trainer, batches, time_report, log_report)
+
+
+def _extend(settings, comm, trainer, batches):
+    """Adds what a person sees of a run."""
+    updater, evaluator = trainer.updater, trainer.get_extension('validation')
+    if hasattr(comm, 'cast_counts'):
+        trainer.extend(extensions.CastReport(comm))
+    time_report = extensions.TimeReport(comm, evaluator)
+    trainer.extend(time_report)
+    log_report = chainer_extensions.LogReport(
+        postprocess=_last_hyperparameters(updater.get_optimizer('main'))
+    )
+    if comm.rank == 0:
+        trainer.extend(log_report)
+        n_iterations = settings.iterations(len(batches.train))
+        trainer.extend(report.Progress(settings.total_batch_size, n_iterations, evaluator))
+        trainer.extend(report.EpochTable(log_report))
+        trainer.extend(report.Curves(settings, log_report))
+    return time_report, log_report
+
+
+def _last_hyperparameters(optimizer):
+    """The log's entries would be means over an epoch: here they are what the last update used."""
+
+    def postprocess(entry):
+        for name in ('lr', 'alpha_sgd', 'alpha_rmsprop'):
+            entry[name] = getattr(optimizer, name)
+
+    return postprocess
+
+
+def _conclude(settings, comm, trainer, batches, time_report, log_report):
+    """Writes the model and the summary; collective."""
+    peak_memory, bad_images = report.peak_memory(comm), report.bad_images(comm, batches)
+    if comm.rank > 0:
+        return
+    model = trainer.updater.get_optimizer('main').target
+    chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
+    timing = time_report.summary()
+    summary = report.summarize(
+        settings, comm, trainer, log_report.log, peak_memory, bad_images, timing
+    )
+    print(
+        f'{report.parts(timing)}\n'
+        f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB per process; '
+        + (f'{len(bad_images):,} bad images skipped; ' if bad_images else '')
+        + f'results in {settings.out}',
+        flush=True,
+    )

@@ -1,0 +1,1 @@
+"""One question each, with its own table and plot."""

@@ -1,0 +1,265 @@
+"""The paper in miniature: which of its parts matters, by training a small network on CIFAR-10.
+
+    ./run_mpi.sh miniature --images CIFAR10
+
+CIFAR10 is a folder with train/CLASS/* and val/CLASS/*. The same network is trained for the same
+epochs on the same images in every variant, with several seeds: one process for each run, that plays
+all its workers in turn, as many runs at a time as there are cores. Stopped with Ctrl-C, the same
+command goes on. A table, a plot and the log of every run come to --out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from reproduce.job import report
+from reproduce.job.command_line import Parser
+from reproduce.studies import figures
+
+N_EPOCHS = 10
+COMMON = (
+    f'--preset cifar10 --width 8 --stem imagenet --epochs {N_EPOCHS} --loader serial '
+    '--validation-batch-size 100 --keep-checkpoints 1 --communicator mpi'
+)
+_LARGE = '--workers 32'  # x 32 images = 1,024
+VARIANTS = {
+    'a': ('small batch, SGD', '--workers 2 --lr-schedule steps --alpha-form sgd --bn-decay 0.9'),
+    'b': ('large batch, SGD', f'{_LARGE} --lr-schedule steps --alpha-form sgd'),
+    'c': ('large, gradual warm-up', f'{_LARGE} --lr-schedule gradual_warmup --alpha-form sgd'),
+    's': ('large, slow start alone', f'{_LARGE} --alpha-form sgd'),
+    'd': ('large, the paper, printed', f'{_LARGE} --alpha-form printed'),
+    'dc': ('large, the paper, continuous', f'{_LARGE} --alpha-form continuous'),
+    'e': ('d with BN moving averages', f'{_LARGE} --alpha-form printed --bn-decay 0.9'),
+    'f': (
+        'd with float32 all-reduce',
+        f'{_LARGE} --alpha-form printed --allreduce-grad-dtype float32',
+    ),
+}
+_THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+
+
+def subset(images: Path, out: Path, per_class: dict):
+    """Makes OUT/{train,val}/CLASS of links to the first images of each class.
+
+    Args:
+        images (Path): The folder with ``train`` and ``val``.
+        out (Path): The folder that is made.
+        per_class (dict): ``train`` and ``val`` to a number of images.
+
+    Raises:
+        SystemExit: There is no such folder, or a class has too few images.
+    """
+    for split, n in per_class.items():
+        folder = images / split
+        classes = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        if not classes:
+            sys.exit(f'error: {folder} has no class folders; --images needs train/CLASS, val/CLASS')
+        for source in classes:
+            files = sorted(source.iterdir())[:n]
+            if len(files) < n:
+                sys.exit(f'error: {source} has {len(files)} images, {n} are wanted of each class')
+            target = out / split / source.name
+            target.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                link = target / file.name
+                if not link.is_symlink():
+                    link.symlink_to(file.resolve())
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A variant with a seed, in the folder OUT/VARIANT-seedSEED."""
+
+    variant: str
+    seed: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return f'{self.variant}-seed{self.seed}'
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / 'summary.json').exists()
+
+    @property
+    def command(self) -> list[str]:
+        """Goes on where it was stopped."""
+        data = self.out / 'images'
+        where = {
+            '--train-root': data / 'train',
+            '--val-root': data / 'val',
+            '--manifests': data,
+            '--out': self.folder,
+        }
+        options = f'{COMMON} {VARIANTS[self.variant][1]} --seed {self.seed} --resume auto'
+        program = os.path.relpath(Path(__file__).parents[1] / 'train.py')
+        return [program, *options.split(), *(str(s) for item in where.items() for s in item)]
+
+    def log(self) -> list:
+        """Chainer's log, an entry per epoch; empty before the first."""
+        try:
+            return json.loads((self.folder / 'log').read_text())
+        except (OSError, ValueError):
+            return []
+
+    def start(self) -> subprocess.Popen:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {**dict.fromkeys(_THREADS, '1'), **os.environ}
+        with open(self.folder / 'output.txt', 'a') as output:
+            return subprocess.Popen(
+                [sys.executable, *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+
+
+def train_all(runs: list[Run], n_at_a_time: int):
+    """Trains what is not finished; prints a line when a run ends, and every minute.
+
+    Raises:
+        SystemExit: A run failed; its output is named.
+    """
+    waiting = [run for run in runs if not run.is_finished]
+    progress = _Progress(runs)
+    running: dict[Run, subprocess.Popen] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_at_a_time:
+                run = waiting.pop(0)
+                running[run] = run.start()
+            time.sleep(1)
+            ended = [run for run, process in running.items() if process.poll() is not None]
+            for run in ended:
+                status = running.pop(run).returncode
+                if status:
+                    sys.exit(f'error: {run.folder / "output.txt"} says why {run.name} failed')
+            progress(ended)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGUSR1)  # a checkpoint, and the end
+        for process in running.values():
+            process.wait()
+
+
+class _Progress:
+    def __init__(self, runs):
+        self._runs = runs
+        self._start = self._last = time.monotonic()
+        self._before = self._epochs()
+        print(
+            f'{sum(run.is_finished for run in runs)} of {len(runs)} runs are finished', flush=True
+        )
+
+    def _epochs(self):
+        return sum(len(run.log()) for run in self._runs)
+
+    def __call__(self, ended):
+        now = time.monotonic()
+        if not ended and now < self._last + 60:
+            return
+        self._last = now
+        done, total = self._epochs(), N_EPOCHS * len(self._runs)
+        line = f'{done:,} of {total:,} epochs'
+        if done > self._before:
+            seconds = (now - self._start) / (done - self._before) * (total - done)
+            line += f', {report.duration(seconds)} left'
+        print('; '.join([line, *(f'{run.name} is finished' for run in ended)]), flush=True)
+
+
+def collect(out: Path) -> dict:
+    """Variant to the logs of its finished runs, by seed; from the folders in ``out``."""
+    found: dict = {}
+    for variant in VARIANTS:
+        for folder in sorted(out.glob(f'{variant}-seed*')):
+            run = Run(variant, int(folder.name.rpartition('seed')[2]), out)
+            if run.is_finished:
+                found.setdefault(variant, {})[run.seed] = run.log()
+    return found
+
+
+def table(found: dict) -> str:
+    """Means and standard deviations (n - 1) over the seeds, of the last epoch, in Markdown."""
+    lines = [
+        '| | variant | seeds | top-1, % | training loss | validation loss |',
+        '|---|---|---|---|---|---|',
+    ]
+    for name, logs in found.items():
+        last = [log[-1] for log in logs.values()]
+        cells = (
+            _mean(100 * entry['validation/main/accuracy'] for entry in last),
+            _mean((entry['main/loss'] for entry in last), '.3f'),
+            _mean((entry['validation/main/loss'] for entry in last), '.3f'),
+        )
+        lines.append(f'| {name} | {VARIANTS[name][0]} | {len(logs)} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def _mean(values, form='.2f') -> str:
+    values = list(values)
+    deviation = f' +- {statistics.stdev(values):{form}}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):{form}}{deviation}'
+
+
+def main():
+    parser = Parser(
+        prog='./run_mpi.sh miniature',
+        description=__doc__,
+        epilog='variants:\n' + '\n'.join(f'  {n:3} {t}: {o}' for n, (t, o) in VARIANTS.items()),
+    )
+    parser.add_argument('--images', type=Path, metavar='FOLDER', help='CIFAR-10, as a folder')
+    parser.add_argument('--out', type=Path, default=Path('results/miniature'), metavar='FOLDER')
+    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='how many [3]')
+    parser.add_argument('--train-per-class', type=int, default=1000, metavar='N', help='[1000]')
+    parser.add_argument('--val-per-class', type=int, default=400, metavar='N', help='[400]')
+    parser.add_argument(
+        '--at-a-time', type=int, default=os.cpu_count(), metavar='N', help='runs [one a core]'
+    )
+    parser.add_argument(
+        '--table-only', action='store_true', help='table and plot of the finished runs in --out'
+    )
+    options = parser.parse_args()
+    out = options.out
+    if not options.table_only:
+        if options.images is None:
+            parser.error('--images FOLDER is needed: CIFAR-10 as train/CLASS/* and val/CLASS/*')
+        if min(options.seeds, options.train_per_class, options.val_per_class) < 1:
+            parser.error('--seeds, --train-per-class and --val-per-class must be at least 1')
+        subset(
+            options.images,
+            out / 'images',
+            {'train': options.train_per_class, 'val': options.val_per_class},
+        )
+        runs = [Run(name, seed, out) for seed in range(options.seeds) for name in VARIANTS]
+        commands = [shlex.join(['python', *run.command]) for run in runs]
+        (out / 'commands.txt').write_text('\n'.join(commands) + '\n')
+        try:
+            train_all(runs, max(1, options.at_a_time))
+        except KeyboardInterrupt:
+            sys.exit('stopped; the same command goes on')
+    found = collect(out)
+    if not found:
+        sys.exit(f'error: {out} has no finished run')
+    (out / 'table.md').write_text(table(found) + '\n')
+    figures.runs({VARIANTS[n][0]: list(logs.values()) for n, logs in found.items()}, str(out))
+    print(table(found))
+    print(f'results in {out}')
+
+
+if __name__ == '__main__':
+    main()

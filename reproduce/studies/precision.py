@@ -1,0 +1,328 @@
+"""What float16 on the wire costs the mean gradient; the paper reports a small effect (S)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+
+from reproduce import images
+from reproduce.dataset import write_digits
+from reproduce.job import report
+from reproduce.job.command_line import Parser
+from reproduce.job.plots import plt, save
+from reproduce.listing import DataError, list_images
+from reproduce.loader import ImageLoader
+from reproduce.order import ImageOrder
+from reproduce.resnet50 import ResNet50
+
+KINDS = {
+    'convolution': L.Convolution2D,
+    'batch normalization': L.BatchNormalization,
+    'fully connected': L.Linear,
+}
+REDUCERS = {
+    'float16, exact sum': ('float16', 'exact'),
+    'float16, sum of a ring': ('float16', 'ring'),
+    'float32, sum of a ring': ('float32', 'ring'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What to measure.
+
+    Attributes:
+        workers (tuple of int): Numbers of workers n, ascending.
+        local_batch_size (int): Images of a worker.
+        image_size (int): Pixels of their side.
+        image_root (str): Folder CLASS/FILE; None: the digits that come with the program.
+        steps (int): Updates of momentum SGD before the gradients are taken, each with one worker's
+            images: at the very start most gradients are zero, because each block's last gamma is.
+        seed (int): Of the initial values, the order of images and their augmentation.
+    """
+
+    workers: tuple = (8, 64, 1024)
+    local_batch_size: int = 32
+    image_size: int = 32
+    image_root: str | None = None
+    steps: int = 50
+    seed: int = 0
+
+
+def run(study: Study, out: str) -> dict:
+    """Measures, prints the table, writes OUT/precision.json and OUT/precision.png.
+
+    The error of a mean is its distance from the mean of the float32 gradients in float64, relative
+    to the latter's norm, over all parameters of a kind of layer::
+
+        || g - g_64 || / || g_64 ||
+
+    Each worker's gradient is that of its own minibatch at the same parameters, which its own
+    minibatch normalized. All are played by this process, through the same
+    :class:`~extensions.half_precision.HalfPrecisionMpiCommunicator` that training uses.
+
+    Returns:
+        dict: ``errors``: the number of workers, kind and sum to the error; ``cast``: the number of
+            workers to what the cast to float16 did.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if study.image_root is None:
+            write_digits(Path(folder) / 'digits')
+        listing = list_images(study.image_root or Path(folder) / 'digits' / 'train')
+        gradient_of = Gradients(study, listing)
+        os.makedirs(out, exist_ok=True)
+        gradient_of.train()
+        progress = _Progress(sum(study.workers))
+        result: dict = {'study': dataclasses.asdict(study), 'images': len(listing.labels)}
+        result['errors'], result['cast'] = {}, {}
+        for n in study.workers:
+            errors, cast = _measure(gradient_of, n, progress)
+            result['errors'][n], result['cast'][n] = errors, cast
+    print(table(result), flush=True)
+    (Path(out) / 'precision.json').write_text(json.dumps(result, indent=2) + '\n')
+    plot(result['errors'], out)
+    return result
+
+
+class Gradients:
+    """Calling it with a worker's number leaves that worker's gradients in ``model``."""
+
+    def __init__(self, study, listing):
+        b, size = study.local_batch_size, study.image_size
+        self.model = ResNet50(len(listing.classes), seed=study.seed)
+        self._steps = study.steps
+        self._loader = ImageLoader(
+            listing,
+            listing,
+            ImageOrder(len(listing.labels), 1, b, study.seed),
+            images.Preprocessing(
+                size,
+                size,
+                horizontal_flip=study.image_root is not None,
+                resize_filter='pillow',  # as in the figures that README has
+            ),
+            study.seed,
+            range(1),
+        )
+        self._lr = 0.5 * extensions.base_learning_rate(b)
+
+    def train(self):
+        optimizer = extensions.RMSpropWarmup(self._lr).setup(self.model)
+        for step in range(self._steps):
+            self._backward(step)
+            optimizer.update()
+
+    def __call__(self, worker):
+        self._backward(self._steps + worker)
+
+    def minibatch(self, worker):
+        return self._minibatch(self._steps + worker)
+
+    def _minibatch(self, step):
+        pixels, t = self._loader.train_batch(step, 0)
+        return images.normalize(pixels, images.MEAN, images.STD, np), t
+
+    def _backward(self, step):
+        self.backward(*self._minibatch(step))
+
+    def backward(self, x, t):
+        self.model.cleargrads()
+        F.softmax_cross_entropy(self.model(x), t).backward()
+
+
+def accumulation(study: Study) -> dict:
+    """What other ways to a total batch make of the same images: prints a table.
+
+    The step of n workers of the paper (each its own batch statistics, float16 on the wire, the
+    workers' statistics averaged for the validation) against gradient accumulation in float32, which
+    keeps the last minibatch's statistics, and against one large batch that is normalized as a
+    whole. Differences are relative L2 norms, as in :func:`run`.
+
+    Returns:
+        dict: Name of the other way to the differences of gradients, and of the means and variances
+            of BN that the validation would use.
+    """
+    n = study.workers[0]
+    with tempfile.TemporaryDirectory() as folder:
+        write_digits(Path(folder) / 'digits')
+        root = study.image_root or Path(folder) / 'digits' / 'train'
+        gradient_of = Gradients(study, list_images(root))
+        gradient_of.train()
+        model = gradient_of.model
+        comm = extensions.create_communicator('mpi')
+        statistics = extensions.AllreduceBatchStatistics(model, comm)
+        total = 0
+        for worker in range(n):
+            gradient_of(worker)
+            total = total + _flat(model, 'grad')
+            comm.add_grad(model)
+            statistics.add_worker()
+        accumulated = [total / np.float32(n), _flat(model, 'avg_mean'), _flat(model, 'avg_var')]
+        comm.mean_grad(model)
+        statistics()
+        ours = [_flat(model, kind) for kind in ('grad', 'avg_mean', 'avg_var')]
+        batches = [gradient_of.minibatch(worker) for worker in range(n)]
+        gradient_of.backward(*map(np.concatenate, zip(*batches)))
+        whole = [_flat(model, kind) for kind in ('grad', 'avg_mean', 'avg_var')]
+    result = {
+        'gradient accumulation in float32': _distances(accumulated, ours),
+        f'one batch of {n * study.local_batch_size}, normalized as a whole': _distances(
+            whole, ours
+        ),
+    }
+    print(f'{f"against {n} workers x {study.local_batch_size}":44}', end='')
+    print(f'{"gradient":>12}{"BN mean":>12}{"BN variance":>14}')
+    for name, (grad, mean, variance) in result.items():
+        print(f'{name:44}{grad:>12.1e}{mean:>12.1e}{variance:>14.1e}')
+    return result
+
+
+def _flat(model, kind):
+    if kind == 'grad':
+        arrays = [param.grad for _, param in sorted(model.namedparams())]
+    else:
+        links = [link for link in model.links() if isinstance(link, L.BatchNormalization)]
+        arrays = [getattr(link, kind) for link in links]
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def _distances(arrays, references):
+    return tuple(
+        float(np.linalg.norm(a - r) / np.linalg.norm(r)) for a, r in zip(arrays, references)
+    )
+
+
+def _measure(gradient_of, n, progress):
+    """The errors of n workers' mean, by kind and sum, and what the cast to float16 did."""
+    model = gradient_of.model
+    comms = {
+        name: extensions.create_communicator(
+            'mpi', dtype, accumulate=reducer, stop_on_nonfinite=False
+        )
+        for name, (dtype, reducer) in REDUCERS.items()
+    }
+    reference = {name: np.zeros(param.shape) for name, param in model.namedparams()}
+    for worker in range(n):
+        gradient_of(worker)
+        for name, param in model.namedparams():
+            reference[name] += param.grad
+        for comm in comms.values():
+            comm.add_grad(model)
+        progress()
+    for total in reference.values():
+        total /= n
+    errors: dict = {kind: {} for kind in KINDS}
+    for reducer, comm in comms.items():
+        comm.mean_grad(model)
+        for kind, type_ in KINDS.items():
+            errors[kind][reducer] = _relative_error(model, reference, type_)
+    before, after, n_inf, n_nan = map(int, comms['float16, exact sum'].cast_counts)
+    return errors, {'flushed': (before - after) / before, 'inf': n_inf, 'nan': n_nan}
+
+
+def _relative_error(model, reference, type_):
+    distance = norm = 0.0
+    for link_name, link in model.namedlinks():
+        if isinstance(link, type_):
+            for name, param in link.namedparams():
+                expected = reference[link_name + name]
+                distance += np.sum((param.grad - expected) ** 2)
+                norm += np.sum(expected**2)
+    return float(np.sqrt(distance / norm))
+
+
+def table(result) -> str:
+    """The errors as a table, a row for each kind of layer and number of workers."""
+    lines = [f'{"relative error of the mean":30}' + ''.join(f'{name:>24}' for name in REDUCERS)]
+    for kind in KINDS:
+        for n, errors in result['errors'].items():
+            row = ''.join(f'{errors[kind][name]:>24.2e}' for name in REDUCERS)
+            lines.append(f'{kind:20}{n:>6,} w. {row}')
+    for n, cast in result['cast'].items():
+        lines.append(
+            f'{n:,} workers: the cast made {cast["flushed"]:.2%} of the non-zero gradients zero, '
+            f'{cast["inf"]} infinite, {cast["nan"]} NaN'
+        )
+    return '\n'.join(lines)
+
+
+def plot(errors: dict, out: str):
+    """Draws OUT/precision.png: the error of the mean gradient by number of workers.
+
+    Args:
+        errors (dict): Number of workers, kind of layer, name of the sum to the relative error.
+        out (str): Folder; the file is replaced as a whole.
+    """
+    workers = list(errors)
+    kinds = list(errors[workers[0]])
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(10, 3.6), sharex=True, sharey=True, constrained_layout=True
+    )
+    for axis, kind in zip(axes, kinds):
+        for name, style in zip(errors[workers[0]][kind], ('ko-', 'ks--', 'k^:')):
+            axis.loglog(workers, [errors[n][kind][name] for n in workers], style, label=name)
+        axis.set_title(kind)
+        axis.set_xlabel('workers n')
+        axis.set_xticks(workers, [f'{n:,}' for n in workers])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel('relative error of the mean')
+    axes[0].legend()
+    save(figure, os.path.join(out, 'precision.png'))
+
+
+class _Progress:
+    """A line with the time left, every ten seconds."""
+
+    def __init__(self, total):
+        self._total, self._done = total, 0
+        self._start = self._last = time.monotonic()
+
+    def __call__(self):
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last < 10:
+            return
+        self._last = now
+        left = (now - self._start) / self._done * (self._total - self._done)
+        print(
+            f'  gradient {self._done:,} of {self._total:,}, {report.duration(left)} left',
+            flush=True,
+        )
+
+
+def main(argv):
+    """``precision`` or ``accumulation``, then options."""
+    parser = Parser(prog=f'./run_mpi.sh benchmark {argv[0]}', description=__doc__)
+    add = parser.add_argument
+    add('name', choices=('precision', 'accumulation'))
+    add('--workers', default='8,64,1024', help='numbers of workers [8,64,1024]')
+    add('--image-root', metavar='FOLDER', help='CLASS/FILE [the digits that come along]')
+    add('--image-size', type=int, default=32, help='pixels [32]')
+    add('--local-batch-size', type=int, default=32, help='images per worker [32]')
+    add('--out', default='results/precision', help='folder [results/precision]')
+    options = parser.parse_args(argv)
+    try:
+        workers = tuple(sorted(int(n) for n in options.workers.split(',')))
+    except ValueError:
+        workers = (0,)
+    if min(*workers, options.image_size, options.local_batch_size, 1) < 1:
+        parser.error('--workers, --image-size and --local-batch-size must be integers above 0')
+    study = Study(workers, options.local_batch_size, options.image_size, options.image_root)
+    try:
+        if options.name == 'accumulation':
+            accumulation(study)
+            return
+        run(study, options.out)
+    except (DataError, OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f'results in {options.out}')

@@ -1,0 +1,49 @@
+"""A checkpoint of ResNet-50 beside a plain np.savez."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from extensions.checkpoint import write
+from reproduce.resnet50 import ResNet50
+from reproduce.studies.speed.side_by_side import side_by_side, table
+
+
+def run(repeat: int) -> dict:
+    """A checkpoint, on the disk and read again, against np.savez and against copying the bytes."""
+
+    rng = np.random.RandomState(0)
+    entries = {
+        f'{name}/{kind}': rng.standard_normal(param.shape).astype(np.float32)
+        for name, param in ResNet50(seed=0).namedparams()
+        for kind in ('data', 'm', 'delta')
+    }
+    everything = np.concatenate([array.ravel() for array in entries.values()])
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        path = Path(folder)
+
+        def save(name, function, flush):
+            with open(path / 'new', 'wb') as file:
+                function(file)
+                file.flush()
+                if flush:
+                    os.fsync(file.fileno())
+            os.replace(path / 'new', path / name)
+
+        def savez(file):
+            np.savez(file, **entries)
+
+        ours = 'Checkpointer: flushed to the disk, verified'
+        candidates = {
+            ours: lambda: write(path / 'checkpoint.npz', entries, {}),
+            'np.savez, flushed to the disk': lambda: save('flushed', savez, True),
+            'np.savez': lambda: save('plain', savez, False),
+            'the bytes, flushed to the disk': lambda: save('bytes', everything.tofile, True),
+            'the bytes': lambda: save('unflushed', everything.tofile, False),
+        }
+        title = f'{everything.nbytes / 2**20:,.0f} MiB: parameters, m and delta of ResNet-50'
+        return table(title, side_by_side(candidates, repeat), ours)

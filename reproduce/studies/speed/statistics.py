@@ -1,0 +1,21 @@
+"""The all-reduce of BN statistics, on 16 ranks."""
+
+from __future__ import annotations
+
+import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
+from chainermn.extensions import AllreducePersistent
+
+from reproduce.resnet50 import ResNet50
+from reproduce.studies.speed.side_by_side import slowest_rank
+
+
+def run(repeat: int) -> dict | None:
+    """The all-reduce of ResNet-50's BN statistics against ChainerMN's ``AllreducePersistent``."""
+    comm = extensions.create_communicator('naive', 'float32')
+    model = ResNet50(seed=0)
+    ours = 'AllreduceBatchStatistics'
+    candidates = {
+        ours: extensions.AllreduceBatchStatistics(model, comm),
+        'chainermn AllreducePersistent': AllreducePersistent(model, comm),
+    }
+    return slowest_rank('BN statistics of ResNet-50', candidates, repeat, comm, ours)
