@@ -100,7 +100,7 @@ MISTAKES = {
         'tests/mpi/test_batch_statistics.py::test_average_of_all_ranks_minibatches[2-False]',
     ),
     'no float16 on the wire': (
-        'extensions/half_precision.py',
+        'extensions/communicator_base.py',
         "self.set_config('allreduce_grad_dtype', allreduce_grad_dtype)",
         "self.set_config('allreduce_grad_dtype', 'float32')",
         'tests/mpi/test_half_precision.py::test_mean_equals_the_reference[2-1-float16-0-exact-1]',

@@ -82,7 +82,7 @@ def test_smoke_run_reaches_95_percent(train, tmp_path):
 def test_same_bits_on_1_2_4_and_8_processes(root, tmp_path):
     """The whole program, with loader processes, augmentation and an epoch's border."""
     done = subprocess.run(
-        [sys.executable, '-m', 'reproduce.benchmark', 'invariance'],
+        [sys.executable, '-m', 'reproduce.studies.invariance'],
         cwd=root,
         env={**os.environ, 'PYTHONPATH': str(root)},
         check=False,

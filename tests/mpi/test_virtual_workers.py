@@ -33,7 +33,7 @@ def train(mpirun, tmp_path_factory):
 
 def reference(rounding=np.float16, kind='mean'):
     """The whole run in float64 NumPy: forward, backward, mean of the workers' rounded gradients,
-    [W1]-[W4], [A], [L], [B]."""
+    [W1]-[W5], [L], [N]."""
     network = Network(seed=0)
     p = {name: param.data.astype(np.float64) for name, param in network.namedparams()}
     m = {name: np.zeros_like(a) for name, a in p.items()}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import digits
+from reproduce import dataset
 from reproduce.listing import check_same_classes, list_images
 
 
@@ -16,28 +16,28 @@ def test_the_file_is_the_published_one(root):
 
 
 def test_load():
-    pixels, labels = digits.load()
+    pixels, labels = dataset.load_digits()
     assert pixels.shape == (1797, 8, 8) and pixels.dtype == np.uint8 and pixels.max() == 16
     # Counts of the digits as the data set's description states them for its test part.
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
 def test_split_is_fixed_and_complete():
-    train, val = digits.split()
+    train, val = dataset.split_digits()
     assert len(train) == 1437 and len(val) == 360
     assert sorted([*train, *val]) == list(range(1797))
-    _, labels = digits.load()
+    _, labels = dataset.load_digits()
     assert np.bincount(labels[val]).min() > 20
 
 
 def test_image_folder(tmp_path):
     root = tmp_path / 'digits'
-    digits.write_image_folder(root)
+    dataset.write_digits(root)
     assert [path.name for path in tmp_path.iterdir()] == ['digits']
     train, val = list_images(root / 'train'), list_images(root / 'val')
     check_same_classes(train, val)
     assert (len(train.labels), len(val.labels), train.classes) == (1437, 360, tuple('0123456789'))
-    pixels, labels = digits.load()
+    pixels, labels = dataset.load_digits()
     for folder in (train, val):
         for name, label in list(zip(map(folder.name, range(len(folder))), folder.labels))[::50]:
             number = int(name.split('/')[1].split('.')[0])
@@ -50,7 +50,7 @@ def test_image_folder(tmp_path):
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / 'digits').mkdir()
-    digits.write_image_folder(tmp_path / 'digits')
+    dataset.write_digits(tmp_path / 'digits')
     assert list((tmp_path / 'digits').iterdir()) == []
 
 
@@ -60,5 +60,5 @@ def test_nothing_half_written_is_taken_for_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, 'save', full)
     with pytest.raises(OSError):
-        digits.write_image_folder(tmp_path / 'digits')
+        dataset.write_digits(tmp_path / 'digits')
     assert not (tmp_path / 'digits').exists()

@@ -103,7 +103,7 @@ def kept(tmp_path, capsys):
     """A folder that has not changed for a while, and the folder of its manifest."""
     root = folder_of(tmp_path / 'train', a=['1.png', '2.png'], b=['1.png'])
     age(root)
-    listing.keep(listing.list_images(root), tmp_path / 'manifests')
+    listing.save_manifest(listing.list_images(root), tmp_path / 'manifests')
     return root, tmp_path / 'manifests'
 
 
@@ -153,7 +153,7 @@ def test_a_folder_that_changed_is_listed_again(kept, change, capsys):
     folder = listing.listing_of(root, manifests)
     assert folder.digest() == listing.list_images(root).digest() != before
     assert 'the folder has changed since' in capsys.readouterr().out
-    listing.keep(folder, manifests)
+    listing.save_manifest(folder, manifests)
     assert listing.listing_of(root, manifests).digest() == folder.digest()
     assert 'is not used' not in capsys.readouterr().out
 
@@ -178,7 +178,7 @@ def test_a_damaged_manifest_is_not_used(kept, damage, capsys):
         path.write_bytes(damaged[damage])
     folder = listing.listing_of(root, manifests)
     assert names_of(folder) == ['a/1.png', 'a/2.png', 'b/1.png']
-    listing.keep(folder, manifests)
+    listing.save_manifest(folder, manifests)
     assert listing.listing_of(root, manifests).digest() == folder.digest()
 
 
@@ -187,21 +187,21 @@ def test_a_folder_that_is_changing_is_not_kept(kept):
     path = listing.manifest_of(root, manifests)
     path.unlink()
     age(root, 1)
-    listing.keep(listing.list_images(root), manifests)
+    listing.save_manifest(listing.list_images(root), manifests)
     assert not path.exists()
     listed = listing.list_images(root)
     (root / 'a' / '9.png').write_bytes(b'')
     age(root, 3)  # changed after it was listed, and not just now
-    listing.keep(listed, manifests)
+    listing.save_manifest(listed, manifests)
     assert not path.exists()
-    listing.keep(listing.list_images(root), manifests)
+    listing.save_manifest(listing.list_images(root), manifests)
     assert path.exists()
 
 
 def test_a_manifest_that_cannot_be_written_is_a_note(kept, tmp_path, capsys):
     root, _ = kept
     (tmp_path / 'file').write_text('')
-    listing.keep(listing.list_images(root), tmp_path / 'file' / 'manifests')
+    listing.save_manifest(listing.list_images(root), tmp_path / 'file' / 'manifests')
     assert re.search('note: manifest .* cannot be written', capsys.readouterr().out)
 
 

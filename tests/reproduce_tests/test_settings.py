@@ -2,8 +2,10 @@ import dataclasses
 
 import pytest
 
-from reproduce import report
-from reproduce.settings import PRESETS, InputError, Settings, parse
+from reproduce.dataset import InputError
+from reproduce.job import report
+from reproduce.job.options import check, parse
+from reproduce.settings import PRESETS, Settings
 
 
 def test_the_default_is_the_papers_run():
@@ -58,12 +60,12 @@ def other_value(field):
 
 def test_settings_of_the_images_reach_their_preprocessing():
     settings = Settings(
-        image_size=20, resize=24, min_crop_area=0.3, horizontal_flip=False, resize_filter='linear'
+        image_size=20, resize=24, min_crop_area=0.3, horizontal_flip=False, resize_filter='pillow'
     )
     preprocessing = settings.preprocessing
     assert (preprocessing.image_size, preprocessing.resize) == (20, 24)
     assert (preprocessing.min_crop_area, preprocessing.max_aspect) == (0.3, 4 / 3)
-    assert (preprocessing.horizontal_flip, preprocessing.resize_filter) == (False, 'linear')
+    assert (preprocessing.horizontal_flip, preprocessing.resize_filter) == (False, 'pillow')
     assert Settings().preprocessing == type(preprocessing)(
         224, 256, 0.08, 4 / 3, True, 'antialiased'
     )
@@ -119,7 +121,7 @@ def test_every_setting_has_an_option_that_beats_the_preset(preset, name):
 )
 def test_impossible_values(change, message):
     with pytest.raises(InputError, match=message):
-        Settings(**change)
+        check(Settings(**change))
 
 
 @pytest.mark.parametrize(

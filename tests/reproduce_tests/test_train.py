@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import figures, images, train
+from reproduce import dataset, images, train
+from reproduce.dataset import InputError
+from reproduce.job import plots
+from reproduce.job.options import parse
 from reproduce.resnet50 import ResNet50
-from reproduce.settings import InputError, parse
 from reproduce.train import decayed_parameters
 
 
@@ -48,13 +50,13 @@ def settings_of(*options):
 
 def test_folders_come_from_options_or_from_the_environment(monkeypatch):
     monkeypatch.delenv('IMAGENET_ROOT', raising=False)
-    assert train.roots(settings_of()) == (None, None)
+    assert dataset.roots(settings_of()) == (None, None)
     monkeypatch.setenv('IMAGENET_ROOT', '/data/imagenet')
-    assert train.roots(settings_of()) == ('/data/imagenet/train', '/data/imagenet/val')
-    assert train.roots(settings_of('--train-root', 'a', '--val-root', 'b')) == ('a', 'b')
-    assert train.roots(settings_of('--preset', 'smoke')) == (None, None)
+    assert dataset.roots(settings_of()) == ('/data/imagenet/train', '/data/imagenet/val')
+    assert dataset.roots(settings_of('--train-root', 'a', '--val-root', 'b')) == ('a', 'b')
+    assert dataset.roots(settings_of('--preset', 'smoke')) == (None, None)
     with pytest.raises(InputError, match='--train-root and --val-root go together'):
-        train.roots(settings_of('--val-root', 'b'))
+        dataset.roots(settings_of('--val-root', 'b'))
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +100,7 @@ def same(one, other):
 @pytest.mark.slow
 def test_every_option_reaches_the_training(trained, shallow, monkeypatch):
     """8 updates at the epochs 0, 11.25, 22.5, ... of 90, so that one lies in the transition."""
-    monkeypatch.setattr(figures, 'curves', lambda *arguments: None)
+    monkeypatch.setattr(plots, 'curves', lambda *arguments: None)
     model, log = trained()
     again, _ = trained()
     assert same(model, again)
@@ -126,7 +128,7 @@ def test_every_option_reaches_the_training(trained, shallow, monkeypatch):
         '--image-size 20',
         '--min-crop-area 0.9',
         '--no-horizontal-flip',
-        '--resize-filter linear',
+        '--resize-filter pillow',
         '--seed 1',
     ):
         other, _ = trained(*options.split())

@@ -602,6 +602,10 @@ def test_commands_that_are_proposed_can_be_pasted(tree):
     assert "Anna's run" in job(tree, *command[1:])[1]
 
 
+def test_an_unknown_verb_and_a_real_python(tree):
+    assert 'Did you mean "smoke"?' in only_error(tree.run('smok', PYTHON=sys.executable))
+
+
 def test_an_unknown_verb_without_python(tree):
     message = only_error(tree.run('smok', PYTHON='/nowhere/python'))
     assert message == 'error: there is no verb "smok". ./run_mpi.sh --help lists all verbs'

@@ -9,13 +9,13 @@ import chainer.functions as F
 import numpy as np
 from tests_common import DigitsNetwork
 
-from reproduce import digits
+from reproduce import dataset
 from reproduce.order import ImageOrder
 
 dtype = sys.argv[1]
 comm = extensions.create_communicator('mpi', dtype)
 model = DigitsNetwork(seed=0)
-pixels, labels = digits.load()
+pixels, labels = dataset.load_digits()
 x = (pixels.reshape(len(pixels), -1) / 8 - 1).astype(np.float32)
 order = ImageOrder(len(x), comm.size, 32, seed=0)
 

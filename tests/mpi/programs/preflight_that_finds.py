@@ -1,8 +1,12 @@
-"""reproduce/preflight.py, but the last rank has the fault that the first argument names."""
+"""reproduce/job/preflight.py, but the last rank has the fault that the first argument names."""
 
 import sys
 
-from reproduce import preflight
+from reproduce.job import start
+
+start.before_mpi()
+
+from reproduce.job import preflight
 
 what = sys.argv.pop(1)
 is_last = preflight.MPI.COMM_WORLD.rank == preflight.MPI.COMM_WORLD.size - 1
@@ -25,4 +29,4 @@ if is_last:
         Communicator.multi_node_mean_grad = wrong_mean_grad
     if what == 'shared memory':
         preflight._shared_memory_to_come = lambda: 1 << 50
-preflight.job.run(preflight.main)
+preflight.ranks.run(preflight.main)

@@ -2,18 +2,23 @@
 
 import sys
 
-from extensions import gpus
-from reproduce import train  # first: it starts the loader's server before MPI
+from reproduce.job import start
+
+start.before_mpi()
+
+from extensions import nccl
+from reproduce import train
+from reproduce.job import ranks
 
 what = sys.argv.pop(1)
 
 
-def look(rank):
+def inspect(rank):
     host = f'node{rank}' if what == 'mixed' else 'node0'
     if what == 'mixed' and rank == 1:
-        return gpus.Sight(rank, host, obstacle='sees no GPU')
-    return gpus.Sight(rank, host, ('0000:3b:00.0',), 1304 if what == 'old' else 22304)
+        return nccl.Gpus(rank, host, obstacle='sees no GPU')
+    return nccl.Gpus(rank, host, ('0000:3b:00.0',), 1304 if what == 'old' else 22304)
 
 
-gpus.look = look
-train.job.run(train.main)
+nccl.inspect = inspect
+ranks.run(train.main)

@@ -18,7 +18,7 @@ from chainermn import nccl
 from chainermn.communicators import _memory_utility
 from mpi4py import MPI
 
-from extensions import gpus, half_precision
+from extensions import half_precision
 
 calls = []
 DTYPES = {6: np.float16, 7: np.float32, 8: np.float64}
@@ -131,7 +131,7 @@ cuda.Stream.null = STREAM
 cuda.get_device_from_id = lambda number: types.SimpleNamespace(
     use=lambda: calls.append(f'use GPU {number}')
 )
-gpus.look = lambda rank: gpus.Sight(rank, 'host', tuple('01234567'), 22304)
+extensions.nccl.inspect = lambda rank: extensions.nccl.Gpus(rank, 'host', tuple('01234567'), 22304)
 extensions.device_of = half_precision.device_of = lambda comm: half_precision.chainer.get_device(
     '@numpy'
 )

@@ -2,11 +2,16 @@
 
 import sys
 
-from reproduce import train  # first: it starts the loader's server before MPI
+from reproduce.job import start
+
+start.before_mpi()
+
+from reproduce import train
+from reproduce.job import agreement, ranks
 
 what = sys.argv.pop(1)
 is_last = train.MPI.COMM_WORLD.rank == train.MPI.COMM_WORLD.size - 1
-items = train.agreement.items
+items = agreement.items
 
 
 def others(model, *rest):
@@ -21,11 +26,11 @@ def others(model, *rest):
 
 
 if is_last:
-    train.agreement.items = others
+    agreement.items = others
     if what == 'options':
         sys.argv += ['--epochs', '4']
     if what == 'images':
-        train.agreement.os.path.getsize = lambda path: 7
+        agreement.os.path.getsize = lambda path: 7
     if what == 'folder':
-        train.agreement.os.access = lambda path, mode: False
-train.job.run(train.main)
+        agreement.os.access = lambda path, mode: False
+ranks.run(train.main)

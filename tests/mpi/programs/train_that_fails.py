@@ -7,6 +7,7 @@ import time
 
 import shallow  # noqa: F401  isort: skip
 from reproduce import train
+from reproduce.job import ranks
 
 how = sys.argv.pop(1)
 update = train.extensions.VirtualWorkersUpdater.update
@@ -28,4 +29,4 @@ def failing_update(self):
 
 
 train.extensions.VirtualWorkersUpdater.update = failing_update
-train.job.run(train.main)
+ranks.run(train.main)

@@ -1,10 +1,12 @@
-"""reproduce/invariance.py, but from the third update on the clock is an hour back."""
+"""The program of invariance, but from the third update on the clock is an hour back."""
 
 import sys
 import time
 
 import shallow  # noqa: F401  isort: skip
-from reproduce import invariance, train
+from reproduce import train
+from reproduce.job import ranks
+from reproduce.studies import invariance_program
 
 update, now = train.extensions.VirtualWorkersUpdater.update, time.time
 
@@ -16,4 +18,4 @@ def update_and_set_clock(self):
 
 
 train.extensions.VirtualWorkersUpdater.update = update_and_set_clock
-train.job.run(lambda: invariance.main(sys.argv[1:]))
+ranks.run(lambda: invariance_program.main(sys.argv[1:]))

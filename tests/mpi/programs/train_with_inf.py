@@ -7,6 +7,7 @@ import numpy as np
 
 import shallow  # noqa: F401  isort: skip
 from reproduce import train
+from reproduce.job import ranks
 
 Communicator = train.extensions.HalfPrecisionMpiCommunicator
 add_grad = Communicator.add_grad
@@ -28,7 +29,7 @@ def add_grad_with_inf(self, model, zero_fill=False):
 
 Communicator.add_grad = add_grad_with_inf
 try:
-    train.job.run(train.main)
+    ranks.run(train.main)
 finally:
     if sys.exc_info()[0] is not None:
         kept = total(models[-1]) == sums[-1] != sums[-2]

@@ -2,7 +2,11 @@
 
 import sys
 
-from reproduce import train  # first: it starts the loader's server before MPI
+from reproduce.job import start
+
+start.before_mpi()
+
+from reproduce import train
 
 ResNet50 = train.ResNet50
 

@@ -5,8 +5,8 @@ import time
 
 from mpi4py import MPI
 
-from reproduce import job
-from reproduce.watchdog import Watchdog
+from reproduce.job import ranks
+from reproduce.job.watchdog import Watchdog
 
 how = sys.argv[1]
 mpi = MPI.COMM_WORLD
@@ -34,11 +34,11 @@ def main():
             done = int(mpi.rank != 1)
             time.sleep(60 * (mpi.rank == 1))
         elif how == 'agreed':
-            raise job.AgreedExit(3)
+            raise ranks.AgreedExit(3)
         else:
             time.sleep(3)
         mpi.barrier()
     print(f'rank {mpi.rank} ended', flush=True)
 
 
-job.run(often if how == 'often' else main)
+ranks.run(often if how == 'often' else main)

@@ -12,9 +12,9 @@ from chainer.training import extensions as chainer_extensions
 from chainermn.extensions import AllreducePersistent, ObservationAggregator
 from tests_common import Network, minibatch, validation_set
 
-from reproduce import abort
+from reproduce.job import start
 
-abort.on_uncaught_exception()
+sys.excepthook = lambda kind, error, trace: start.abort(error)
 out, name, dtype = sys.argv[1:4]
 comm = extensions.create_communicator(name, dtype)
 model = L.Classifier(Network(seed=comm.rank))

@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from reproduce import report
+from reproduce.job import report
 
 
 @pytest.fixture

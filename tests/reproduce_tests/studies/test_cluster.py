@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from reproduce import cluster
-from reproduce.cluster import Job
-from reproduce.topology import ClusterError, read, replaced, value_at
+from reproduce.studies.cluster import model
+from reproduce.studies.cluster.description import ClusterError, read, replaced, value_at
+from reproduce.studies.cluster.model import Job
 
 MN1 = read('mn1')
-DATA = Path(cluster.__file__).parent / 'data'
+DATA = Path(model.__file__).parent
 GRADIENTS = 25_557_032 * 2  # bytes in float16
 SIMULATION = Path(__file__).parent / 'programs' / 'simulate_allreduce.py'
 SYSTEM_PYTHON = '/usr/bin/python3'
@@ -29,7 +29,7 @@ def random_order(n, seed=0, hosts=128):
 
 def test_one_gpu_has_nothing_to_communicate():
     for algorithm in ('ring', 'hierarchical'):
-        alone = cluster.predict(MN1, Job(algorithm=algorithm), 1)
+        alone = model.predict(MN1, Job(algorithm=algorithm), 1)
         assert alone['allreduce'] == 0 and alone['pack'] == 0
         assert alone['iteration'] == alone['compute'] + alone['update']
 
@@ -38,7 +38,7 @@ def test_one_gpu_has_nothing_to_communicate():
 def test_ring_in_one_host_is_the_textbook_formula(gpus):
     size, bus = 1e8, MN1.host.bus
     expected = 2 * (gpus - 1) * (size / gpus / bus.bandwidth + bus.latency)
-    assert cluster.ring_seconds(MN1, [5], gpus, size) == pytest.approx(expected, rel=1e-12)
+    assert model.ring_seconds(MN1, [5], gpus, size) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize('n_hosts, gpus', [(2, 8), (16, 1), (16, 8), (128, 1), (128, 8)])
@@ -65,7 +65,7 @@ def test_ring_walked_hop_by_hop(n_hosts, gpus, seed, bus):
     steps = 2 * (p - 1)
     expected = steps * GRADIENTS / p * max(load.values()) + steps * latency / p
     described = replaced(MN1, 'host.bus.bandwidth', bus)
-    found = cluster.ring_seconds(described, order, gpus, GRADIENTS)
+    found = model.ring_seconds(described, order, gpus, GRADIENTS)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -78,16 +78,16 @@ def test_hierarchical_walked_piece_by_piece(gpus, pieces):
         free = 0.0
         for k in range(pieces):
             free = arrived[k] = max(arrived[k], free) + step
-    expected = 2 * arrived[-1] + cluster.ring_seconds(MN1, [0, 1, 2], 1, size)
-    found = cluster.hierarchical_seconds(MN1, [0, 1, 2], gpus, size, pieces)
+    expected = 2 * arrived[-1] + model.ring_seconds(MN1, [0, 1, 2], 1, size)
+    found = model.hierarchical_seconds(MN1, [0, 1, 2], gpus, size, pieces)
     assert found == pytest.approx(expected, rel=1e-12)
-    alone = cluster.hierarchical_seconds(MN1, [0, 1, 2], 1, size, pieces)
-    assert alone == cluster.ring_seconds(MN1, [0, 1, 2], 1, size)
+    alone = model.hierarchical_seconds(MN1, [0, 1, 2], 1, size, pieces)
+    assert alone == model.ring_seconds(MN1, [0, 1, 2], 1, size)
 
 
 def test_float32_moves_the_bytes_twice_and_waits_as_often():
     seconds = {
-        dtype: cluster.allreduce_seconds(MN1, Job(dtype=dtype), 1024)
+        dtype: model.allreduce_seconds(MN1, Job(dtype=dtype), 1024)
         for dtype in ('float16', 'float32')
     }
     extra = 2 * 1023 / 1024 * GRADIENTS / (2 * 6.818e9)
@@ -100,39 +100,39 @@ def test_a_fat_tree_is_never_slower_and_helps_where_hops_share_uplinks():
     in_order, shuffled = Job(), Job(order='random')
     for processes in (1, 8, 128, 256, 1024):
         for job in (in_order, shuffled):
-            thin_time = cluster.allreduce_seconds(MN1, job, processes)
-            assert cluster.allreduce_seconds(fat, job, processes) <= thin_time
-    assert cluster.allreduce_seconds(MN1, in_order, 1024) == cluster.allreduce_seconds(
+            thin_time = model.allreduce_seconds(MN1, job, processes)
+            assert model.allreduce_seconds(fat, job, processes) <= thin_time
+    assert model.allreduce_seconds(MN1, in_order, 1024) == model.allreduce_seconds(
         fat, in_order, 1024
     )
-    ratio = cluster.allreduce_seconds(MN1, shuffled, 1024) / cluster.allreduce_seconds(
+    ratio = model.allreduce_seconds(MN1, shuffled, 1024) / model.allreduce_seconds(
         fat, shuffled, 1024
     )
     assert ratio > 4
 
 
 def test_crossings_in_order_and_of_one_group():
-    assert cluster.crossings(MN1, list(range(128))) == dict.fromkeys(range(8), 1)
-    assert cluster.crossings(MN1, list(range(16))) == {}
-    assert cluster.crossings(MN1, [0, 16, 1, 17]) == {0: 2, 1: 2}
+    assert model.crossings(MN1, list(range(128))) == dict.fromkeys(range(8), 1)
+    assert model.crossings(MN1, list(range(16))) == {}
+    assert model.crossings(MN1, [0, 16, 1, 17]) == {0: 2, 1: 2}
 
 
 @pytest.mark.parametrize('processes', [0, -8, 9, 12, 1032, 2048])
 def test_no_prediction_for_gpus_that_are_not_there_or_half_a_host(processes):
     with pytest.raises(ClusterError, match='hosts are used as a whole'):
-        cluster.predict(MN1, Job(), processes)
+        model.predict(MN1, Job(), processes)
 
 
 def test_no_prediction_for_a_local_batch_without_a_rate():
     with pytest.raises(ClusterError, match='no images_per_second for a local batch of 48'):
-        cluster.predict(MN1, Job(local_batch=48), 8)
+        model.predict(MN1, Job(local_batch=48), 8)
 
 
 # ---------------------------------------------------------------- the training
 
 
 def test_the_papers_run_written_out():
-    row = cluster.predict(MN1, Job(), 1024)
+    row = model.predict(MN1, Job(), 1024)
     n = 25_557_032
     assert row['iterations'] == 3519
     assert row['compute'] == pytest.approx(32 / 182.5)
@@ -149,7 +149,7 @@ def test_the_papers_run_written_out():
 
 
 def test_float32_packs_more_bytes():
-    row = cluster.predict(MN1, Job(dtype='float32'), 8)
+    row = model.predict(MN1, Job(dtype='float32'), 8)
     assert row['pack'] == pytest.approx(25_557_032 * 4 * 6 / 732e9)
 
 
@@ -158,14 +158,14 @@ def test_the_jobs_numbers_are_those_of_the_model_and_the_settings():
 
     from reproduce.resnet50 import ResNet50
 
-    model = ResNet50(seed=0)
-    bn = [link for link in model.links() if isinstance(link, links.BatchNormalization)]
-    assert Job().parameters == model.count_params()
+    network = ResNet50(seed=0)
+    bn = [link for link in network.links() if isinstance(link, links.BatchNormalization)]
+    assert Job().parameters == network.count_params()
     assert Job().statistics == 2 * sum(link.gamma.size for link in bn)
 
 
 def test_efficiencies():
-    rows = cluster.table(MN1, Job(), [1, 4, 8, 1024])
+    rows = model.table(MN1, Job(), [1, 4, 8, 1024])
     by = {row['processes']: row for row in rows}
     assert by[1]['efficiency_to_one_gpu'] == 1 and by[8]['efficiency_to_one_host'] == 1
     assert 'efficiency_to_one_host' not in by[4]
@@ -177,19 +177,19 @@ def test_efficiencies():
 def test_nothing_is_fitted_to_what_was_published():
     other = dataclasses.replace(MN1, published={'seconds': 1, 'efficiency_to_one_gpu': 0.01})
     assert MN1.published['seconds'] == 900
-    assert cluster.table(other, Job(), [1, 1024]) == cluster.table(MN1, Job(), [1, 1024])
-    assert cluster.sensitivity(other, Job()) == cluster.sensitivity(MN1, Job())
+    assert model.table(other, Job(), [1, 1024]) == model.table(MN1, Job(), [1, 1024])
+    assert model.sensitivity(other, Job()) == model.sensitivity(MN1, Job())
 
 
 def test_sensitivity_changes_one_thing_at_a_time():
-    found = cluster.sensitivity(MN1, Job())
-    base = cluster.predict(MN1, Job(), 1024)
+    found = model.sensitivity(MN1, Job())
+    base = model.predict(MN1, Job(), 1024)
     assert found['as described'] == base['total']
     what_if = found['what if']
-    float32 = cluster.predict(MN1, Job(dtype='float32'), 1024)['total']
+    float32 = model.predict(MN1, Job(dtype='float32'), 1024)['total']
     assert what_if['float32 on the wire'] == float32 > base['total']
     assert what_if['a fat tree'] == pytest.approx(base['total'], rel=1e-3)
-    assert what_if['64 images a GPU'] == cluster.predict(MN1, Job(local_batch=64), 1024)['total']
+    assert what_if['64 images a GPU'] == model.predict(MN1, Job(local_batch=64), 1024)['total']
     assert what_if['the same on a fat tree'] == pytest.approx(base['total'], rel=2e-3)
     assert what_if['hosts in random order'] > 1.3 * base['total']
     slower = what_if['latencies x 1.9'] - base['total']
@@ -205,7 +205,7 @@ def test_sensitivity_changes_one_thing_at_a_time():
 
 
 def test_a_cluster_of_today_computes_faster_than_its_ring_turns():
-    row = cluster.predict(read('dgx-h100'), Job(), 1024)
+    row = model.predict(read('dgx-h100'), Job(), 1024)
     assert row['compute'] == pytest.approx(32 / 3740)
     latency = 128 * 9.6e-6 + 896 * 3.4e-6 + 4 * 0.5e-6
     expected = 2 * 1023 / 1024 * (GRADIENTS / 400e9 + latency)
@@ -232,7 +232,7 @@ def test_every_number_of_a_description_has_its_source(name):
     walk(json.loads((DATA / f'{name}.json').read_text()), '')
     assert described.sources == found and all(len(source) > 0 for source in found.values())
     assert described.gpus == 1024
-    assert set(cluster.JOB_SOURCES) == {field.name for field in dataclasses.fields(Job)}
+    assert set(model.JOB_SOURCES) == {field.name for field in dataclasses.fields(Job)}
 
 
 def test_replaced_changes_a_copy():
@@ -291,7 +291,7 @@ def test_bad_description_is_one_line(root, tmp_path, path, value, message):
 
 def command(root, *options):
     return subprocess.run(
-        [sys.executable, '-m', 'reproduce.cluster', *map(str, options)],
+        [sys.executable, '-m', 'reproduce.studies.cluster', *map(str, options)],
         cwd=root,
         capture_output=True,
         text=True,
@@ -313,8 +313,6 @@ def command(root, *options):
         ('--processes 12', 'hosts are used as a whole'),
         ('--dtype int8', '--dtype'),
         ('--out setup.py', 'setup.py'),
-        ('--measured nowhere', 'nowhere: No such file'),
-        ('--measured reproduce/data/mn1.json', 'is not of reproduce.benchmark iteration'),
     ],
 )
 def test_bad_options_are_one_line(root, options, message):
@@ -339,86 +337,16 @@ def test_command_prints_inputs_tables_and_sensitivity_and_writes_them(root, tmp_
     for dtype in ('float16', 'float32'):
         rows = content['predictions'][dtype]
         assert [row['processes'] for row in rows] == [8, 1024]
-        expected = cluster.predict(MN1, Job(dtype=dtype), 1024)
+        expected = model.predict(MN1, Job(dtype=dtype), 1024)
         assert rows[1]['total'] == expected['total']
         assert f'{1000 * expected["iteration"]:.1f}' in done.stdout
-    total = cluster.predict(MN1, Job(), 1024)['total']
+    total = model.predict(MN1, Job(), 1024)['total']
     assert f'predicted: {total / 60:.1f}, {total / 900 - 1:+.1%}' in done.stdout
     for name in ('cluster.png', 'sensitivity.png'):
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
     only = command(root, '--cluster', 'dgx-h100', '--dtype', 'float32', '--out', tmp_path)
     assert only.returncode == 0 and 'published' not in only.stdout
     assert list(json.loads((tmp_path / 'cluster.json').read_text())['predictions']) == ['float32']
-
-
-# ---------------------------------------------------------------- measured on one host
-
-
-def taking_turns(n_ranks, cores, alone, shared, moved):
-    """Seconds of a part whose ranks share cores: slices of a millisecond, in turn.
-
-    shared: what each rank that runs at the same time adds to the others' seconds.
-    """
-    left = [(alone + shared * moved) for _ in range(n_ranks)]
-    clock, first = 0.0, 0
-    while max(left) > 1e-9:
-        waiting = [r for r in range(n_ranks) if left[r] > 1e-9]
-        for r in [waiting[(first + i) % len(waiting)] for i in range(min(cores, len(waiting)))]:
-            left[r] -= 1e-3
-        first += cores
-        clock += 1e-3
-    return clock
-
-
-@pytest.mark.parametrize('cores', [1, 2, 4])
-def test_one_and_two_ranks_predict_four_on_a_host_that_does_as_the_model_says(cores):
-    def measure(n):
-        busy = min(n, cores)
-        parts = {
-            'compute': taking_turns(n, cores, 0.1, 0.01, busy - 1),
-            'allreduce': taking_turns(n, cores, 0.02, 0.03, 2 * (n - 1) / n),
-        }
-        return {'iteration': sum(parts.values()) + 0.002 * n / busy, **parts}
-
-    host = cluster.calibrate({n: measure(n) for n in (1, 2)}, cores)
-    for n in (1, 2, 3, 4, 8):
-        expected, found = measure(n), host.predict(n)
-        for part, seconds in expected.items():
-            assert found[part] == pytest.approx(seconds, rel=0.01), (n, part)
-
-
-def test_more_ranks_than_cores_take_turns():
-    measured = {1: {'iteration': 0.1, 'compute': 0.1}, 2: {'iteration': 0.12, 'compute': 0.12}}
-    assert cluster.calibrate(measured, 2).predict(4)['compute'] == pytest.approx(0.24)
-    assert cluster.calibrate(measured, 4).predict(4)['compute'] == pytest.approx(0.16)
-
-
-def write_measured(path, seconds, **more):
-    runs = []
-    for n, iteration in seconds.items():
-        parts = {'data': 0.001, 'pack': 0.01, 'update': 0.01, 'extensions': 0.001}
-        parts['allreduce'] = 0.01 * n
-        parts['compute'] = iteration - sum(parts.values())
-        run = {'workers': n, 'processes': n, 'hosts': 1, 'iteration': iteration, **parts, **more}
-        runs.append(run)
-    runs.append({**runs[-1], 'hosts': 2, 'iteration': 1e3})  # of two hosts: not of this model
-    runs.append({**runs[1], 'workers': 8, 'iteration': 1e3})  # 8 workers on a rank: neither
-    path.write_text(json.dumps({'figures': {'runs': runs}}))
-
-
-def test_measured_file(root, tmp_path):
-    file = tmp_path / 'iteration.json'
-    write_measured(file, {1: 0.1, 2: 0.12, 4: 0.25}, cores_of_a_host=2)
-    done = command(root, '--measured', file)
-    assert done.returncode == 0, done.stderr
-    # compute etc. 0.1 twice, as it takes turns; all-reduce (0.01 + 0.01 * 1.5) * 2
-    line = done.stdout.splitlines()[2].split()
-    assert line[:4] == ['4', 'iteration', '250.0', '250.0']
-    assert done.stdout.splitlines()[3].split()[2:] == ['50.0', '40.0', '+25.0%']
-    write_measured(file, {2: 0.12, 4: 0.25})
-    done = command(root, '--measured', file)
-    assert done.returncode == 2
-    assert 'lacks a run of 1 rank, or of 2' in done.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- an independent simulator
@@ -465,16 +393,16 @@ FAT = dataclasses.replace(MN1, uplinks=32)
 def test_simulator_and_model_agree(n_hosts, order, algorithm, gpus):
     hosts = list(range(n_hosts)) if order == 'sorted' else random_order(n_hosts)
     if algorithm == 'ring':
-        predicted = cluster.ring_seconds(MN1, hosts, 1, GRADIENTS)
+        predicted = model.ring_seconds(MN1, hosts, 1, GRADIENTS)
     else:
-        predicted = cluster.hierarchical_seconds(MN1, hosts, gpus, GRADIENTS, Job().pieces)
+        predicted = model.hierarchical_seconds(MN1, hosts, gpus, GRADIENTS, Job().pieces)
     assert simulated(hosts, gpus, algorithm) == pytest.approx(predicted, rel=0.02)
 
 
 def test_contention_on_the_uplinks_shows_in_both():
     hosts = random_order(16)
     thin, fat = simulated(hosts), simulated(hosts, described=FAT)
-    predicted = [cluster.ring_seconds(c, hosts, 1, GRADIENTS) for c in (MN1, FAT)]
+    predicted = [model.ring_seconds(c, hosts, 1, GRADIENTS) for c in (MN1, FAT)]
     assert thin > 1.5 * fat and predicted[0] > 1.5 * predicted[1]
     assert thin / fat == pytest.approx(predicted[0] / predicted[1], rel=0.02)
 
@@ -484,7 +412,7 @@ def test_contention_on_the_uplinks_shows_in_both():
 @SLOW
 def test_ring_over_all_gpus_is_between_eager_and_waiting():
     hosts = list(range(16))
-    predicted = cluster.ring_seconds(MN1, hosts, 8, GRADIENTS)
+    predicted = model.ring_seconds(MN1, hosts, 8, GRADIENTS)
     waiting, eager = (simulated(hosts, 8, eager=eager) for eager in (False, True))
     assert eager < predicted < waiting
     assert eager == pytest.approx(predicted, rel=0.12)

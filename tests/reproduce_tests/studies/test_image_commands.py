@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import image_commands
 from reproduce.listing import DataError, list_images
+from reproduce.studies import image_commands
 
 
 def run(root, *arguments):
     return subprocess.run(
-        [sys.executable, '-m', 'reproduce.images', *map(str, arguments)],
+        [sys.executable, '-m', 'reproduce.studies.image_commands', *map(str, arguments)],
         cwd=root,
         env={**os.environ, 'PYTHONIOENCODING': 'utf-8:strict'},
         capture_output=True,
@@ -104,7 +104,15 @@ def test_a_name_that_is_no_text_is_told(root, tmp_path):
 
 def test_check_draws_a_bar_on_a_terminal(root, odd_folder):
     ours, theirs = pty.openpty()
-    command = [sys.executable, '-m', 'reproduce.images', 'check', odd_folder, '--processes', '1']
+    command = [
+        sys.executable,
+        '-m',
+        'reproduce.studies.image_commands',
+        'check',
+        odd_folder,
+        '--processes',
+        '1',
+    ]
     done = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     shown = b''

@@ -6,7 +6,7 @@ import chainer
 import numpy as np
 
 from extensions import RMSpropWarmup
-from reproduce import invariance
+from reproduce.studies import invariance_program
 
 
 def test_each_digest_is_of_its_part():
@@ -20,10 +20,10 @@ def test_each_digest_is_of_its_part():
     log = [{'main/loss': 0.25, 'validation/main/accuracy': 0.5, 'elapsed_time': 3.0}]
 
     def changed(before):
-        after = invariance.digests(trainer, log)
+        after = invariance_program.digests(trainer, log)
         return [name for name in before if before[name] != after[name]]
 
-    before = invariance.digests(trainer, log)
+    before = invariance_program.digests(trainer, log)
     assert len(set(before.values())) == 5
     log[0]['elapsed_time'] = 4.0
     assert changed(before) == []
@@ -33,13 +33,13 @@ def test_each_digest_is_of_its_part():
         (model.fc.b.update_rule.state['m'], 'optimizer'),
         (model.fc.b.update_rule.state['delta'], 'optimizer'),
     ):
-        before = invariance.digests(trainer, log)
+        before = invariance_program.digests(trainer, log)
         array.flat[-1] = np.nextafter(array.flat[-1], np.float32(9))
         assert changed(before) == [name]
     for key, name in (
         ('main/loss', 'training losses'),
         ('validation/main/accuracy', 'validation'),
     ):
-        before = invariance.digests(trainer, log)
+        before = invariance_program.digests(trainer, log)
         log[0][key] = np.nextafter(log[0][key], 9)
         assert changed(before) == [name]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import figures, iteration
+from reproduce.studies.speed import iteration
 
-COMMAND = [sys.executable, '-m', 'reproduce.benchmark', 'iteration']
+COMMAND = [sys.executable, '-m', 'reproduce.studies.speed', 'iteration']
 
 
 def test_a_row_is_the_mean_of_the_same_rounds_in_all_columns():
@@ -57,7 +57,7 @@ def test_the_plot_shows_three(tmp_path):
         for n in (1, 2, 8)
     ]
     iteration.add_efficiencies(runs)
-    figures.iteration({'ours': runs, 'ChainerMN': runs[:2], 'earlier.json': runs}, str(tmp_path))
+    iteration.plot({'ours': runs, 'ChainerMN': runs[:2], 'earlier.json': runs}, str(tmp_path))
     assert Image.open(tmp_path / 'iteration.png').size == (1350, 600)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce import miniature
+from reproduce.studies import miniature
 
 SMALL = """
-from reproduce import miniature
+from reproduce.studies import miniature
 miniature.N_EPOCHS = 2
 miniature.COMMON = '--preset smoke --width 2 --epochs 2 --local-batch-size 4 --loader serial'
 miniature.VARIANTS = {'x': ('two', '--workers 2'), 'y': ('four', '--workers 4 --bn-decay 0.9')}
@@ -118,7 +118,7 @@ def test_too_few_images_and_no_images(cifar, tmp_path, monkeypatch, capsys):
 
 
 def test_the_variants_are_what_their_titles_say():
-    from reproduce.settings import parse
+    from reproduce.job.options import parse
 
     settings = {}
     for name, (_, options) in miniature.VARIANTS.items():

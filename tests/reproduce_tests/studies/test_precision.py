@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from reproduce import digits, precision
+from reproduce.dataset import write_digits
 from reproduce.listing import list_images
+from reproduce.studies import precision
 
 STUDY = precision.Study(workers=(1, 3), local_batch_size=2, steps=1)
 KINDS = {'convolution': '/conv', 'batch normalization': '/bn', 'fully connected': '/fc'}
@@ -16,7 +17,7 @@ KINDS = {'convolution': '/conv', 'batch normalization': '/bn', 'fully connected'
 @pytest.mark.slow
 def test_errors_are_those_of_the_definition(shallow, tmp_path, capsys):
     result = precision.run(STUDY, tmp_path / 'out')
-    digits.write_image_folder(tmp_path / 'digits')
+    write_digits(tmp_path / 'digits')
     gradient_of = precision.Gradients(STUDY, list_images(tmp_path / 'digits' / 'train'))
     gradient_of.train()
     gradients = []
@@ -36,7 +37,7 @@ def test_errors_are_those_of_the_definition(shallow, tmp_path, capsys):
                 functools.reduce(np.add, half) / np.float16(n),
                 functools.reduce(np.add, wide) / np.float32(n),
             )
-            for name, mean in zip(precision.SUMS, means):
+            for name, mean in zip(precision.REDUCERS, means):
                 error = np.linalg.norm(mean - reference) / np.linalg.norm(reference)
                 assert result['errors'][n][kind][name] == pytest.approx(error, rel=1e-6)
         assert sum(map(len, gradients[:n])) == n * len(gradients[0])
@@ -59,7 +60,7 @@ def test_errors_are_those_of_the_definition(shallow, tmp_path, capsys):
 def test_other_ways_to_a_total_batch(shallow, tmp_path, capsys):
     study = precision.Study(workers=(3,), local_batch_size=2, steps=1)
     result = precision.accumulation(study)
-    digits.write_image_folder(tmp_path / 'digits')
+    write_digits(tmp_path / 'digits')
     gradient_of = precision.Gradients(study, list_images(tmp_path / 'digits' / 'train'))
     gradient_of.train()
     links = [link for link in gradient_of.model.links() if hasattr(link, 'avg_mean')]

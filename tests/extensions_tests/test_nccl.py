@@ -5,50 +5,50 @@ import types
 import pytest
 from chainer.backends import cuda
 
-from extensions import CommunicatorError, gpus
-from extensions.gpus import Sight, choose, own_gpus
+from extensions import CommunicatorError
+from extensions.nccl import Gpus, choose, inspect, own_gpus
 
 EIGHT = tuple(f'0000:{bus:02x}:00.0' for bus in range(8))
 
 
 def job(*hosts, gpus_per_host=EIGHT, nccl=22304):
-    return [Sight(rank, host, gpus_per_host, nccl) for rank, host in enumerate(hosts)]
+    return [Gpus(rank, host, gpus_per_host, nccl) for rank, host in enumerate(hosts)]
 
 
 def without(rank, host):
-    return Sight(rank, host, obstacle='sees no GPU')
+    return Gpus(rank, host, obstacle='sees no GPU')
 
 
 def test_gpus_on_every_rank_are_used():
-    sights = job('a', 'a', 'b')
-    assert choose('auto', sights) == (
+    everyone = job('a', 'a', 'b')
+    assert choose('auto', everyone) == (
         'pure_nccl',
         'auto: every rank has a GPU and NCCL, NCCL 2.23.4',
     )
-    assert choose('pure_nccl', sights) == ('pure_nccl', 'asked for, NCCL 2.23.4')
+    assert choose('pure_nccl', everyone) == ('pure_nccl', 'asked for, NCCL 2.23.4')
 
 
 def test_no_gpu_anywhere_means_mpi():
-    sights = [without(0, 'a'), without(1, 'b')]
-    assert choose('auto', sights) == ('mpi', 'auto: rank 0 on a sees no GPU')
+    everyone = [without(0, 'a'), without(1, 'b')]
+    assert choose('auto', everyone) == ('mpi', 'auto: rank 0 on a sees no GPU')
     with pytest.raises(CommunicatorError, match='needs a GPU and NCCL.*: rank 0 on a sees no GPU'):
-        choose('pure_nccl', sights)
+        choose('pure_nccl', everyone)
     assert choose('auto', job('a', nccl=0))[0] == 'mpi'
 
 
 @pytest.mark.parametrize('name', ['auto', 'pure_nccl'])
 @pytest.mark.parametrize(
-    'sights, message',
+    'everyone, message',
     [
         ([*job('a', 'a'), without(2, 'b')], 'rank 2 on b sees no GPU'),
-        ([*job('a'), Sight(1, 'b', EIGHT)], 'rank 1 on b has a GPU, but no NCCL'),
+        ([*job('a'), Gpus(1, 'b', EIGHT)], 'rank 1 on b has a GPU, but no NCCL'),
         (job('a', 'b', nccl=1304), 'rank 0 on a has NCCL 1.3.4, but .* 2.0 or later'),
-        ([*job('a'), Sight(1, 'b', EIGHT, 2708)], 'rank 0 on a has .* 2.23.4, rank 1 on b has 2.7'),
+        ([*job('a'), Gpus(1, 'b', EIGHT, 2708)], 'rank 0 on a has .* 2.23.4, rank 1 on b has 2.7'),
     ],
 )
-def test_ranks_that_cannot_all_use_nccl_are_an_error(name, sights, message):
+def test_ranks_that_cannot_all_use_nccl_are_an_error(name, everyone, message):
     with pytest.raises(CommunicatorError, match=message):
-        choose(name, sights)
+        choose(name, everyone)
 
 
 def test_the_ranks_of_a_host_take_its_gpus_in_turn_wherever_they_are():
@@ -57,17 +57,17 @@ def test_the_ranks_of_a_host_take_its_gpus_in_turn_wherever_they_are():
 
 
 def test_a_scheduler_may_show_each_rank_its_own():
-    sights = [Sight(rank, 'a', (EIGHT[rank],), 22304) for rank in range(3)]
-    assert own_gpus(sights) == [0, 0, 0]
+    everyone = [Gpus(rank, 'a', (EIGHT[rank],), 22304) for rank in range(3)]
+    assert own_gpus(everyone) == [0, 0, 0]
 
 
 def test_two_ranks_on_one_gpu_are_an_error():
     message = r'rank 1 on a and rank 9 on a would share .* 0000:00:00.0: start as many'
     with pytest.raises(CommunicatorError, match=message):
         own_gpus(job('b', *'a' * 9))
-    sights = [Sight(0, 'a', EIGHT[:1], 22304), Sight(1, 'a', EIGHT[:1], 22304)]
+    everyone = [Gpus(0, 'a', EIGHT[:1], 22304), Gpus(1, 'a', EIGHT[:1], 22304)]
     with pytest.raises(CommunicatorError, match='rank 0 on a and rank 1 on a would share'):
-        own_gpus(sights)
+        own_gpus(everyone)
 
 
 class CUDARuntimeError(Exception):
@@ -88,21 +88,21 @@ def pretend(monkeypatch, count, nccl=(22304, 22304)):
         get_build_version=lambda: nccl[0],
         get_version=lambda: nccl[1],
     )
-    monkeypatch.setattr(gpus.chainermn, 'nccl', library)
+    monkeypatch.setattr(nccl.chainermn, 'nccl', library)
 
 
 def test_what_a_rank_sees(monkeypatch):
-    assert gpus.look(3).rank == 3
+    assert inspect(3).rank == 3
     pretend(monkeypatch, lambda: 2, (22304, 2708))
-    sight = gpus.look(1)
-    assert (sight.bus_ids, sight.nccl, sight.obstacle) == (EIGHT[:2], 2708, None)
+    gpus = inspect(1)
+    assert (gpus.bus_ids, gpus.nccl, gpus.obstacle) == (EIGHT[:2], 2708, None)
     pretend(monkeypatch, lambda: 2, None)
-    assert gpus.look(1).nccl == 0 and gpus.look(1).bus_ids
+    assert inspect(1).nccl == 0 and inspect(1).bus_ids
     pretend(monkeypatch, lambda: 0)
-    assert gpus.look(1).obstacle == 'sees no GPU'
+    assert inspect(1).obstacle == 'sees no GPU'
 
     def no_driver():
         raise CUDARuntimeError('cudaErrorInsufficientDriver')
 
     pretend(monkeypatch, no_driver)
-    assert gpus.look(1).obstacle == 'sees no GPU (cudaErrorInsufficientDriver)'
+    assert inspect(1).obstacle == 'sees no GPU (cudaErrorInsufficientDriver)'
