@@ -29,7 +29,7 @@ from reproduce import images
 from reproduce.listing import DataError
 
 
-def start_forkserver(remove_after_end):
+def start_forkserver(remove_after_end=lambda path: None):
     """Starts the server that forks loader processes; call it before anything imports
     ``mpi4py.MPI``.
 

@@ -5,6 +5,7 @@ import types
 import pytest
 from chainer.backends import cuda
 
+import extensions
 from extensions import CommunicatorError
 from extensions.nccl import Gpus, choose, inspect, own_gpus
 
@@ -88,7 +89,7 @@ def pretend(monkeypatch, count, nccl=(22304, 22304)):
         get_build_version=lambda: nccl[0],
         get_version=lambda: nccl[1],
     )
-    monkeypatch.setattr(nccl.chainermn, 'nccl', library)
+    monkeypatch.setattr(extensions.nccl.chainermn, 'nccl', library)
 
 
 def test_what_a_rank_sees(monkeypatch):

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from extensions import SOURCES
 from reproduce.dataset import InputError
 from reproduce.job import report
 from reproduce.job.options import check, parse
@@ -125,11 +126,35 @@ def test_impossible_values(change, message):
 
 
 @pytest.mark.parametrize(
-    'arguments', [['--worker', '3'], ['stray'], ['--epochs'], ['--seed', '1.5']]
+    'arguments, message',
+    [
+        ('--worker 3', 'there is no option --worker; did you mean --workers?'),
+        ('--epoch=3', 'there is no option --epoch; did you mean --epochs?'),
+        ('--no-stop-on-nonfinit', 'did you mean --no-stop-on-nonfinite?'),
+        ('--preset smok', 'smok is none of paper, cifar10, smoke; did you mean smoke?'),
+        ('--alpha-form smooth', 'smooth is none of printed, continuous, sgd; --help'),
+        ('stray', "'stray' is no option; --help lists the options"),
+        ('--zzz', 'there is no option --zzz; --help lists the options'),
+        ('--epochs', '--epochs: expected one argument; --help lists the options'),
+        ('--seed 1.5', "--seed: invalid int value: '1.5'; --help lists the options"),
+    ],
 )
-def test_bad_command_lines(arguments):
-    with pytest.raises(InputError, match='--help lists the options'):
-        parse(arguments, 1)
+def test_bad_command_lines(arguments, message):
+    with pytest.raises(InputError) as raised:
+        parse(arguments.split(), 1)
+    assert message in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_help_has_the_values_of_the_preset(capsys):
+    texts = []
+    for preset in PRESETS:
+        with pytest.raises(SystemExit):
+            parse(['--preset', preset, '--help'], 1)
+        texts.append(' '.join(capsys.readouterr().out.split()))
+    for text, size in zip(texts, (224, 32, 32)):
+        assert f'pixels of an image in training and validation (G) [{size}]' in text
+    for letter, source in SOURCES.items():
+        assert f'{letter} {source}' in texts[0]
 
 
 def test_help_teaches(capsys):

@@ -67,7 +67,7 @@ def test_the_plot_shows_three(tmp_path):
         ('--workers 1,two', '--workers'),
         ('--workers 0', '--workers'),
         ('--repeat 0', 'above 0'),
-        ('--stem resnet', "'resnet'"),
+        ('--stem resnet', 'resnet is none of imagenet, cifar'),
         ('--loader fast', "--loader is 'fast'"),
         ('--hostfile nowhere', 'nowhere'),
         ('--image-root nowhere', 'image folder nowhere'),
