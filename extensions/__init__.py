@@ -1,11 +1,12 @@
-"""The method of Akiba, Suzuki and Fukuda, arXiv:1711.04325, as parts for Chainer and ChainerMN.
+"""The method of Akiba, Suzuki and Fukuda (arXiv:1711.04325), as parts for Chainer and ChainerMN.
 
-Each module is one part of the paper, with its equation beside the lines that compute it. Nothing
-here knows of ImageNet. An equation has a tag with brackets, as [W1]. A letter in parentheses, as
-(S), is a source: ``SOURCES`` is the legend of these letters.
+Each module implements one part of the paper and states its equation. Nothing here depends on
+ImageNet. A tag in brackets, such as [W1], marks an equation and the lines that compute it. A letter
+in parentheses, such as (S), marks the source of an equation or a number. ``SOURCES`` explains the
+letters.
 """
 
-# First of all: Chainer cannot be imported on today's NumPy without it.
+# This import comes first: without it, Chainer cannot be imported on current NumPy.
 from extensions import numpy_compatibility  # noqa: F401  isort: skip
 
 from extensions.batch_statistics import AllreduceBatchStatistics, MovingBatchStatistics
@@ -29,7 +30,7 @@ from extensions.schedules import (
 from extensions.timing import Timer, TimeReport
 from extensions.virtual_workers import MeanTrainingLoss, VirtualWorkersUpdater
 
-# Where a number or an equation is known from. The PDF of the paper was not at hand.
+# The source of each equation and number. The PDF of the paper was not available.
 SOURCES = {
     'S': 'a published reading note of the paper that quotes its equations and schedule',
     'A': "the paper's abstract, and tables of later papers that quote it",

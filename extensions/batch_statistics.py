@@ -1,4 +1,4 @@
-"""Batch normalization without moving averages: the last minibatch's, averaged."""
+"""Batch normalization without moving averages: workers average their last minibatch's statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 
 class _NoteCount(chainer.LinkHook):
-    """Notes how many values per channel normalized a BatchNormalization's last minibatch."""
+    """Records the number of values per channel in a BatchNormalization's last minibatch."""
 
     def forward_postprocess(self, args):
         if chainer.config.train:
@@ -26,39 +26,40 @@ class AllreduceBatchStatistics(training.Extension):
 
         [N]  mean = 1/n sum_w mean_w        var = 1/n sum_w var_w
 
-    with mean_w and var_w those of worker w's last minibatch: ``avg_mean`` and ``avg_var`` of a
-    BatchNormalization with ``decay=0``. The average of the variances leaves out the spread of the
-    means; that is what the paper does. ``pooled_variance=True`` gives that of the union of all the
-    minibatches instead, as ``np.var`` defines it.
+    mean_w and var_w are the statistics of worker w's last minibatch: ``avg_mean`` and ``avg_var``
+    of a BatchNormalization with ``decay=0``. The average of the variances leaves out the spread of
+    the means, as in the paper. ``pooled_variance=True`` includes this spread: the result is the
+    variance of the union of all minibatches, as ``np.var`` defines it.
 
-    All links travel in one all-reduce of float64, through host memory, so that no CUDA-aware MPI is
-    needed. All ranks hold the same bits afterwards, and a second call changes none. The sums of
-    float32 statistics are exact unless a worker's is 2**26 times smaller than another's, hence
-    independent of how the workers are spread over processes.
+    One all-reduce of float64 carries all links. It goes through host memory and needs no CUDA-aware
+    MPI. Afterwards all ranks hold the same bits, and a second call does not change them. The sums
+    of float32 statistics are exact, unless one worker's value is 2**26 times smaller than
+    another's. An exact sum does not depend on how the workers are spread over processes.
 
-    It runs before the evaluator and before any snapshot that is triggered by the same iteration,
-    whatever order they were added in: give it a ``trigger`` that fires whenever one of theirs does.
+    The extension runs before the evaluator and before any snapshot of the same iteration, even if
+    it was added later. Its ``trigger`` must fire whenever the trigger of one of them fires.
 
-    A process that plays several workers calls :meth:`add_worker` after the forward pass of each
-    one, and :meth:`clear` before the first of an iteration, as
-    :class:`~extensions.virtual_workers.VirtualWorkersUpdater` does. Without that, the links'
-    present statistics count as the process's one worker.
+    A process that plays several workers calls :meth:`clear` before the first worker of an
+    iteration, and :meth:`add_worker` after each worker's forward pass.
+    :class:`~extensions.virtual_workers.VirtualWorkersUpdater` makes these calls. Without them, the
+    links' current statistics count as the process's one worker.
 
-    Deviation: Chainer's ``avg_var`` is the unbiased variance, m / (m - 1) times the one that
-        normalized.
+    Deviation: Chainer's ``avg_var`` is the unbiased variance: m / (m - 1) times the variance that
+        normalized the m values of the minibatch.
 
     Args:
-        model (~chainer.Link): Its BatchNormalization links are averaged.
-        comm (~chainermn.CommunicatorBase): All ranks must have as many workers each.
-        pooled_variance (bool): See above.
+        model (~chainer.Link): Contains the BatchNormalization links.
+        comm (~chainermn.CommunicatorBase): The processes. Each must play the same number of
+            workers.
+        pooled_variance (bool): Whether the variance includes the spread of the means.
 
     Attributes:
-        wants_every_worker (bool): Whether a process that plays one worker calls :meth:`clear` and
-            :meth:`add_worker` in every iteration, too.
+        wants_every_worker (bool): Whether a process that plays one worker must also call
+            :meth:`clear` and :meth:`add_worker` in every iteration.
 
     Raises:
-        ValueError: A BatchNormalization has a ``decay`` other than 0, or no size yet, because no
-            minibatch went through it; it is named.
+        ValueError: A BatchNormalization has a ``decay`` other than 0, or has no size yet because no
+            minibatch has passed through it. The message names the link.
     """
 
     trigger = (1, 'epoch')
@@ -74,7 +75,7 @@ class AllreduceBatchStatistics(training.Extension):
         moving = [f'{name} (decay={link.decay})' for name, link in self._links if link.decay != 0]
         if moving:
             raise ValueError(
-                'without moving averages, every BatchNormalization needs decay=0; not so: '
+                'without moving averages, every BatchNormalization needs decay=0. Change: '
                 + ', '.join(moving)
             )
         self._comm = comm
@@ -87,11 +88,11 @@ class AllreduceBatchStatistics(training.Extension):
         self._n_workers = 0
 
     def clear(self):
-        """Forgets the workers added so far."""
+        """Discards the workers added so far."""
         self._n_workers = 0
 
     def add_worker(self):
-        """Adds the statistics of the minibatch that the model has just seen."""
+        """Adds the statistics of the minibatch that the model has just processed."""
         if not self._links:
             return
         self._gather()
@@ -125,14 +126,14 @@ class AllreduceBatchStatistics(training.Extension):
             buffer[...] = xp.asarray(total[:, channels])
 
     def _gather(self):
-        """Moves the links' statistics into a buffer [2, channels] for each dtype, and leaves views.
+        """Moves the links' statistics into one buffer [2, channels] per dtype, with views as links'.
 
-        From then on the links write there themselves. Arrays that the links have got since, on
-        another device for instance, are moved again.
+        From then on, the links write into the buffers. If a link gets new arrays, for instance on
+        another device, the statistics are moved again.
         """
         for name, link in self._links:
             if link.avg_mean is None:
-                raise ValueError(f'{name} has no statistics yet: no minibatch went through it')
+                raise ValueError(f'{name} has no statistics yet: no minibatch has passed through it')
         bases = {id(base) for _, link in self._links for base in _bases(link)}
         if bases == {id(buffer) for _, buffer in self._buffers}:
             return
@@ -146,9 +147,10 @@ class AllreduceBatchStatistics(training.Extension):
             self._sum = chainer.backend.get_array_module(buffer).empty((2, stop), np.float64)
 
     def _pooled(self, buffer, channels):
-        """Means and mean squares: from Chainer's unbiased variance, m / (m - 1) of the biased.
+        """Returns means and mean squares.
 
-        What :meth:`__call__` wrote, or a snapshot that was loaded, is biased already.
+        Chainer's unbiased variance is m / (m - 1) times the biased variance, which is needed here.
+        Statistics from :meth:`__call__` or from a loaded snapshot are biased already.
         """
         counts = [np.full(link.avg_mean.size, link.last_count or 1) for _, link in self._links]
         count = np.concatenate(counts)[channels]
@@ -159,21 +161,22 @@ class AllreduceBatchStatistics(training.Extension):
 
 
 class MovingBatchStatistics(AllreduceBatchStatistics):
-    """What the paper does without: moving averages over the iterations, averaged over all workers::
+    """Moving averages over the iterations, averaged over all workers. The paper omits them::
 
-        mean <- decay mean + (1 - decay) 1/n sum_w mean_w    from 0; var alike, from 1
+        mean <- decay mean + (1 - decay) 1/n sum_w mean_w        starts at 0
+        var  <- decay var  + (1 - decay) 1/n sum_w var_w         starts at 1
 
-    These are the average of what n workers have of whom each keeps the moving averages of Chainer's
-    own ``BatchNormalization(decay)``. The links keep ``decay=0``, so that the moving averages do
-    not depend on which worker comes last in a process; nor on the processes, but for the rounding
-    of float64.
+    The result equals the average over n workers that each use Chainer's
+    ``BatchNormalization(decay)``. The links keep ``decay=0``, so the moving averages do not depend
+    on the order of a process's workers. They do not depend on the number of processes either,
+    except for the rounding of float64.
 
     Args:
         model, comm: As in :class:`AllreduceBatchStatistics`.
-        decay (float): 0.9 is Chainer's default.
+        decay (float): Decay of the moving averages, between 0 and 1; Chainer's default is 0.9.
 
     Raises:
-        ValueError: ``decay`` is not in (0, 1), or as :class:`AllreduceBatchStatistics`.
+        ValueError: ``decay`` is not between 0 and 1. Or as in :class:`AllreduceBatchStatistics`.
     """
 
     wants_every_worker = True
@@ -183,10 +186,10 @@ class MovingBatchStatistics(AllreduceBatchStatistics):
             raise ValueError(f'decay must be above 0 and below 1, not {decay}')
         super().__init__(model, comm)
         self._decay = decay
-        self._moving = None  # float64 [2, channels], of this process's workers
+        self._moving = None  # float64 [2, channels], for this process's workers
 
     def clear(self):
-        """Takes the workers of the iteration before into the moving averages."""
+        """Adds the previous iteration's workers to the moving averages."""
         if self._n_workers:
             xp = chainer.backend.get_array_module(self._sum)
             before = [[0.0], [1.0]] if self._moving is None else self._moving
@@ -201,7 +204,7 @@ class MovingBatchStatistics(AllreduceBatchStatistics):
             self._write(self._moving)
 
     def gather(self):
-        """Gives every process the average of all. Collective; to be called before it is saved."""
+        """Gives every process the average over all processes. Collective; call it before saving."""
         self.clear()
         if self._moving is not None:
             self._moving = cuda.to_cpu(self._moving)

@@ -1,9 +1,9 @@
-"""Makes Chainer 7.8.1 (2022) importable on the NumPy of today.
+"""Makes Chainer 7.8.1 (2022) importable on current NumPy.
 
-Chainer reads names at import time that NumPy 1.24, 1.26 and 2.0 have removed. Importing this module
-before Chainer gives those names back, with the meaning that NumPy's release notes state for each.
-What NumPy still has is left as it is: on NumPy 1.23 nothing is added, and `numpy.bool` stays
-NumPy's own type on NumPy 2.
+At import time, Chainer reads names that NumPy 1.24, 1.26 and 2.0 removed. Import this module before
+Chainer: it restores each removed name, with the meaning given in NumPy's release notes. Names that
+NumPy still has stay unchanged. NumPy 1.23 needs no additions, and on NumPy 2 `numpy.bool` stays
+NumPy's own type.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _REMOVED = {
 
 
 def restore_removed_names() -> list[str]:
-    """Adds to NumPy what Chainer reads and NumPy no longer has.
+    """Adds to NumPy the removed names that Chainer reads.
 
     Returns:
-        list of str: The names that were added; empty on NumPy 1.23.
+        list of str: The added names; empty on NumPy 1.23.
     """
     added = []
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # asking for a deprecated name warns
+        warnings.simplefilter('ignore')  # reading a deprecated name warns
         for name, value in _REMOVED.items():
             if not hasattr(np, name):
                 setattr(np, name, value)
@@ -58,9 +58,9 @@ def restore_removed_names() -> list[str]:
 
 restore_removed_names()
 
-# Chainer's check of its environment takes longer than the rest of its import, by what current
-# releases lack (numpy.distutils, pkg_resources). It is about Python 3.5.0, the BLAS of macOS, and
-# CuPy 7, none of which this project uses.
+# Replace Chainer's check of its environment. The check takes longer than the rest of the import,
+# because of modules that current releases lack (numpy.distutils, pkg_resources). It concerns Python
+# 3.5.0, the BLAS of macOS, and CuPy 7; this project uses none of them.
 _CHECK: Any = types.ModuleType('chainer._environment_check')
 _CHECK.check = lambda: None
 sys.modules[_CHECK.__name__] = _CHECK

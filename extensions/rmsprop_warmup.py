@@ -1,4 +1,4 @@
-"""RMSprop warm-up: the update rule that starts as RMSprop and becomes momentum SGD."""
+"""RMSprop warm-up: an update rule that starts as RMSprop and becomes momentum SGD."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from chainer.backends import cuda
 
 from extensions import kernels
 
-# Elements per block of the update by NumPy: its four streams and the scratch, 5 x 256 KiB in
-# float32, stay in a core's second-level cache. A quarter of it spends 15 % of the time on calls.
+# Elements per block of the NumPy update. Its four streams and the scratch (5 x 256 KiB in float32)
+# stay in a core's second-level cache. At a quarter of this size, calls take 15 % of the time.
 _BLOCK = 65536
 
-# One element of the update, as C and CUDA compile it, and the CUDA kernel's arguments.
+# One element of the update, compiled by both C and CUDA, and the arguments of the CUDA kernel.
 ELEMENT = Path(__file__).with_name('rmsprop_warmup_element.h').read_text()
 KERNEL = (
     (
@@ -35,7 +35,7 @@ def _check_hyperparameters(**values: float) -> None:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
             raise TypeError(f'{name} must be a number, not {value!r}')
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f'{name} must be finite and not negative, not {value}')
+            raise ValueError(f'{name} must be finite and at least 0, not {value}')
         if name in ('mu1', 'mu2') and value >= 1:
             raise ValueError(f'{name} is a decay rate and must be below 1, not {value}')
 
@@ -50,16 +50,16 @@ _default_hyperparam.weight_decay_rate = 0.0
 
 
 class RMSpropWarmupRule(optimizer.UpdateRule):
-    """Update rule of one parameter; the equations stand in :class:`RMSpropWarmup`.
+    """Update rule of one parameter. :class:`RMSpropWarmup` states the equations.
 
     Args:
-        parent_hyperparam (~chainer.optimizer.Hyperparameter): Provides the values that are not
+        parent_hyperparam (~chainer.optimizer.Hyperparameter): Supplies every value that is not
             given here.
         lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps, weight_decay_rate (float): As in
-            :class:`RMSpropWarmup`, for this parameter alone.
+            :class:`RMSpropWarmup`, for this parameter only.
 
     Attributes:
-        state (dict): ``m`` and ``delta``, arrays of the parameter's shape, dtype and device,
+        state (dict): ``m`` and ``delta``: arrays with the parameter's shape, dtype and device,
             initially 0.
 
     Raises:
@@ -100,15 +100,16 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
             self.state['delta'] = param.device.xp.zeros_like(param.data)
 
     def _hyperparameters(self, dtype) -> tuple[float, ...]:
-        hp = self.hyperparam.get_dict()  # at once: a parameter may be small
+        hp = self.hyperparam.get_dict()  # all in one call: a parameter may be small
         eps, mu2 = hp['eps'], hp['mu2']
         if eps != 0 and dtype.type(eps) == 0:
             raise ValueError(
-                f'eps = {eps} of RMSpropWarmup is zero in {dtype.name}: choose a larger eps, or '
-                'keep the parameters in float32 (optimizer.use_fp32_update)'
+                f'RMSpropWarmup: eps = {eps} rounds to zero in {dtype.name}. Choose a larger eps, '
+                'or keep the parameters in float32 (optimizer.use_fp32_update)'
             )
-        # Python floats: a NumPy scalar would widen float32 arithmetic to float64. And 1 - mu2 is
-        # rounded once: in float32 itself the difference would be off by 6 roundings.
+        # Return Python floats: a NumPy scalar would widen float32 arithmetic to float64. The
+        # difference 1 - mu2 is rounded once here; computed in float32, it would be off by 6
+        # roundings.
         alphas = hp['alpha_sgd'], hp['alpha_rmsprop']
         values = (hp['lr'], *alphas, hp['mu1'], mu2, 1 - mu2, eps, hp['weight_decay_rate'])
         return tuple(map(float, values))
@@ -126,7 +127,7 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
     ):
         dtype = arrays[1].dtype
         scratch = np.empty(min(_BLOCK, arrays[0].size), dtype)
-        # nditer hands out blocks of the arrays themselves, as 1-d views, whatever their layout.
+        # nditer yields blocks of the arrays as 1-d views, for any memory layout.
         blocks = np.nditer(
             arrays,
             flags=['external_loop', 'buffered', 'zerosize_ok'],
@@ -172,38 +173,39 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
 class RMSpropWarmup(optimizer.GradientMethod):
     """RMSprop warm-up (S): momentum SGD and RMSprop, mixed inside the momentum.
 
-    With g_t the gradient averaged over all workers, plus ``weight_decay_rate`` times theta_{t-1},
-    theta the parameters and m_0 = Delta_0 = 0::
+    The gradient g_t is the average over all workers, plus ``weight_decay_rate`` times theta_{t-1}.
+    theta denotes the parameters, and m_0 = Delta_0 = 0::
 
         [W1]  m_t     = mu2 * m_{t-1} + (1 - mu2) * g_t**2
         [W2]  Delta_t = mu1 * Delta_{t-1} - (alpha_SGD + alpha_RMSprop / (sqrt(m_t) + eps)) * g_t
         [W3]  theta_t = theta_{t-1} + eta * Delta_t
 
-    Both terms are inside Delta, so the RMSprop part has the momentum's gain of 1 / (1 - mu1) as
-    well; eta is outside, so that a change of eta acts at once and needs no momentum correction (G,
-    remark 2). alpha_SGD = 1, alpha_RMSprop = 0 is Chainer's
+    Both terms are inside Delta, so the RMSprop term also has the momentum's gain of 1 / (1 - mu1).
+    eta is outside Delta, so a change of eta acts at once and needs no momentum correction (G,
+    remark 2). With alpha_SGD = 1 and alpha_RMSprop = 0, the rule is Chainer's
     :class:`~chainer.optimizers.CorrectedMomentumSGD`.
-    :class:`~extensions.schedules.AlphaSGDSchedule` moves the two alphas during training.
+    :class:`~extensions.schedules.AlphaSGDSchedule` changes the two alphas during training.
 
-    In the code: m is ``state['m']``, Delta ``state['delta']``, eta ``lr``. All arithmetic is in the
-    parameter's dtype; with ``use_fp32_update()``, float16 parameters have float32 masters, as
-    everywhere in Chainer.
+    In the code, m is ``state['m']``, Delta is ``state['delta']`` and eta is ``lr``. All arithmetic
+    uses the parameter's dtype. With ``use_fp32_update()``, float16 parameters have float32 master
+    copies, as everywhere in Chainer.
 
     Args:
-        lr (float): eta. The paper's varies, see :func:`~extensions.schedules.slow_start_factor`.
+        lr (float): eta. The paper varies it: see :func:`~extensions.schedules.slow_start_factor`.
         alpha_sgd (float): Weight of the momentum SGD term.
         alpha_rmsprop (float): Weight of the RMSprop term.
         mu1 (float): Decay rate of the momentum; 0.9 (R).
         mu2 (float): Decay rate of the mean square; 0.99 (R).
-        eps (float): Added to the root, outside of it; 1e-8 (R).
-        weight_decay_rate (float): Of all parameters whose rule has none of its own. It is Chainer's
-            hook :class:`~chainer.optimizer_hooks.WeightDecay`, on CPUs to the bit, without a pass
-            of its own over gradients and parameters; ``param.grad`` stays as it is.
+        eps (float): Added to sqrt(m_t), outside the root; 1e-8 (R).
+        weight_decay_rate (float): Applies to every parameter whose rule has no rate of its own. The
+            effect is that of Chainer's hook :class:`~chainer.optimizer_hooks.WeightDecay`, and on
+            CPUs the bits are the same. The hook needs an extra pass over gradients and parameters;
+            this rule does not. ``param.grad`` stays unchanged.
 
     Raises:
-        TypeError: A hyper-parameter is not a number, a boolean for instance.
-        ValueError: One is negative or not finite, or ``mu1`` or ``mu2`` is not below 1. At the
-            first update: ``eps`` is zero in the parameter's dtype.
+        TypeError: A hyper-parameter is not a number. Booleans are not accepted.
+        ValueError: A hyper-parameter is negative or not finite, or ``mu1`` or ``mu2`` is not below
+            1. At the first update: ``eps`` rounds to zero in the parameter's dtype.
     """
 
     def __init__(
@@ -242,9 +244,12 @@ class RMSpropWarmup(optimizer.GradientMethod):
         return RMSpropWarmupRule(self.hyperparam)
 
     def update(self, lossfun=None, *args, **kwds):
-        """As every :class:`~chainer.GradientMethod`'s, but on CPUs it is one call for all
-        parameters, where no hook, loss scale or float16 asks for Chainer's way from one to the
-        next, which takes longer than the arithmetic of a small one."""
+        """Updates all parameters; on CPUs, one call updates all of them.
+
+        Chainer's :class:`~chainer.GradientMethod` loops over the parameters. For a small parameter,
+        the loop takes longer than the arithmetic. Here the loop runs on CPUs only if a rule's hook,
+        a loss scale or float16 requires it.
+        """
         if lossfun is not None or self._loss_scale is not None:
             super().update(lossfun, *args, **kwds)
             return
@@ -258,7 +263,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
         self.call_hooks('post')
 
     def reallocate_cleared_grads(self):
-        """As Chainer's, which looks at every parameter with care, here only if one is missing."""
+        """Calls Chainer's method, which examines every parameter, only if a gradient is missing."""
         if any(param.grad is None for param in self.target.params()):
             super().reallocate_cleared_grads()
 
@@ -266,7 +271,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
         arrays: list = []
         values = []
         rules = []
-        known: dict = {}  # few rules have hyper-parameters of their own
+        known: dict = {}  # few rules have their own hyper-parameters
         for param in self.target.params():
             rule = param.update_rule
             if rule is None or not rule.enabled:
@@ -288,7 +293,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
 
 
 def _is_plain(rule, param) -> bool:
-    """Whether the rule would do nothing but call ``update_core_cpu``, as in most iterations."""
+    """Whether the rule would only call ``update_core_cpu``, as in most iterations."""
     hooks = rule._hookable
     return (
         type(rule) is RMSpropWarmupRule

@@ -17,30 +17,31 @@ FORMS = ('printed', 'continuous')
 def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
     """Weight of the SGD term during the transition (S).
 
-    With u = 2 (epoch - beta_center) / beta_period, ``form='printed'`` is the formula as the paper
-    prints it::
+    Let u = 2 (epoch - beta_center) / beta_period. ``form='printed'`` is the formula that the paper
+    prints::
 
         [W5]  alpha_SGD = 1/2 exp(u)    epoch < beta_center
                          1/2 + u       epoch < beta_center + beta_period / 2
                          1             otherwise
 
-    The printed linear branch passes 1 at epoch 11.25 and reaches 1.5 just before epoch 12.5, then
-    drops to 1; yet the text says that the curve was chosen after the ELU, to be smooth.
-    ``form='continuous'`` has 1/2 + u/2 there: exactly (ELU(u) + 1) / 2, which is continuous with
-    its derivative at ``beta_center`` and reaches 1 at ``beta_center + beta_period / 2``. The
-    default is what a reader with the paper in hand expects to find.
+    The printed linear branch passes 1 at epoch 11.25. It reaches 1.5 just before epoch 12.5, then
+    drops to 1. Yet the paper's text says that the curve was chosen after the ELU, to be smooth.
+    ``form='continuous'`` has 1/2 + u/2 in this branch. The result is exactly (ELU(u) + 1) / 2. Its
+    value and its derivative are continuous at ``beta_center``, and it reaches 1 at
+    ``beta_center + beta_period / 2``. The printed formula is the default, because readers of the
+    paper expect it.
 
     Args:
         epoch (float or array): Fractional epochs, in the paper's 90.
-        beta_center (float): Epoch of alpha_SGD = 1/2; 10 (S).
-        beta_period (float): Epochs that the transition takes; 5 (S).
+        beta_center (float): Epoch at which alpha_SGD is 1/2; 10 (S).
+        beta_period (float): Length of the transition in epochs; 5 (S).
         form (str): ``'printed'`` or ``'continuous'``.
 
     Returns:
-        float, or float64 array of ``epoch``'s shape.
+        float, or float64 array with the shape of ``epoch``.
 
     Raises:
-        ValueError: Unknown ``form``, or ``beta_period`` is not above 0.
+        ValueError: ``form`` is unknown, or ``beta_period`` is not above 0.
     """
     if form not in FORMS:
         raise ValueError(f'form must be one of {", ".join(map(repr, FORMS))}, not {form!r}')
@@ -54,12 +55,12 @@ def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
 
 
 def alpha_rmsprop(alpha_sgd, lr, lr_rmsprop=3e-4):
-    """Weight of the RMSprop term that goes with ``alpha_sgd`` (R)::
+    """Weight of the RMSprop term for a given ``alpha_sgd`` (R)::
 
         [W4]  alpha_RMSprop = max(0, 1 - alpha_SGD) * eta_RMSprop / eta
 
-    so that the RMSprop term's step has the size eta_RMSprop whatever eta is. The floor at 0 keeps
-    the printed form of alpha_SGD, which exceeds 1, from turning the RMSprop term into ascent.
+    The division by eta gives the RMSprop term's step the size eta_RMSprop for every eta. The
+    printed form of alpha_SGD exceeds 1; the floor at 0 keeps the RMSprop term from becoming ascent.
 
     Args:
         alpha_sgd (float or array): From :func:`alpha_sgd`.
@@ -79,9 +80,15 @@ def alpha_rmsprop(alpha_sgd, lr, lr_rmsprop=3e-4):
 
 
 def base_learning_rate(total_batch_size):
-    """eta_base: 0.1 for each 256 images of the total batch, n workers of b_local images (S, G).
+    """eta_base (S, G): 0.1 per 256 images of the total batch.
 
-    12.8 at the paper's 32,768.
+    The total batch is n workers times b_local images. The paper's 32,768 images give 12.8.
+
+    Args:
+        total_batch_size (int): B, the images of all workers in one iteration.
+
+    Returns:
+        float.
     """
     return 0.1 * total_batch_size / 256
 
@@ -92,13 +99,13 @@ def slow_start_factor(epoch):
         [L]  0.5    epochs  0-40        0.01   epochs 70-85
              0.075  epochs 40-70        0.001  epochs 85-90
 
-    There is no gradual warm-up on top of it.
+    No gradual warm-up is added.
 
     Args:
         epoch (float or array): Fractional epochs, in the paper's 90.
 
     Returns:
-        float, or float64 array of ``epoch``'s shape.
+        float, or float64 array with the shape of ``epoch``.
     """
     ends, factors = zip(*_SLOW_START)
     factor = np.asarray(factors)[np.searchsorted(ends[:-1], epoch, side='right')]  # [L]
@@ -106,15 +113,16 @@ def slow_start_factor(epoch):
 
 
 def learning_rate(epoch, total_batch_size):
-    """eta at a fractional epoch of the paper's 90 (S): :func:`base_learning_rate` times
-    :func:`slow_start_factor`.
+    """eta at a fractional epoch of the paper's 90 (S).
+
+    eta is :func:`base_learning_rate` times :func:`slow_start_factor`.
 
     Args:
         epoch (float or array): Fractional epochs, in the paper's 90.
-        total_batch_size (int): B, images of all workers together in one iteration.
+        total_batch_size (int): B, the images of all workers in one iteration.
 
     Returns:
-        float, or float64 array of ``epoch``'s shape.
+        float, or float64 array with the shape of ``epoch``.
     """
     return base_learning_rate(total_batch_size) * slow_start_factor(epoch)
 
@@ -122,10 +130,10 @@ def learning_rate(epoch, total_batch_size):
 class _Schedule(training.Extension):
     """Sets hyper-parameters from the fractional epoch at the start of each update.
 
-    Chainer runs extensions after an update. So the values for the first update are set by
-    ``initialize``, which also serves after a resume, and those for the next one after the observers
-    have read what this one used: hence the low priority. What an update used is reported from
-    inside it, by an optimizer hook.
+    Chainer runs extensions after an update. So ``initialize`` sets the values for the first update,
+    also after a resume, and each call sets the values for the next update. The priority is low, so
+    that observers first read the values of the update before. An optimizer hook reports these
+    values from inside the update.
     """
 
     trigger = (1, 'iteration')
@@ -154,7 +162,7 @@ class _Schedule(training.Extension):
         self._set(self._optimizer_of(trainer), self.paper_epoch(trainer.updater.iteration))
 
     def paper_epoch(self, iteration) -> float:
-        """Epoch of the paper's 90 at which the update after ``iteration`` updates starts."""
+        """Epoch, of the paper's 90, after ``iteration`` updates: the start of the next update."""
         images = iteration * self._total_batch_size
         return images * PAPER_EPOCHS / (self._n_images * self._epochs)
 
@@ -175,19 +183,20 @@ class _Schedule(training.Extension):
 class StepLearningRate(_Schedule):
     """Sets ``lr``, by default to the paper's slow start, :func:`learning_rate`.
 
-    ``epoch`` is fractional: updates done so far x total batch / images, at the start of the update,
-    whatever the iterator says. A run of E epochs maps its epoch e to 90 e / E. Each update reports
-    ``lr``, the value it used.
+    The epoch is fractional: completed updates x total batch / images, at the start of the update.
+    The iterator's own epoch is not used. A run of E epochs maps its epoch e to 90 e / E. Each
+    update reports the ``lr`` that it used.
 
     Args:
-        total_batch_size (int): B, images of all workers together in one iteration.
-        n_images (int): Images of the training set.
-        epochs (float): E, epochs of this run.
-        optimizer (~chainer.Optimizer): The updater's main optimizer by default.
-        schedule (callable): eta as a function of the epoch of the paper's 90 and of B.
+        total_batch_size (int): B, the images of all workers in one iteration.
+        n_images (int): Images in the training set.
+        epochs (float): E, the epochs of this run; 90 (S).
+        optimizer (~chainer.Optimizer): By default, the updater's main optimizer.
+        schedule (callable): ``schedule(epoch, total_batch_size)`` returns eta; the epoch is one of
+            the paper's 90.
 
     Raises:
-        ValueError: A number is not above 0.
+        ValueError: ``total_batch_size``, ``n_images`` or ``epochs`` is not above 0.
     """
 
     priority = extension.PRIORITY_READER - 50
@@ -209,10 +218,10 @@ class StepLearningRate(_Schedule):
 
 
 class AlphaSGDSchedule(_Schedule):
-    """The transition: sets ``alpha_sgd``, and with it ``alpha_rmsprop`` for the present ``lr``.
+    """The transition: sets ``alpha_sgd``, and the ``alpha_rmsprop`` for it and the current ``lr``.
 
-    Runs after :class:`StepLearningRate`, whatever order they were added in. Each update reports
-    ``alpha_sgd`` and ``alpha_rmsprop``, the values it used.
+    It runs after :class:`StepLearningRate`, even if it was added first. Each update reports the
+    ``alpha_sgd`` and ``alpha_rmsprop`` that it used.
 
     Args:
         total_batch_size, n_images, epochs, optimizer: As in :class:`StepLearningRate`.
@@ -220,7 +229,8 @@ class AlphaSGDSchedule(_Schedule):
         lr_rmsprop (float): As in :func:`alpha_rmsprop`.
 
     Raises:
-        ValueError: A number is not above 0, or ``form`` is unknown.
+        ValueError: As in :class:`StepLearningRate`. Or ``beta_period`` is not above 0, or ``form``
+            is unknown. At an update: ``lr`` is not above 0.
     """
 
     priority = StepLearningRate.priority - 1
@@ -238,7 +248,7 @@ class AlphaSGDSchedule(_Schedule):
         lr_rmsprop=3e-4,
     ):
         super().__init__(total_batch_size, n_images, epochs, optimizer)
-        alpha_sgd(0.0, beta_center, beta_period, form)  # fails early on a bad schedule
+        alpha_sgd(0.0, beta_center, beta_period, form)  # fail early on a bad schedule
         self._transition = (beta_center, beta_period, form)
         self._lr_rmsprop = lr_rmsprop
 

@@ -51,7 +51,7 @@ def find(settings, n_processes):
 
     Returns:
         tuple of ImageFolder: Training and validation images; None for the digits, which
-            :func:`keep` writes.
+            :func:`save` writes.
 
     Raises:
         InputError, ~reproduce.listing.DataError: What does not fit, and how to mend it.
@@ -74,7 +74,7 @@ def find(settings, n_processes):
     return folders
 
 
-def keep(settings, folders):
+def save(settings, folders):
     """Keeps the listings that :func:`find` returned in manifests, or writes the digits into --out.
 
     Returns:

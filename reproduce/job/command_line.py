@@ -1,4 +1,4 @@
-"""A command line whose errors are one line, with the remedy. It imports neither MPI nor Chainer."""
+"""A parser whose errors are one line that ends with a remedy. It imports neither MPI nor Chainer."""
 
 from __future__ import annotations
 
@@ -8,26 +8,50 @@ import re
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line, and what was probably meant."""
+    """Reports a wrong command line in one line, with the option or choice that was probably meant.
+
+    Options cannot be abbreviated. A description keeps its line breaks.
+    """
 
     def __init__(self, **options):
         options.setdefault('formatter_class', argparse.RawDescriptionHelpFormatter)
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f'error: {self.remedy(message)}\n')
+        """Ends with status 2 and argparse's message, to which :meth:`remedy` adds the remedy."""
+        self.refuse(self.remedy(message))
+
+    def refuse(self, message):
+        """Ends with status 2 and a message that names its own remedy."""
+        self.exit(2, f'error: {" ".join(str(message).splitlines())}\n')
 
     def remedy(self, message: str) -> str:
-        """The message, with the nearest option or choice, or where the options are listed."""
-        known = list(self._option_string_actions)
+        """Returns the message with the nearest option or choice, or with a pointer to ``--help``."""
+        word, known = '', self._options()
         if message.startswith('unrecognized arguments: '):
-            word = message.partition(': ')[2].split()[0].partition('=')[0]
-            message = f'there is no option {word}' if word[0] == '-' else f'{word!r} is no option'
-        elif found := re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message):
-            word, known = found[1], found[2].replace("'", '').split(', ')
-            message = message.partition('invalid choice')[0] + f'{word!r} is none of {found[2]}'
-            message = message.replace("'", '')
-        else:
-            word = ''
-        near = difflib.get_close_matches(word, known, 1) if word else []
+            words = message.partition(': ')[2].split() or ['']  # an argument may be empty
+            word = words[0].partition('=')[0]
+            is_option = word.startswith('-')
+            message = f'there is no option {word}' if is_option else f'{word!r} is not an option'
+        elif found := re.fullmatch(r"(.*)invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            word, choices = found[2], found[3].replace("'", '')
+            known = choices.split(', ')
+            message = f'{found[1]}{word or "an empty word"} is not one of {choices}'
+        near = difflib.get_close_matches(word, known, 1)
         return message + (f'; did you mean {near[0]}?' if near else '; --help lists the options')
+
+    def _options(self) -> list:
+        """The options of this parser and of its commands."""
+        options = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    options += command._option_string_actions
+        return options
+
+
+def reason(error: Exception) -> str:
+    """Returns why something failed, in one line. An OSError becomes ``FILE: REASON``."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f'{error.filename}: {error.strerror}'
+    return str(error)

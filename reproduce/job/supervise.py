@@ -44,7 +44,7 @@ def find_images(mpi, settings):
     def on_rank_zero():
         folders = dataset.find(settings, mpi.size)
         output.prepare(settings)
-        return [folder.pack() for folder in dataset.keep(settings, folders)]
+        return [folder.pack() for folder in dataset.save(settings, folders)]
 
     return tuple(map(ImageFolder.unpack, ranks.on_rank_zero(mpi, on_rank_zero)))
 

@@ -1,1 +1,1 @@
-"""One question each, with its own table and plot."""
+"""Each study answers one question, with its own table and plot."""

@@ -1,19 +1,22 @@
-"""Measures a part beside its peer: quote the ratios, not the milliseconds.
+"""How fast is each part of this program, compared with its peer?
 
 ./run_mpi.sh benchmark NAME
 
-update        the update rule on ResNet-50's parameters, one core
+NAME          what is timed
+update        the update rule on ResNet-50's parameters, on one core
 statistics    the all-reduce of BN statistics, on 16 ranks
 allreduce     the all-reduce of ResNet-50's gradients, on 4 ranks
-workers       8 virtual workers beside Chainer's StandardUpdater
-checkpoint    a checkpoint of ResNet-50 beside a plain np.savez
-loader        decoding and augmentation beside plain Pillow; two loader processes beside one
-listing       1,281,167 names from their manifest, on 4 ranks
-iteration     an iteration by number of workers, and beside ChainerMN's own way
-precision     the cost of float16 in the mean of ResNet-50's gradients, for 8 to 1,024 workers
-accumulation  8 workers beside gradient accumulation, and beside one large batch
+workers       8 virtual workers, against Chainer's StandardUpdater
+checkpoint    a checkpoint of ResNet-50, against a plain np.savez
+loader        decoding and augmentation, against plain Pillow; two loader processes, against one
+listing       a list of 1,281,167 images from its manifest, on 4 ranks
+iteration     an iteration by number of workers, or against ChainerMN's own way
+precision     the error that float16 adds to ResNet-50's mean gradient, for 8 to 1,024 workers
+accumulation  8 workers, against gradient accumulation and against one large batch
 
-The last three have options of their own: ./run_mpi.sh benchmark iteration --help
+Quote the ratios, not the milliseconds: they depend less on the machine.
+
+The last three names have their own options: ./run_mpi.sh benchmark iteration --help
 """
 
 from __future__ import annotations
@@ -25,12 +28,18 @@ import platform
 import sys
 from pathlib import Path
 
+from reproduce.studies.speed import THREADS
+
+if __name__ == '__main__':  # NumPy reads these variables when it is imported
+    for variable in THREADS:
+        os.environ.setdefault(variable, '1')
+
 import numpy as np
 
-from reproduce.job.command_line import Parser
-from reproduce.studies.speed.side_by_side import THREADS, start_ranks
+from reproduce.job.command_line import Parser, reason
+from reproduce.studies.speed.side_by_side import start_ranks
 
-# Name to module; "run" of it takes the number of rounds.
+# Name to module. The module's run() takes the number of rounds.
 MODULES = {
     'update': 'update',
     'statistics': 'statistics',
@@ -40,7 +49,7 @@ MODULES = {
     'loader': 'decoding',
     'listing': 'listing',
 }
-# Name to module with a command line of its own; "main" of it takes the words.
+# Name to a module that has its own command line. The module's main() takes the words.
 STUDIES = {
     'iteration': 'reproduce.studies.speed.iteration',
     'precision': 'reproduce.studies.precision',
@@ -50,16 +59,44 @@ _RANKS = {'statistics': 16, 'allreduce': 4, 'listing': 4}
 
 
 def parse(argv):
+    """Returns the options of one of ``MODULES``. A wrong command line ends the program."""
     parser = Parser(prog='./run_mpi.sh benchmark', description=__doc__)
-    parser.add_argument('name', choices=[*MODULES, *STUDIES], metavar='NAME', help='see above')
-    parser.add_argument('--ranks', type=int, help=f'processes {_RANKS}'.replace('{', '[', 1))
-    parser.add_argument('--repeat', type=int, default=15, help='rounds that count [15]')
-    parser.add_argument('--json', metavar='FILE', help='write the figures there, too')
+    parser.add_argument(
+        'name', choices=[*MODULES, *STUDIES], metavar='NAME', help='one of the names above'
+    )
+    defaults = ', '.join(f'{name} {n}' for name, n in _RANKS.items())
+    parser.add_argument(
+        '--ranks', type=int, metavar='N', help=f'start N processes with mpiexec [{defaults}]'
+    )
+    parser.add_argument(
+        '--repeat',
+        type=int,
+        default=15,
+        metavar='N',
+        help='time N rounds, after one that does not count [%(default)s]',
+    )
+    parser.add_argument(
+        '--json', metavar='FILE', help='write the results to FILE, too, as JSON [no file]'
+    )
     options = parser.parse_args(argv)
-    if options.repeat < 1 or (options.ranks is not None and options.ranks < 1):
-        parser.error('--repeat and --ranks must be at least 1')
+    if options.name in STUDIES:
+        parser.refuse(
+            f'{options.name} must be the first word: ./run_mpi.sh benchmark {options.name} OPTIONS'
+        )
+    for name in ('repeat', 'ranks'):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.refuse(f'--{name} must be at least 1, not {value}')
     if options.ranks and options.name not in _RANKS:
-        parser.error(f'--ranks is for {", ".join(_RANKS)}, not for {options.name}')
+        parser.refuse(
+            f'--ranks {options.ranks} does not apply to {options.name}, only to '
+            f'{", ".join(_RANKS)}: leave it out'
+        )
+    if options.json:
+        try:
+            open(options.json, 'a').close()  # so that it fails before the work, not after it
+        except OSError as error:
+            parser.refuse(f'--json {reason(error)}')
     return options
 
 
@@ -68,8 +105,6 @@ def main(argv):
         importlib.import_module(STUDIES[argv[0]]).main(argv)
         return
     options = parse(argv)
-    for name in THREADS:
-        os.environ.setdefault(name, '1')
     is_rank = any(name in os.environ for name in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'))
     if options.name in _RANKS and not is_rank:
         n = options.ranks or _RANKS[options.name]

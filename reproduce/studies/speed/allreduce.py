@@ -1,4 +1,4 @@
-"""The all-reduce of ResNet-50's gradients, on 4 ranks."""
+"""How fast is the all-reduce of ResNet-50's gradients? ./run_mpi.sh benchmark allreduce"""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from reproduce.studies.speed.side_by_side import slowest_rank
 
 
 def run(repeat: int) -> dict | None:
-    """Our float16 all-reduce against MPI's, whose sum of float16 has to be written in Python.
+    """Times our float16 all-reduce against MPI's, in float16 and in float32.
 
-    From float32 gradients to their float32 mean: the casts are included on all sides.
+    MPI has no sum of float16, so its float16 sum is written in Python. Every candidate turns
+    float32 gradients into their float32 mean. The casts are included.
+
+    Args:
+        repeat (int): Rounds that are timed.
+
+    Returns:
+        dict: The table, on rank 0; None on the other ranks.
     """
     comm = extensions.create_communicator('mpi', 'float16')
     model = ResNet50(seed=0)

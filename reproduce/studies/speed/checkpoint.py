@@ -1,4 +1,4 @@
-"""A checkpoint of ResNet-50 beside a plain np.savez."""
+"""How long does a checkpoint of ResNet-50 take? ./run_mpi.sh benchmark checkpoint"""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from reproduce.studies.speed.side_by_side import side_by_side, table
 
 
 def run(repeat: int) -> dict:
-    """A checkpoint, on the disk and read again, against np.savez and against copying the bytes."""
+    """Times a checkpoint against np.savez and against writing the bytes alone.
 
+    The checkpoint is flushed to the disk, and compared with memory.
+
+    Args:
+        repeat (int): Rounds that are timed.
+
+    Returns:
+        dict: The table.
+    """
     rng = np.random.RandomState(0)
     entries = {
         f'{name}/{kind}': rng.standard_normal(param.shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Times functions side by side, and starts the ranks that do so: quote the ratios."""
+"""Times functions side by side, and starts the ranks that do so. Quote the ratios."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+from reproduce.studies.speed import THREADS
 
 
 def side_by_side(candidates, repeat, synchronize=lambda: None) -> dict:
-    """Times functions in turn, A B C A B C ...: a machine whose speed drifts hits all alike.
+    """Times functions in the order A B C A B C ..., so that a drifting machine hits all equally.
 
     Args:
         candidates (dict): Name to function.
-        repeat (int): Rounds that count; one more comes first.
+        repeat (int): Rounds that are timed. One more round comes first, and does not count.
         synchronize (callable): Called before each measurement.
 
     Returns:
@@ -36,13 +36,18 @@ def side_by_side(candidates, repeat, synchronize=lambda: None) -> dict:
 
 
 def table(title, seconds, ours) -> dict:
-    """Prints medians, and the median over the rounds of the ratio ours / peer.
+    """Prints the median time of each candidate, and the median of the ratios ours / candidate.
+
+    Args:
+        title (str): Printed above.
+        seconds (dict): Name to the list of seconds, one per round.
+        ours (str): The name of ours.
 
     Returns:
-        dict: The same, for JSON.
+        dict: Name to both medians, for JSON.
     """
     print(title)
-    print(f'{"":44}{"ms":>9}  {"ours / it":>9}')
+    print(f'{"":44}{"ms":>9}  {"ours/this":>9}')
     result = {}
     for name, values in seconds.items():
         ratio = float(np.median(np.divide(seconds[ours], values)))
@@ -53,8 +58,19 @@ def table(title, seconds, ours) -> dict:
 
 
 def slowest_rank(title, candidates, repeat, comm, ours) -> dict | None:
-    """The table, on rank 0, of the times that the slowest rank took."""
-    from mpi4py import MPI  # here: the command that starts the ranks must not start MPI
+    """Times the candidates on all ranks, and prints the table of the slowest rank on each round.
+
+    Args:
+        title (str): Printed above.
+        candidates (dict): Name to function.
+        repeat (int): Rounds that are timed.
+        comm (~chainermn.CommunicatorBase): The ranks.
+        ours (str): The name of ours.
+
+    Returns:
+        dict: The table, on rank 0; None on the other ranks.
+    """
+    from mpi4py import MPI  # not above: the command that starts the ranks must not start MPI
 
     seconds = side_by_side(candidates, repeat, comm.mpi_comm.Barrier)
     slowest = {name: np.array(values) for name, values in seconds.items()}
@@ -67,13 +83,27 @@ def slowest_rank(title, candidates, repeat, comm, ours) -> dict | None:
 
 
 def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=None, **options):
-    """Runs a module under mpiexec; returns the CompletedProcess."""
+    """Runs a module on ranks that ``mpiexec`` starts.
+
+    Args:
+        n (int): Ranks.
+        arguments (list of str): The module's words.
+        module (str): The module's name.
+        hostfile (str): The hosts, in mpiexec's format; None: this host.
+        options: Passed on to :func:`subprocess.run`.
+
+    Returns:
+        subprocess.CompletedProcess: The job, which has ended.
+
+    Raises:
+        SystemExit: There is no such ``mpiexec``.
+    """
     beside = Path(sys.executable).parent / 'mpiexec'
     mpiexec = os.environ.get('MPIEXEC') or (str(beside) if beside.exists() else 'mpiexec')
     environment = {
         'PRTE_MCA_rmaps_default_mapping_policy': ':oversubscribe',
         'OMPI_MCA_rmaps_base_oversubscribe': '1',  # the same for Open MPI 4
-        # A rank's loader processes would share the one core that it is tied to.
+        # A bound rank would share its one core with its loader processes.
         'PRTE_MCA_hwloc_default_binding_policy': 'none',
         'OMPI_MCA_hwloc_base_binding_policy': 'none',
         **{name: '1' for name in THREADS},
@@ -81,12 +111,13 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
     }
     if os.geteuid() == 0:
         environment.update(OMPI_ALLOW_RUN_AS_ROOT='1', OMPI_ALLOW_RUN_AS_ROOT_CONFIRM='1')
-    on_hosts = []
-    if hostfile:
-        on_hosts = ['--hostfile', str(hostfile)]
-        version = subprocess.run([mpiexec, '--version'], check=True, stdout=subprocess.PIPE).stdout
-        if b'Open' in version:  # which hands on to other hosts what is named
+    on_hosts = ['--hostfile', str(hostfile)] if hostfile else []
+    try:
+        if hostfile and b'Open' in subprocess.check_output([mpiexec, '--version']):
+            # Open MPI passes on to other hosts only the variables that are named.
             names = (*THREADS, 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH')
             on_hosts += [word for name in names if name in environment for word in ('-x', name)]
-    command = [mpiexec, '-n', str(n), *on_hosts, sys.executable, '-m', module, *arguments]
-    return subprocess.run(command, env=environment, check=False, **options)
+        command = [mpiexec, '-n', str(n), *on_hosts, sys.executable, '-m', module, *arguments]
+        return subprocess.run(command, env=environment, check=False, **options)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f'error: {mpiexec} does not run ({error}): set MPIEXEC= to one that works')

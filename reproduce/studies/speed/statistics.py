@@ -1,4 +1,4 @@
-"""The all-reduce of BN statistics, on 16 ranks."""
+"""How fast is the all-reduce of BN statistics? ./run_mpi.sh benchmark statistics"""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from reproduce.studies.speed.side_by_side import slowest_rank
 
 
 def run(repeat: int) -> dict | None:
-    """The all-reduce of ResNet-50's BN statistics against ChainerMN's ``AllreducePersistent``."""
+    """Times our all-reduce of ResNet-50's BN statistics against ``AllreducePersistent``.
+
+    Args:
+        repeat (int): Rounds that are timed.
+
+    Returns:
+        dict: The table, on rank 0; None on the other ranks.
+    """
     comm = extensions.create_communicator('naive', 'float32')
     model = ResNet50(seed=0)
     ours = 'AllreduceBatchStatistics'

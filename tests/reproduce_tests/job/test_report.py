@@ -1,8 +1,10 @@
+import dataclasses
 import types
 
 import pytest
 
 from reproduce.job import report
+from reproduce.settings import PRESETS
 
 
 @pytest.fixture
@@ -59,3 +61,25 @@ def test_progress_in_training_and_in_a_long_validation(clock, capsys):
     evaluator.minibatches_left = 0  # of a rank without images
     evaluator.after_minibatch()
     assert capsys.readouterr().out == ''
+
+
+def test_plan_stretches_to_the_epochs_of_the_run():
+    settings = dataclasses.replace(PRESETS['cifar10'](), epochs=30, workers=8)
+    rows = [row.split() for row in report.plan(settings, 50_000).splitlines() if row.strip()]
+    table = {
+        row[0]: row[1:]
+        for row in rows[
+            rows.index(['epoch', 'of', '90', 'eta', 'alpha_sgd', 'alpha_rmsprop']) + 1 :
+        ]
+    }
+    assert table['0'][:2] == ['0', '0.05'] and table['29'][:2] == ['87', '0.0001']
+    assert table['3.75'][:3] == ['11.25', '0.05', '1.00000']
+    assert table['<4.16667'][2] == '1.50000' and table['4.16667'][2] == '1.00000'
+
+
+@pytest.mark.parametrize(
+    'seconds, text',
+    [(12.4, '12 s'), (200, '3 min 20 s'), (3725, '1 h 02 min'), (59.7, '1 min 00 s')],
+)
+def test_duration(seconds, text):
+    assert report.duration(seconds) == text

@@ -1,0 +1,122 @@
+import dataclasses
+
+import pytest
+
+from extensions import SOURCES
+from reproduce.dataset import InputError
+from reproduce.job.options import check, parse
+from reproduce.settings import PRESETS, Settings
+
+
+def test_the_default_is_the_papers_run():
+    assert parse([], n_processes=3) == (PRESETS['paper'](), False)
+
+
+def test_smoke_has_one_worker_a_process():
+    assert parse(['--preset', 'smoke'], 3)[0].workers == 3
+    assert parse(['--preset', 'smoke', '--workers', '6'], 3)[0].workers == 6
+
+
+def other_value(field):
+    if field.metadata['choices']:
+        return field.metadata['choices'][-1]
+    value = field.default
+    if field.name == 'checkpoint_every':
+        return '10m'
+    if field.name == 'loader':
+        return 'threads:3'
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return value * 0.5
+    return 'elsewhere' if value is None or isinstance(value, str) else value + 3
+
+
+@pytest.mark.parametrize(
+    'name', [f.name for f in dataclasses.fields(Settings) if f.name != 'preset']
+)
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_setting_has_an_option_that_beats_the_preset(preset, name):
+    field = {f.name: f for f in dataclasses.fields(Settings)}[name]
+    value = other_value(field)
+    flag = '--' + name.replace('_', '-')
+    if isinstance(value, bool):
+        options = [flag if value else flag.replace('--', '--no-', 1)]
+    else:
+        options = [flag, str(value)]
+    if name == 'image_size':  # which must not exceed it
+        options += ['--resize', str(value)]
+    settings, _ = parse(['--preset', preset, *options], n_processes=2)
+    assert getattr(settings, name) == value and type(getattr(settings, name)) is type(value)
+    assert settings.preset == preset
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'workers': 0}, '--workers must be at least 1, not 0'),
+        ({'epochs': -1}, '--epochs'),
+        ({'mu1': 1.0}, '--mu1 must be below 1'),
+        ({'mu2': 1.0}, '--mu2 must be below 1'),
+        ({'eps': float('nan')}, '--eps'),
+        ({'eps': 0.0}, '--eps must be above 0'),
+        ({'weight_decay': -1e-4}, '--weight-decay'),
+        ({'seed': 2**32}, '--seed'),
+        ({'seed': -1}, '--seed'),
+        ({'beta_period': 0.0}, '--beta-period'),
+        ({'beta_center': float('inf')}, '--beta-center'),
+        ({'min_crop_area': 0.0}, '--min-crop-area'),
+        ({'resize': 200}, 'the centre crop does not fit'),
+        ({'communicator': 'ring'}, '--communicator must be one of auto, mpi'),
+        ({'alpha_form': 'smooth'}, '--alpha-form'),
+        ({'lr_schedule': 'linear'}, '--lr-schedule must be one of slow_start, steps'),
+        ({'bn_decay': 1.0}, '--bn-decay'),
+        ({'bn_decay': 0.9, 'pooled_variance': True}, '--bn-decay and --pooled-variance exclude'),
+    ],
+)
+def test_impossible_values(change, message):
+    with pytest.raises(InputError, match=message):
+        check(Settings(**change))
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ('--worker 3', 'there is no option --worker; did you mean --workers?'),
+        ('--epoch=3', 'there is no option --epoch; did you mean --epochs?'),
+        ('--no-stop-on-nonfinit', 'did you mean --no-stop-on-nonfinite?'),
+        ('--preset smok', 'smok is none of paper, cifar10, smoke; did you mean smoke?'),
+        ('--alpha-form smooth', 'smooth is none of printed, continuous, sgd; --help'),
+        ('stray', "'stray' is no option; --help lists the options"),
+        ('--zzz', 'there is no option --zzz; --help lists the options'),
+        ('--epochs', '--epochs: expected one argument; --help lists the options'),
+        ('--seed 1.5', "--seed: invalid int value: '1.5'; --help lists the options"),
+    ],
+)
+def test_bad_command_lines(arguments, message):
+    with pytest.raises(InputError) as raised:
+        parse(arguments.split(), 1)
+    assert message in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_help_has_the_values_of_the_preset(capsys):
+    texts = []
+    for preset in PRESETS:
+        with pytest.raises(SystemExit):
+            parse(['--preset', preset, '--help'], 1)
+        texts.append(' '.join(capsys.readouterr().out.split()))
+    for text, size in zip(texts, (224, 32, 32)):
+        assert f'pixels of an image in training and validation (G) [{size}]' in text
+    for letter, source in SOURCES.items():
+        assert f'{letter} {source}' in texts[0]
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        parse(['--help'], 1, 'What it does.')
+    text = capsys.readouterr().out
+    assert 'What it does.' in text
+    for preset in PRESETS.values():
+        assert preset.__doc__.split()[-2] in text
+    for field in dataclasses.fields(Settings):
+        assert '--' + field.name.replace('_', '-') in text
