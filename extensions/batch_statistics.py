@@ -1,4 +1,4 @@
-"""Batch normalization without moving averages: workers average their last minibatch's statistics."""
+"""Batch normalization without moving averages: the last minibatch's statistics are averaged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AllreduceBatchStatistics(training.Extension):
     links' current statistics count as the process's one worker.
 
     Deviation: Chainer's ``avg_var`` is the unbiased variance: m / (m - 1) times the variance that
-        normalized the m values of the minibatch.
+        normalized the m values of a channel.
 
     Args:
         model (~chainer.Link): Contains the BatchNormalization links.
@@ -126,14 +126,14 @@ class AllreduceBatchStatistics(training.Extension):
             buffer[...] = xp.asarray(total[:, channels])
 
     def _gather(self):
-        """Moves the links' statistics into one buffer [2, channels] per dtype, with views as links'.
+        """Moves the links' statistics into one buffer [2, channels] per dtype.
 
-        From then on, the links write into the buffers. If a link gets new arrays, for instance on
+        The links keep views of the buffers, and write into them from then on. If a link gets new arrays, for instance on
         another device, the statistics are moved again.
         """
         for name, link in self._links:
             if link.avg_mean is None:
-                raise ValueError(f'{name} has no statistics yet: no minibatch has passed through it')
+                raise ValueError(f'{name} has no statistics yet: no minibatch passed through it')
         bases = {id(base) for _, link in self._links for base in _bases(link)}
         if bases == {id(buffer) for _, buffer in self._buffers}:
             return
@@ -168,7 +168,7 @@ class MovingBatchStatistics(AllreduceBatchStatistics):
 
     The result equals the average over n workers that each use Chainer's
     ``BatchNormalization(decay)``. The links keep ``decay=0``, so the moving averages do not depend
-    on the order of a process's workers. They do not depend on the number of processes either,
+    on which worker comes last in a process. They do not depend on the number of processes either,
     except for the rounding of float64.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the communicators for CPUs and for GPUs share: options, their checks, and their errors."""
+"""The options, checks and errors that the communicators for CPUs and GPUs share."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ ACCUMULATE = ('exact', 'ring')
 
 
 class CommunicatorError(Exception):
-    """The communicator asked for cannot work here; the message says why, and what would."""
+    """The requested communicator cannot work here. The message gives the reason and a remedy."""
 
 
 class NonFiniteGradients(ArithmeticError):
-    """The mean gradient is infinite or NaN somewhere; the message names parameters and ranks.
+    """The mean gradient has infinite or NaN elements. The message names parameters and ranks.
 
     Attributes:
-        agreed (bool): It is raised on all ranks together: none waits for another.
+        agreed (bool): All ranks raise the error together, so no rank waits for another.
     """
 
     agreed = True
 
 
 def wire_dtype(dtype) -> np.dtype:
-    # numpy.dtype(None) is float64.
+    # numpy.dtype(None) would be float64.
     try:
         name = None if dtype is None else np.dtype(dtype).name
     except TypeError:
@@ -52,13 +52,13 @@ def power_of_two(scale) -> float:
         raise CommunicatorError(f'gradient_scale must be a number, not {scale!r}')
     if math.frexp(scale)[0] != 0.5 or not 2.0**-40 <= scale <= 2.0**40:
         raise CommunicatorError(
-            f'gradient_scale must be a power of two, at most 2**40 and at least 2**-40, not {scale}'
+            f'gradient_scale must be a power of two from 2**-40 to 2**40, not {scale}'
         )
     return float(scale)
 
 
 class CommunicatorOptions:
-    """Options that are checked when they are set, belong to one communicator, and outlive split."""
+    """Options of one communicator: checked when set, and passed on by :meth:`split`."""
 
     checks: ClassVar[dict] = {
         'allreduce_grad_dtype': wire_dtype,
@@ -95,11 +95,11 @@ class CommunicatorOptions:
         return type(self)(self.mpi_comm.Split(color, key), **options, reason=self.reason)
 
     def raise_nonfinite(self, names, sent):
-        """Collective: all ranks have the same mean, so that all come here.
+        """Raises :class:`NonFiniteGradients`. Collective: the mean, and so the call, is on all ranks.
 
         Args:
             names (list of str): Parameters whose mean is not finite.
-            sent (dict): What this rank sent of them that was not: parameter to words.
+            sent (dict): Maps a parameter to words on the non-finite values that this rank sent.
         """
         origins = {name: [] for name in names}
         where = f'rank {self.rank} on {MPI.Get_processor_name()}'
@@ -110,9 +110,9 @@ class CommunicatorOptions:
         culprits = [f'{name} ({first_few(origins[name], ", ") or overflow})' for name in names]
         raise NonFiniteGradients(
             f'the mean gradient is infinite or NaN, and nothing was updated: '
-            f'{first_few(culprits, "; ")}. What overflows {self.allreduce_grad_dtype} fits with a '
-            f'gradient_scale below {self.gradient_scale:g}; otherwise look at the learning rate '
-            'and the images'
+            f'{first_few(culprits, "; ")}. If values overflow {self.allreduce_grad_dtype}, choose '
+            f'a gradient_scale below {self.gradient_scale:g}. If not, check the learning rate and '
+            'the images'
         )
 
 

@@ -1,4 +1,4 @@
-"""The float16 all-reduce for CPUs, on MPI: its mean is exact, whatever the order of the workers."""
+"""The float16 all-reduce for CPUs over MPI: the mean is exact, for any order of the workers."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from extensions.timing import untimed
 
 
 class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.MpiCommunicatorBase):
-    """ChainerMN communicator for CPUs whose mean of float16 gradients is exact.
+    """ChainerMN communicator for CPUs that computes the exact mean of float16 gradients.
 
-    Each worker's gradient is rounded to ``allreduce_grad_dtype`` once, as on the wire. Float16
-    values are multiples of 2**-24 below 2**16, so that a float64 holds the sum of up to 8,192 of
-    them exactly: the mean does not depend on the order of the ranks, nor on how workers are spread
-    over processes. It is divided in float64 and rounded to float16 once.
+    Each worker's gradient is rounded to ``allreduce_grad_dtype`` once, as on the wire. A float16
+    value is a multiple of 2**-24 and below 2**16 in magnitude. So a float64 holds the sum of up to
+    8,192 such values exactly. The mean does not depend on the order of the ranks, or on how the
+    workers are spread over processes. The sum is divided in float64 and rounded to float16 once.
 
-    The wire carries float16: a reduce-scatter by all-to-all, then an all-gather, so that
-    each rank sends 2 (P - 1) / P float16 values for each element, and holds two buffers of that
-    type. A process that plays several workers calls :meth:`add_grad` for each and then
-    :meth:`mean_grad`; its partial sums are float64, in memory and on the wire of the
+    The wire carries float16. An all-to-all acts as the reduce-scatter, and an all-gather follows.
+    Each rank sends 2 (P - 1) / P float16 values per element and holds two float16 buffers. A
+    process that plays several workers calls :meth:`add_grad` for each worker, then
+    :meth:`mean_grad`. Its partial sums are float64, in memory and on the wire of the
     reduce-scatter.
 
-    Deviation: NCCL's sum is rounded to float16 after every addition, and divided in float16.
-    ``accumulate='ring'`` does so too, in the order of the workers, from rank to rank; it is for
-    study: the ranks wait for each other, and all but rank 0 keep the gradients of each of their
-    workers.
+    Deviation: NCCL rounds the sum to float16 after every addition, and divides in float16.
+    ``accumulate='ring'`` reproduces this, in the order of the workers, from rank to rank. It is for
+    study only: the ranks wait for each other. Every rank except rank 0 keeps the gradients of each
+    of its workers.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
-        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'``. The
-            exact sums of the last two depend on the grouping of workers, in the last bits of a
+        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'``. With the
+            last two, the exact sum depends on the grouping of workers, in the last bits of a
             float64.
         accumulate (str): ``'exact'`` or ``'ring'``.
         gradient_scale, stop_on_nonfinite: See :func:`create_communicator`.
 
     Attributes:
-        cast_counts (array): int64 [4], what was counted since it was last set to zero in the pass
-            that rounds this process's gradients: elements that were not zero, that are not zero
-            afterwards, that are infinite, that are NaN.
+        cast_counts (array): int64 [4], counted while this process's gradients are rounded: nonzero
+            elements before the cast, then nonzero, infinite and NaN elements after the cast. The
+            counts grow until the array is set to zero.
     """
 
     checks: ClassVar[dict] = {**CommunicatorOptions.checks, 'accumulate': checked_accumulate}
@@ -62,22 +62,22 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         self._wire = self._sum = self._received = None
         self._kept = []
         self._layout = []
-        self._counts = None  # [parameters, 4], of this iteration
-        self._culprits = {}  # parameter to the process's workers whose gradient was not finite
+        self._counts = None  # [parameters, 4], for this iteration
+        self._culprits = {}  # parameter to this process's workers with a non-finite gradient
         self._n_added = 0
 
     def multi_node_mean_grad(self, model, zero_fill=False):
-        """Replaces the model's gradients by their mean over the ranks, one worker each.
+        """Replaces the model's gradients by their mean over the ranks. Each rank is one worker.
 
         Args:
             model (~chainer.Link): All ranks must have the same parameters.
-            zero_fill (bool): Count a missing gradient as zeros; otherwise that parameter is passed
-                over, and must be so on all ranks.
+            zero_fill (bool): Whether a missing gradient counts as zeros. If not, its parameter is
+                skipped; the gradient must then be missing on all ranks.
 
         Raises:
-            ValueError: On every rank: the gradients of two ranks are of different parameters or
-                shapes, or two ranks have added different numbers of workers.
-            NonFiniteGradients: On every rank.
+            ValueError: On every rank: two ranks have gradients of different parameters or shapes,
+                or have added different numbers of workers.
+            NonFiniteGradients: On every rank: the mean is infinite or NaN.
         """
         self._n_added = 0
         self.add_grad(model, zero_fill)
@@ -87,7 +87,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         """Adds one worker's gradients, rounded to the wire's dtype, to this process's sum.
 
         Raises:
-            ValueError: They are of other parameters than the worker's before.
+            ValueError: The previous worker had gradients of other parameters or shapes.
         """
         params = params_with_grad(model, zero_fill)
         layout = [(name, param.shape) for name, param in params]
@@ -99,8 +99,8 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         elif layout != self._layout:
             differing = sorted({name for name, _ in set(layout) ^ set(self._layout)})
             raise ValueError(
-                f'worker {self._n_added} of rank {self.rank} and the one before it differ in '
-                f'which gradients they have: {", ".join(differing)}'
+                f'worker {self._n_added} of rank {self.rank} and the previous worker have '
+                f'gradients of different parameters: {", ".join(differing)}'
             )
         if self.accumulate == 'ring':
             self._add_to_ring(params)
@@ -109,14 +109,16 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         self._n_added += 1
 
     def mean_grad(self, model):
-        """Replaces the gradients by the mean over all added workers, as many on each rank.
+        """Replaces the model's gradients by the mean over all added workers.
+
+        Every rank must have added the same number of workers.
 
         Raises:
             RuntimeError: No worker was added.
             ValueError, NonFiniteGradients: As in :meth:`multi_node_mean_grad`.
         """
         if self._n_added == 0:
-            raise RuntimeError('mean_grad needs an add_grad before it, for each worker')
+            raise RuntimeError('mean_grad needs a call of add_grad before it for each worker')
         self._check_that_ranks_agree()
         mean = self._ring_mean() if self.accumulate == 'ring' else self._exact_mean()
         n_workers, self._n_added = self._n_added, 0
@@ -128,7 +130,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
             self.raise_nonfinite(names, self._what_was_sent(first if n_workers > 1 else None))
 
     def _check_that_ranks_agree(self):
-        """Ranks that would send each other chunks of different sizes would hang or mix them up."""
+        """Raises if the ranks differ: chunks of different sizes would hang or be mixed up."""
         digest = zlib.crc32(repr((self._layout, self._n_added)).encode())
         extremes = np.array([digest, -digest], np.int64)
         self.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
@@ -139,14 +141,15 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
             differing = sorted({name for name, _ in set(layout) ^ set(first_layout)})
             if differing or n_added != first_n:
                 raise ValueError(
-                    f'ranks 0 and {rank} differ in which gradients they have: '
-                    f'{", ".join(differing) or "none"}; and have {first_n} and {n_added} workers'
+                    f'ranks 0 and {rank} must have gradients of the same parameters (different: '
+                    f'{", ".join(differing) or "none"}) and the same number of workers '
+                    f'({first_n} and {n_added})'
                 )
 
     def _pack(self, params):
         size = sum(param.data.size for _, param in params)
         not_finite = self._counts[:, 2:].sum(axis=1)
-        chunk = -(-size // self.size)  # each rank sums one chunk; nobody reads the padding
+        chunk = -(-size // self.size)  # each rank sums one chunk; the padding is not read
         self._wire = _buffer(self._wire, chunk * self.size, self.allreduce_grad_dtype)
         grads = [np.zeros_like(p.data) if p.grad is None else p.grad for _, p in params]
         kernels.pack(grads, self.gradient_scale, self._wire[:size], self._counts)
@@ -165,7 +168,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         return [names[i] for i in np.flatnonzero(not_finite)]
 
     def _what_was_sent(self, first_worker):
-        """Of each parameter with values that are not finite: how many, and of which workers."""
+        """Returns words on the non-finite values of each parameter: how many, from which workers."""
         sent = {}
         for i, workers in self._culprits.items():
             sent[self._layout[i][0]] = f'{self._counts[i, 2]} inf and {self._counts[i, 3]} NaN'
@@ -188,7 +191,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
             return self._wire
         wire = self._wire.reshape(self.size, -1)
         mean = wire[self.rank]
-        if self._n_added > 1:  # in place: there is no second buffer of this size
+        if self._n_added > 1:  # in place, without a second buffer of this size
             sums = self._sum.reshape(self.size, -1)
             self.mpi_comm.Alltoall(MPI.IN_PLACE, _bytes(sums))
             kernels.mean(sums, n_workers, mean)
@@ -198,7 +201,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         return self._wire
 
     def _received_from_others(self):
-        """Their values of the chunk that this rank sums; its own stay where they are."""
+        """Returns the other ranks' values of the chunk that this rank sums. Its own are not moved."""
         chunk = self._wire.size // self.size
         self._received = _buffer(self._received, self._wire.size - chunk, self._wire.dtype)
         counts = np.full(self.size, chunk * self._wire.itemsize)
@@ -214,7 +217,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         self._pack(params)
         if self._kept and self.rank == 0:
             _add_rounded(self._wire, self._kept[0])
-        else:  # rank 0's first, or what has to wait for the sum of the ranks before
+        else:  # rank 0's first worker, or one that waits for the sum of the ranks before
             self._kept.append(self._wire)
             self._wire = None
 
@@ -231,7 +234,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
             self.mpi_comm.Send(_bytes(total), self.rank + 1)
         else:
             n_workers = self._n_added * self.size
-            # A float16 quotient is the same by way of float32.
+            # A float32 quotient, rounded to float16, equals the float16 quotient.
             wider = np.promote_types(total.dtype, np.float32)
             total[...] = np.divide(total, n_workers, dtype=wider)
         self.mpi_comm.Bcast(_bytes(total), self.size - 1)
@@ -239,14 +242,14 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
 
 
 def _buffer(buffer, size, dtype):
-    """``buffer`` if it fits, else a new one."""
+    """Returns ``buffer`` if its size and dtype fit, or else a new one."""
     if buffer is not None and buffer.size == size and buffer.dtype == dtype:
         return buffer
     return np.empty(size, dtype)
 
 
 def _bytes(array):
-    """The array as MPI sees it: MPI has no float16."""
+    """Returns the array as bytes for MPI, which has no float16."""
     return [array.view(np.uint8), MPI.BYTE]
 
 

@@ -230,7 +230,7 @@ class AlphaSGDSchedule(_Schedule):
 
     Raises:
         ValueError: As in :class:`StepLearningRate`. Or ``beta_period`` is not above 0, or ``form``
-            is unknown. At an update: ``lr`` is not above 0.
+            is unknown. When values are set: ``lr`` is not above 0.
     """
 
     priority = StepLearningRate.priority - 1

@@ -1,4 +1,4 @@
-"""What the paper's learning rate is compared with: the steps of Goyal et al. (G)."""
+"""Learning rates of Goyal et al. (G), for comparison with the paper's."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _WARMUP_EPOCHS = 5
 
 
 def steps(epoch, total_batch_size):
-    """eta of Goyal et al. without their warm-up (G): eta_base, divided by 10 at epochs 30, 60, 80.
+    """Returns Goyal's eta without warm-up (G): eta_base, divided by 10 at epochs 30, 60 and 80.
 
     Args:
-        epoch (float or array): Fractional epochs, in the paper's 90.
+        epoch (float or array): Fractional epochs of the paper's 90.
         total_batch_size (int): B, images of all workers together in one iteration.
 
     Returns:
-        float, or float64 array of ``epoch``'s shape.
+        float, or float64 array of ``epoch``'s shape: eta.
     """
     factor = _FACTORS[np.searchsorted(_ENDS, epoch, side='right')]
     lr = base_learning_rate(total_batch_size) * factor
@@ -27,10 +27,17 @@ def steps(epoch, total_batch_size):
 
 
 def gradual_warmup(epoch, total_batch_size):
-    """eta of Goyal et al. (G): :func:`steps`, after 5 epochs that lead linearly from 0.1, the rate
-    of 256 images, to eta_base. Where eta_base is below 0.1 there is no warm-up.
+    """Returns Goyal's eta with warm-up (G): a linear rise over 5 epochs, then :func:`steps`.
 
-    Args, Returns: As in :func:`steps`.
+    The rise leads from 0.1, the rate for 256 images, to eta_base. There is no warm-up if eta_base
+    is below 0.1.
+
+    Args:
+        epoch (float or array): Fractional epochs of the paper's 90.
+        total_batch_size (int): B, images of all workers together in one iteration.
+
+    Returns:
+        float, or float64 array of ``epoch``'s shape: eta.
     """
     base = base_learning_rate(total_batch_size)
     start = min(base_learning_rate(256), base)

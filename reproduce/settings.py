@@ -1,6 +1,6 @@
 """Every number of the experiment, in one place.
 
-A letter in parentheses says where a number comes from: ``extensions.SOURCES`` is the legend.
+A letter in parentheses names the source of a number. ``extensions.SOURCES`` is the legend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from extensions.schedules import FORMS, PAPER_EPOCHS
 from reproduce import images
 from reproduce.baselines import LR_SCHEDULES
 
-# What a run that goes on from a checkpoint may have otherwise.
+# A run that resumes from a checkpoint may change these settings.
 _MAY_CHANGE = (
     'preset',
     'communicator',
@@ -45,111 +45,174 @@ def _setting(default, help, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers, a batch of 32,768, 90
-    epochs.
+    """All settings of a run. The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers,
+    a batch of 32,768, 90 epochs.
     """
 
-    preset: str = _setting('paper', 'name of the set of values that the others start from')
+    preset: str = _setting(
+        'paper', 'named set of defaults for all other options; the end of this text describes them'
+    )
 
     workers: int | None = _setting(
-        1024, "the paper's n; a multiple of the processes, which play workers / processes each (S)"
+        1024,
+        "number of workers, the paper's n. Each worker has its own minibatch. Each process plays "
+        'the same number of workers. The preset smoke has one worker per process (S)',
     )
-    local_batch_size: int = _setting(32, 'images of one worker in one iteration (S)')
-    epochs: int = _setting(90, 'epochs; the schedules stretch to them (S)')
+    local_batch_size: int = _setting(
+        32, "images per worker and iteration, the paper's local batch size b (S)"
+    )
+    epochs: int = _setting(
+        90, 'length of the run in epochs; the schedules stretch to that length (S)'
+    )
 
     lr_schedule: str = _setting(
         'slow_start',
-        "the paper's learning rate, or, to compare with it, Goyal's steps without or with gradual "
-        'warm-up (S, G)',
+        "learning rate by epoch. slow_start is the paper's (S). For comparison: Goyal's steps "
+        'without warm-up, and Goyal\'s gradual_warmup, which is the same with a warm-up (G)',
         tuple(LR_SCHEDULES),
     )
     alpha_form: str = _setting(
         'printed',
-        'form of the transition alpha_SGD; sgd: none, momentum SGD throughout (S, P)',
+        'form of alpha_SGD, the weight of SGD during the transition from RMSprop to SGD. printed: '
+        'as the paper prints the formula, with a jump (S). continuous: without the jump (P). sgd: '
+        'no transition, momentum SGD throughout (P)',
         (*FORMS, 'sgd'),
     )
-    beta_center: float = _setting(10.0, 'epoch of the 90 at which alpha_SGD is 1/2 (S)')
-    beta_period: float = _setting(5.0, 'epochs of the 90 that the transition takes (S)')
-    lr_rmsprop: float = _setting(3e-4, 'step size of the RMSprop part, eta_RMSprop (R)')
-    mu1: float = _setting(0.9, 'decay rate of the momentum (R)')
-    mu2: float = _setting(0.99, 'decay rate of the mean square of the gradient (R)')
-    eps: float = _setting(1e-8, 'added to the root of the mean square (R)')
-    weight_decay: float = _setting(1e-4, 'on everything but BN gamma and beta (G)')
+    beta_center: float = _setting(
+        10.0, "epoch at which alpha_SGD is 1/2, counted in the paper's 90 epochs (S)"
+    )
+    beta_period: float = _setting(
+        5.0, "length of the transition, counted in the paper's 90 epochs (S)"
+    )
+    lr_rmsprop: float = _setting(3e-4, 'eta_RMSprop, the step size of the RMSprop part (R)')
+    mu1: float = _setting(0.9, 'decay rate of the momentum, per iteration (R)')
+    mu2: float = _setting(
+        0.99, 'decay rate of the mean of squared gradients, per iteration (R)'
+    )
+    eps: float = _setting(1e-8, 'constant added to the root of the mean square (R)')
+    weight_decay: float = _setting(
+        1e-4, 'weight decay, for all parameters except gamma and beta of batch normalization (G)'
+    )
     pooled_variance: bool = _setting(
-        False, 'validate with the variance of all images instead of the mean of the variances (P)'
+        False,
+        "validate with the variance of all workers' images together, instead of the mean of the "
+        "workers' variances (P)",
     )
 
     bn_decay: float = _setting(
-        0.0, 'validate with moving averages of the BN statistics; the paper has none (S)'
+        0.0,
+        'decay rate of moving averages of the batch statistics, per iteration, to validate with '
+        'them. 0: no moving averages, as in the paper (S)',
     )
 
-    communicator: str = _setting('auto', 'pure_nccl on GPUs, mpi on CPUs; auto chooses', NAMES)
+    communicator: str = _setting(
+        'auto',
+        'library that averages gradients over the processes: pure_nccl on GPUs, mpi on CPUs, '
+        "or naive, ChainerMN's float32 communicator for CPUs. auto takes pure_nccl if every "
+        'rank has a GPU and NCCL, else mpi',
+        NAMES,
+    )
     allreduce_grad_dtype: str = _setting(
-        'float16', 'type of the gradients on the wire (S)', ('float16', 'float32', 'float64')
+        'float16',
+        'number format in which processes send gradients (S)',
+        ('float16', 'float32', 'float64'),
     )
     accumulate: str = _setting(
         'exact',
-        'sum of the communicator mpi; ring rounds after each addition, as NCCL (P)',
+        'how the communicator mpi adds gradients. exact: without rounding errors in the sum. ring: '
+        'rounded after each addition, as in NCCL (P)',
         ACCUMULATE,
     )
     gradient_scale: float = _setting(
-        1.0, 'power of two that is on the gradients on the wire; the paper has none (P)'
+        1.0,
+        'power of two by which gradients are multiplied while they are sent. The paper has no such '
+        'factor (P)',
     )
     stop_on_nonfinite: bool = _setting(
-        True, 'an infinite or NaN gradient ends the run before the update (P)'
+        True, 'end the run before the update if a gradient is infinite or NaN (P)'
     )
 
-    width: int = _setting(64, 'channels after the first convolution')
+    width: int = _setting(
+        64, 'channels after the first convolution; all other layers scale with this number'
+    )
     stem: str = _setting(
-        'imagenet', 'first layers, for 224 or for 32 pixels', ('imagenet', 'cifar')
+        'imagenet',
+        'first layers of the network. imagenet: for images of 224 pixels. cifar: for 32 pixels',
+        ('imagenet', 'cifar'),
     )
 
-    train_root: str | None = _setting(None, 'folder of training images, CLASS/*.jpg')
-    val_root: str | None = _setting(None, 'folder of validation images, CLASS/*.jpg')
-    n_train_images: int = _setting(
-        1_281_167, 'training images that --dry-run counts with where there is no folder'
+    train_root: str | None = _setting(
+        None,
+        'folder of training images. It has a subfolder per class, with .jpg, .jpeg or .png files. '
+        'Without this option, the preset paper takes $IMAGENET_ROOT/train, if that is set, and the '
+        'preset smoke takes digits that the project includes',
     )
-    image_size: int = _setting(224, 'pixels of an image in training and validation (G)')
-    resize: int = _setting(256, 'shorter side before the centre crop of validation (G)')
-    min_crop_area: float = _setting(0.08, 'smallest random crop, as a fraction of the area (G)')
-    horizontal_flip: bool = _setting(True, 'flip half of the training images (G)')
-    validation_batch_size: int = _setting(64, 'images at a time in validation (P)')
+    val_root: str | None = _setting(
+        None,
+        'folder of validation images, with the same classes. Give both folders, or none',
+    )
+    n_train_images: int = _setting(
+        1_281_167, 'number of training images that --dry-run assumes without --train-root'
+    )
+    image_size: int = _setting(224, 'side of the images that the network sees, in pixels (G)')
+    resize: int = _setting(
+        256, 'in validation, shorter side of an image before its centre crop, in pixels (G)'
+    )
+    min_crop_area: float = _setting(
+        0.08, "in training, smallest random crop, as a fraction of the image's area (G)"
+    )
+    horizontal_flip: bool = _setting(True, 'flip half of the training images at random (G)')
+    validation_batch_size: int = _setting(64, 'images per minibatch in validation (P)')
     resize_filter: str = _setting(
         'antialiased',
-        'how images are resized: antialiased bilinear, by OpenCV or, slower, by Pillow (P)',
+        "antialiased bilinear filter that resizes images. antialiased: OpenCV's. pillow: Pillow's, "
+        'slower (P)',
         images.FILTERS,
     )
     loader: str = _setting(
-        'processes:2', 'who decodes the images of a rank: processes:N, threads:N, or serial (P)'
+        'processes:2',
+        'what decodes the images of each rank: N processes (processes:N), N threads (threads:N), or '
+        'the rank itself (serial) (P)',
     )
     bad_images: str = _setting(
         'error',
-        'an image that cannot be decoded ends the run, or is skipped and counted (P)',
+        'what to do about an image that cannot be decoded. error: end the run. skip: go on without '
+        'it, and list it in summary.json (P)',
         ('error', 'skip'),
     )
     manifests: str | None = _setting(
-        None, 'folder that lists of images are kept in [manifests, beside --out]'
+        None, 'folder in which lists of images are kept [manifests, beside --out]'
     )
 
-    seed: int = _setting(0, 'of the initial values, the order of images and their augmentation (P)')
-    out: str = _setting('results/paper', 'folder for everything that the run writes')
-    checkpoint_every: str = _setting('1', 'epochs, as 1, or minutes, as 10m (P)')
-    keep_checkpoints: int = _setting(2, 'how many of the last checkpoints are kept (P)')
-    resume: str | None = _setting(
-        None, 'checkpoint, or folder of them, to go on from; auto: those in --out, if there are any'
+    seed: int = _setting(
+        0, 'seed of the initial values, of the order of images and of their augmentation (P)'
     )
-    overwrite: bool = _setting(False, 'start anew where --out holds another run')
+    out: str = _setting('results/paper', 'folder for all files that the run writes')
+    checkpoint_every: str = _setting(
+        '1', 'time from one checkpoint to the next, in epochs (2) or minutes (10m) (P)'
+    )
+    keep_checkpoints: int = _setting(2, 'number of checkpoints to keep: the last ones (P)')
+    resume: str | None = _setting(
+        None,
+        'checkpoint to go on from, or a folder of checkpoints, for the newest one. auto: the newest '
+        'one in --out; if there is none, the run starts from the beginning',
+    )
+    overwrite: bool = _setting(False, 'delete an earlier run in --out, and start anew')
     watchdog: float = _setting(
-        300.0, 'seconds without progress or a sign of life after which the job is ended; 0: never'
+        300.0,
+        'end the job if no rank makes progress, or one rank gives no sign of life, for so many '
+        'seconds. 0: never',
     )
 
     @property
     def total_batch_size(self) -> int:
-        assert self.workers is not None, 'parse() knows the number of processes'
+        """n b: images of all workers together in one iteration."""
+        assert self.workers is not None, 'workers is None: options.parse() sets it from the number of processes'
         return self.workers * self.local_batch_size
 
     @property
     def preprocessing(self) -> images.Preprocessing:
+        """How images are cropped, resized and flipped."""
         return images.Preprocessing(
             self.image_size,
             self.resize,
@@ -160,54 +223,56 @@ class Settings:
 
     @property
     def manifests_folder(self) -> str:
+        """The folder of manifests, which keep the lists of images."""
         return self.manifests or str(Path(self.out).parent / 'manifests')
 
     @property
     def identity(self) -> dict:
-        """What must not change when a run goes on from a checkpoint."""
+        """The settings that must not change when a run resumes, as {name: value}."""
         settings = dataclasses.asdict(self)
         return {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
 
     @property
     def communicator_options(self) -> dict:
-        """For :func:`~extensions.half_precision.create_communicator`."""
+        """Keyword arguments of :func:`~extensions.half_precision.create_communicator`."""
         names = ('allreduce_grad_dtype', 'accumulate', 'gradient_scale', 'stop_on_nonfinite')
         return {'name': self.communicator, **{name: getattr(self, name) for name in names}}
 
     @property
     def lr_base(self) -> float:
+        """eta_base, which is proportional to the total batch size."""
         return base_learning_rate(self.total_batch_size)
 
     def epoch_of_90(self, epoch):
-        """The epoch of the paper's 90 for an epoch of this run, or for each of an array."""
+        """Converts an epoch of this run, or an array of epochs, to the paper's 90 epochs."""
         return epoch * PAPER_EPOCHS / self.epochs
 
     def lr(self, epoch_of_90):
-        """eta at an epoch of the paper's 90, or at each of an array."""
+        """Returns eta at an epoch of the paper's 90, or at an array of epochs."""
         return LR_SCHEDULES[self.lr_schedule](epoch_of_90, self.total_batch_size)
 
     def alpha_sgd(self, epoch_of_90):
-        """alpha_SGD at an epoch of the paper's 90, or at each of an array."""
+        """Returns alpha_SGD at an epoch of the paper's 90, or at an array of epochs."""
         if self.alpha_form == 'sgd':
             return np.ones_like(epoch_of_90, np.float64)[()]
         return alpha_sgd(epoch_of_90, self.beta_center, self.beta_period, self.alpha_form)
 
     def iterations(self, n_images) -> int:
-        """Updates until ``epochs`` epochs are complete."""
+        """Returns the number of updates that complete ``epochs`` epochs of ``n_images`` images."""
         return -(-self.epochs * n_images // self.total_batch_size)
 
 
 def paper() -> Settings:
-    """The paper's run: ResNet-50 on ImageNet, 1,024 workers x 32 images, 90 epochs; published: 74.9
-    % in 15 minutes on 1,024 P100 GPUs. Not run by this project. Fewer processes play the 1,024
-    workers in turn."""
+    """The paper's run: ResNet-50 on ImageNet, 1,024 workers x 32 images, 90 epochs. The paper reports
+    74.9 % in 15 minutes on 1,024 P100 GPUs. This project has not run it. With fewer processes, each
+    process plays several of the 1,024 workers."""
     return Settings()
 
 
 def cifar10() -> Settings:
-    """CIFAR-10 from an image folder with a slim ResNet-50: the paper's schedules on a data set that
-    one machine can train on. 8 workers x 32 images unless told otherwise. Two CPU cores take 13
-    minutes an epoch; 3 epochs were run (42.8 % top-1), the 30 were not: 6.6 hours predicted."""
+    """The paper's schedules on a data set for one machine: CIFAR-10 from an image folder, a slim
+    ResNet-50, 8 workers x 32 images, 30 epochs. An epoch takes 13 minutes on two CPU cores. Three
+    epochs were run and reached 42.8 % top-1. All 30 would take 6.6 hours; they were not run."""
     return Settings(
         preset='cifar10',
         workers=8,
@@ -224,9 +289,9 @@ def cifar10() -> Settings:
 
 
 def smoke() -> Settings:
-    """1,437 handwritten digits that come with the program, a slim ResNet-50, one worker a process:
-    everything that the paper's run does, in about two minutes on two CPU cores; ends with a top-1
-    of 95 % or more."""
+    """Everything that the paper's run does, in about two minutes on two CPU cores: 1,437 handwritten
+    digits that the project includes, a slim ResNet-50, one worker per process. The run ends with a
+    top-1 of 95 % or more."""
     return Settings(
         preset='smoke',
         workers=None,

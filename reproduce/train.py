@@ -4,10 +4,10 @@ The paper's run, 1,024 workers with 32 images each:
     mpiexec -n 1024 python reproduce/train.py --train-root TRAIN --val-root VAL
 The plan of that run, without running it:
     python reproduce/train.py --dry-run
-A run on two CPU cores, with images that come along:
+A run on two CPU cores, with the images that the project includes:
     mpiexec -n 2 python reproduce/train.py --preset smoke
 
-To read the paper in code, read experiment(). settings.py has its numbers.
+experiment() is the paper in code. settings.py holds its numbers.
 """
 
 import sys
@@ -38,19 +38,21 @@ from reproduce.resnet50 import ResNet50
 
 
 def experiment(settings, comm, train, val):
-    """Puts the paper's training together, and does not start it.
+    """Builds the paper's training, but does not start it.
 
     Args:
-        settings (Settings): Its numbers.
-        comm (~chainermn.CommunicatorBase): The processes. They play ``settings.workers`` workers.
-            It all-reduces the gradients in half precision: extensions/half_precision.py.
-        train, val (ImageFolder): The images.
+        settings (Settings): The numbers of the experiment.
+        comm (~chainermn.CommunicatorBase): The processes. Together they play ``settings.workers``
+            workers. The communicator all-reduces gradients in half precision
+            (extensions/half_precision.py).
+        train (ImageFolder): Training images.
+        val (ImageFolder): Validation images.
 
     Returns:
-        tuple: The trainer (~chainer.training.Trainer), and the ImageLoader of its images, a context
-            manager.
+        tuple: The trainer (~chainer.training.Trainer), and the ImageLoader that feeds the trainer
+            and is a context manager.
     """
-    # Data: every epoch is a new permutation; each worker has its own 32 images of a minibatch.
+    # Data: every epoch is a new permutation. In each iteration, each worker gets its own 32 images.
     order = ImageOrder(len(train), settings.workers, settings.local_batch_size, settings.seed)
     batches = ImageLoader(
         train,
@@ -64,7 +66,7 @@ def experiment(settings, comm, train, val):
         settings.bad_images,
     )
 
-    # Model: every rank starts from rank 0's initial values; no minibatch is spent on the broadcast.
+    # Model: every rank starts from rank 0's initial values. The broadcast costs no minibatch.
     device = extensions.device_of(comm)
     converter = images.converter_to(device)
     model = ResNet50(len(train.classes), settings.width, settings.stem, settings.seed)
@@ -78,8 +80,8 @@ def experiment(settings, comm, train, val):
     for param in decayed_parameters(model):
         param.update_rule.hyperparam.weight_decay_rate = settings.weight_decay
 
-    # Batch normalization without moving averages: every link has decay=0 (resnet50.py), and the
-    # last minibatch's statistics are averaged over all workers before each validation.
+    # Batch normalization without moving averages: every link has decay=0 (resnet50.py). Before each
+    # validation, the last minibatch's statistics are averaged over all workers.
     if settings.bn_decay:
         batch_statistics = extensions.MovingBatchStatistics(model, comm, settings.bn_decay)
     else:
@@ -87,9 +89,9 @@ def experiment(settings, comm, train, val):
             model, comm, settings.pooled_variance
         )
 
-    # An iteration. Here is its heart: VirtualWorkersUpdater.update_core calls, for each worker,
-    # forward and backward, then the cast to float16 (comm.add_grad), and for all of them the
-    # all-reduce (comm.mean_grad) and the update (rmsprop_warmup_element.h).
+    # An iteration: see VirtualWorkersUpdater.update_core. For each worker, it runs forward and
+    # backward, and casts the gradients to float16 (comm.add_grad). Then one all-reduce
+    # (comm.mean_grad) and one update (rmsprop_warmup_element.h) serve all workers.
     updater = extensions.VirtualWorkersUpdater(
         batches.train_batch,
         optimizer,
@@ -103,8 +105,8 @@ def experiment(settings, comm, train, val):
     length = (settings.iterations(len(train)), 'iteration')
     trainer = chainer.training.Trainer(updater, length, settings.out)
 
-    # Schedules: the slow-start learning rate, half of eta_base at first (schedules.py), and the
-    # transition from RMSprop to SGD.
+    # Schedules (schedules.py): the slow-start learning rate, which begins at half of eta_base, and
+    # the transition from RMSprop to SGD.
     epoch_size = (settings.total_batch_size, len(train), settings.epochs)
     schedule = LR_SCHEDULES[settings.lr_schedule]
     trainer.extend(extensions.StepLearningRate(*epoch_size, schedule=schedule))
@@ -119,7 +121,7 @@ def experiment(settings, comm, train, val):
             )
         )
 
-    # Validation: after every epoch, each image once.
+    # Validation: every image counts once, after every epoch.
     trainer.extend(batch_statistics)
     trainer.extend(
         extensions.ExactEvaluator(
@@ -136,7 +138,7 @@ def experiment(settings, comm, train, val):
 
 
 def decayed_parameters(model):
-    """All parameters but gamma and beta of batch normalization (G)."""
+    """Returns all parameters except gamma and beta of batch normalization (G)."""
     exempt = {
         id(param)
         for link in model.links()
@@ -147,7 +149,7 @@ def decayed_parameters(model):
 
 
 def main(argv=None):
-    """Runs the experiment as a job of all ranks; returns its trainer, None after ``--dry-run``."""
+    """Runs the experiment on all ranks. Returns its trainer, or None after ``--dry-run``."""
     argv = sys.argv[1:] if argv is None else argv
     mpi = MPI.COMM_WORLD
     settings = supervise.read_settings(mpi, argv, __doc__)

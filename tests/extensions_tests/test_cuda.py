@@ -142,9 +142,10 @@ EITHER = ('xp', 'self.xp', 'device.xp', 'param.device.xp')
 
 def modules():
     for package in (extensions, reproduce):
-        for path in sorted(Path(package.__file__).parent.glob('*.py')):
-            if path.stem not in ('__init__', 'abort'):
-                yield f'{package.__name__}.{path.stem}'
+        folder = Path(package.__file__).parent
+        for path in sorted(folder.rglob('*.py')):
+            if path.stem != '__init__':
+                yield '.'.join([package.__name__, *path.relative_to(folder).with_suffix('').parts])
     yield from CHAINER_ON_A_GPU
 
 

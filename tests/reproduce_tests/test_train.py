@@ -29,6 +29,21 @@ def test_dry_run_starts_in_a_fresh_interpreter(root, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_the_packages_it_says_what_to_do(root, tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-S', root / 'reproduce' / 'train.py'],
+        cwd=tmp_path,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == ''
+    [line] = done.stderr.splitlines()
+    assert line.startswith('error: ') and "no package 'reproduce'" in line
+    assert './run_mpi.sh' in line and 'hostfiles/README.md' in line
+
+
 def test_weight_decay_is_on_everything_but_gamma_and_beta():
     model = ResNet50(10, width=4)
     decayed = {id(param) for param in decayed_parameters(model)}

@@ -1,14 +1,18 @@
 """The benchmark of an iteration: its arithmetic, its refusals, and a real run."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from PIL import Image
 
-from reproduce.studies.speed import iteration
+from reproduce import listing
+from reproduce.studies.speed import iteration, iteration_program
+from reproduce.train import experiment
 
 COMMAND = [sys.executable, '-m', 'reproduce.studies.speed', 'iteration']
 
@@ -67,7 +71,7 @@ def test_the_plot_shows_three(tmp_path):
         ('--workers 1,two', '--workers'),
         ('--workers 0', '--workers'),
         ('--repeat 0', 'above 0'),
-        ('--stem resnet', 'resnet is none of imagenet, cifar'),
+        ('--stem resnet', 'resnet is not one of imagenet, cifar'),
         ('--loader fast', "--loader is 'fast'"),
         ('--hostfile nowhere', 'nowhere'),
         ('--image-root nowhere', 'image folder nowhere'),
@@ -155,3 +159,52 @@ def test_runs_table_plot_and_numbers_that_add_up(root, tmp_path):
     )
     assert done.returncode == 2
     assert '4 workers x 16 images = 64 are more than the 4 in' in done.stderr.splitlines()[-1]
+
+
+def test_ours_trains_the_experiment(shallow, tmp_path):
+    """A round gives the bits of train.experiment() itself, run for as many iterations."""
+    options = argparse.Namespace(
+        iterations=2,
+        repeat=1,
+        local_batch_size=2,
+        width=2,
+        stem='cifar',
+        image_size=16,
+        allreduce_grad_dtype='float16',
+        loader='serial',
+        folder=str(tmp_path),
+    )
+    (tmp_path / 'images').mkdir()
+    made = iteration_program.made_images(tmp_path / 'images', 16)
+    train, val = iteration_program.repeated(made, 4), iteration_program.repeated(made, 2)
+    assert (len(train), len(val), len(train.classes)) == (4, 2, 1000)
+    ours = iteration_program.Ours(options, train, val, MPI.COMM_SELF, 'float16')
+    seconds = ours.run(tmp_path)
+    assert ours.updater.iteration == 2 and ours.updater.epoch == 1 and min(seconds[-2:]) > 0
+
+    settings = iteration_program.settings_of(options, 1)
+    trainer, batches = experiment(settings, ours.comm, train, val)
+    trainer.stop_trigger = lambda trainer: trainer.updater.iteration == 2
+    trainer.run()
+    expected = trainer.updater.get_optimizer('main').target
+    for name, param in ours.model.namedparams():
+        np.testing.assert_array_equal(param.array, dict(expected.namedparams())[name].array)
+    assert {type(entry[0]) for entry in ours.entries} > {
+        type(entry.extension) for entry in trainer._extensions.values()
+    }
+    for loader in (ours.batches, batches):
+        loader.close()
+
+
+@pytest.mark.parametrize('n_images', [1, 5, 21, 50, 105])
+def test_a_listing_of_just_so_many_images(tmp_path, n_images):
+    names = [f'{i}.jpg' for i in range(21)]
+    files = ''.join(f'{name}\0' for name in names).encode()
+    folder = listing.ImageFolder(str(tmp_path), ('a', 'b', 'c'), np.array([10, 0, 11]), files)
+    found = iteration_program.repeated(folder, n_images)
+    assert len(found) == n_images and found.classes == folder.classes
+    paths = [found.path(i) for i in range(n_images)]
+    known = {folder.path(i): folder.labels[i] for i in range(21)}
+    assert [known[path] for path in paths] == found.labels.tolist()
+    times = np.unique([paths.count(path) for path in set(paths)])
+    assert len(set(paths)) == min(n_images, 21) and np.ptp(times) <= 1
