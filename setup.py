@@ -3,8 +3,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-# CUDA 12 with the last CuPy that still binds cuDNN (14 removed it) and the last cuDNN that it binds
-# (8.9). The libraries come as wheels too: only NVIDIA's driver has to be on the machine.
+# CUDA 12 with CuPy 13, the last that binds cuDNN (CuPy 14 removed it), and with cuDNN 8.9, the last
+# that CuPy 13 binds. The CUDA libraries are wheels, too: the machine needs only NVIDIA's driver.
 GPU = [
     'cupy-cuda12x==13.6.*',
     'nvidia-cudnn-cu12==8.9.*',
@@ -19,8 +19,8 @@ GPU = [
     'nvidia-nvjitlink-cu12',
 ]
 
-# The CPU's inner loops, optional: without a compiler NumPy does them, slower, with the same bits.
-# extensions/kernels/ loads them, and compares the digest with that of the sources beside it.
+# The CPU's inner loops are optional: without a compiler, NumPy gives the same bits more slowly.
+# extensions/kernels/ loads the library if its digest equals the digest of the sources.
 SOURCES = ['extensions/kernels/kernels.c', 'extensions/rmsprop_warmup_element.h']
 DIGEST = hashlib.sha256(b''.join(Path(source).read_bytes() for source in SOURCES)).hexdigest()
 KERNELS = Extension(
@@ -49,9 +49,9 @@ setup(
         'matplotlib',
         'mpi4py',
         'numpy',
-        'opencv-python-headless',  # resizes an image in a third of Pillow's time
+        'opencv-python-headless',  # resizes an image in a third of the time of Pillow
         'Pillow',
-        'simplejpeg',  # decodes a JPEG in three quarters of Pillow's time
+        'simplejpeg',  # decodes a JPEG in three quarters of the time of Pillow
     ],
     extras_require={
         'gpu': GPU,

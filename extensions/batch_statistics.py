@@ -75,7 +75,7 @@ class AllreduceBatchStatistics(training.Extension):
         moving = [f'{name} (decay={link.decay})' for name, link in self._links if link.decay != 0]
         if moving:
             raise ValueError(
-                'without moving averages, every BatchNormalization needs decay=0. Change: '
+                'without moving averages, every BatchNormalization needs decay=0. Found: '
                 + ', '.join(moving)
             )
         self._comm = comm
@@ -128,8 +128,8 @@ class AllreduceBatchStatistics(training.Extension):
     def _gather(self):
         """Moves the links' statistics into one buffer [2, channels] per dtype.
 
-        The links keep views of the buffers, and write into them from then on. If a link gets new arrays, for instance on
-        another device, the statistics are moved again.
+        The links keep views of the buffers, and write into them from then on. If a link gets new
+        arrays, for instance on another device, the statistics are moved again.
         """
         for name, link in self._links:
             if link.avg_mean is None:

@@ -1,4 +1,4 @@
-"""Reports what the cast to float16 loses."""
+"""Reports the losses of the cast to float16."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from mpi4py import MPI
 
 
 class CastReport(training.Extension):
-    """Reports what the cast to the wire's dtype did to the gradients of all workers since the last
-    call: ``cast/inf`` and ``cast/nan``, the numbers of elements that are infinite and NaN
-    afterwards, and ``cast/flushed``, the share of the non-zero ones that became zero.
+    """Reports the effects of the cast to the wire's dtype on the gradients of all workers.
 
-    One message per call. What was not reported yet can be saved after :meth:`gather`.
+    ``cast/inf`` and ``cast/nan`` are the numbers of infinite and NaN elements after the cast.
+    ``cast/flushed`` is the share of the nonzero elements that became zero. All three cover the
+    time since the last call. Each call sends one message. Counts that were not reported yet can be
+    saved after :meth:`gather`.
 
     Args:
-        comm (HalfPrecisionMpiCommunicator): Its ``cast_counts`` are set to zero.
+        comm (HalfPrecisionMpiCommunicator): Its ``cast_counts`` are read and set to zero.
     """
 
     trigger = (1, 'epoch')
@@ -24,7 +25,7 @@ class CastReport(training.Extension):
 
     def __init__(self, comm):
         self._comm = comm
-        self._counts = np.zeros(4, np.int64)  # of all processes
+        self._counts = np.zeros(4, np.int64)  # summed over all processes
 
     def __call__(self, trainer=None):
         self.gather()
@@ -34,7 +35,7 @@ class CastReport(training.Extension):
         reporter.report({'cast/flushed': share, 'cast/inf': n_inf, 'cast/nan': n_nan})
 
     def gather(self):
-        """Gives every process the counts of all. Collective; to be called before it is saved."""
+        """Gives every process the counts of all processes. Collective; call it before saving."""
         counts = np.empty_like(self._counts)
         self._comm.mpi_comm.Allreduce(self._comm.cast_counts, counts, MPI.SUM)
         self._comm.cast_counts[...] = 0

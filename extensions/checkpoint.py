@@ -1,4 +1,4 @@
-"""Checkpoints: one file with all that a run needs to go on with the same bits."""
+"""Checkpoints: one file holds everything that a run needs to continue with the same bits."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from chainer import training
 from mpi4py import MPI
 
 _PREFIX, _SUFFIX = 'checkpoint-', '.npz'
-_MANIFEST = 'manifest'  # the names of all other entries, those that are None, and the identity
-_BLOCK = 1 << 20  # bytes that are compared at a time
+_MANIFEST = 'manifest'  # names of all other entries, names of the None entries, and identity
+_BLOCK = 1 << 20  # bytes compared at a time
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class CheckpointError(Exception):
-    """There is no checkpoint to go on from; the message says which were refused, and why."""
+    """No checkpoint can be used. The message names the refused files and the reasons."""
 
 
 class Stopped(Exception):
-    """A signal has ended the training after a checkpoint; raised on all ranks together.
+    """A signal ended the training after a checkpoint. All ranks raise this together.
 
     Attributes:
-        signum (int): The signal.
-        agreed (bool): No rank waits for another.
+        signum (int): The signal's number.
+        agreed (bool): All ranks raise together, so no rank waits for another.
     """
 
     agreed = True
@@ -44,33 +44,35 @@ class Stopped(Exception):
 class Checkpointer(training.Extension):
     """Saves the trainer, on rank 0, in FOLDER/checkpoint-ITERATION.npz.
 
-    The last ones are kept, and as FOLDER/best.npz the one with the highest top-1.
+    The last ``keep`` checkpoints remain. FOLDER/best.npz is the checkpoint with the highest top-1.
 
-    A checkpoint is written under another name, flushed to the disk, read again, and renamed: under
-    its own name a file is complete. Every number in it is covered by a checksum, and nothing in it
-    is executed when it is loaded. What all processes know together goes in, so that a run can go on
-    with another number of them: extensions that have a method ``gather`` are asked for it first, on
-    all ranks.
+    A checkpoint is written under a temporary name, flushed to the disk, read back, and renamed. So
+    a file with its final name is complete. A checksum covers every number in the file, and loading
+    the file executes nothing from it. The file holds the state of all processes, so a run can
+    continue on another number of processes. To collect this state, all ranks first call ``gather``
+    of every extension that has this method.
 
-    SIGTERM, SIGINT and SIGUSR1, on any rank, end the training after the iteration under way, with a
-    checkpoint: :class:`Stopped` is raised on all ranks. Repeated, SIGINT ends the process at once;
-    the others come twice where a scheduler signals mpiexec and the ranks.
+    SIGTERM, SIGINT and SIGUSR1, on any rank, end the training after the current iteration, with a
+    checkpoint. All ranks then raise :class:`Stopped`. A second SIGINT ends the process at once. A
+    second SIGTERM or SIGUSR1 has no effect, since a scheduler may signal both mpiexec and the
+    ranks.
 
-    A checkpoint that cannot be written (no space left, say) is reported, and the training goes on.
+    If a checkpoint cannot be written, for instance on a full disk, a warning is printed and the
+    training continues.
 
     Args:
-        comm (~chainermn.CommunicatorBase): All ranks have this extension.
-        folder (str or Path): Only rank 0 uses it.
-        identity (dict): What must be the same for a run to go on; JSON.
-        every (str): ``'1'``: epochs; ``'10m'``: minutes.
-        keep (int): How many of the last are kept.
+        comm (~chainermn.CommunicatorBase): The processes. All ranks must have this extension.
+        folder (str or Path): Folder of the checkpoints. Only rank 0 uses it.
+        identity (dict): JSON values that must be the same for a run to continue.
+        every (str): Interval: ``'1'`` is one epoch, ``'10m'`` is ten minutes.
+        keep (int): Number of checkpoints to keep.
 
     Raises:
-        ValueError: ``every`` is neither.
+        ValueError: ``every`` is neither a number of epochs nor of minutes.
     """
 
     trigger = (1, 'iteration')
-    priority = -200  # after all that an iteration reports, logs and prints
+    priority = -200  # after all reports, logs and prints of an iteration
 
     def __init__(self, comm, folder, identity, every='1', keep=2):
         self._comm = comm
@@ -81,7 +83,7 @@ class Checkpointer(training.Extension):
         self._signum = 0
         self._handlers = {}
         self._last = time.monotonic()
-        self._best = -1.0  # top-1 of best.npz
+        self._best = -1.0  # top-1 accuracy of best.npz
 
     def initialize(self, trainer):
         if self._comm.rank == 0:
@@ -122,11 +124,11 @@ class Checkpointer(training.Extension):
                 int(signum),
                 f'stopped by {signal.Signals(signum).name} after iteration '
                 f'{trainer.updater.iteration:,}; '
-                + (f'goes on from {path}' if path else 'no checkpoint could be written'),
+                + (f'checkpoint: {path}' if path else 'no checkpoint could be written'),
             )
 
     def save(self, trainer):
-        """Collective; every rank gets the path, or None if it could not be written."""
+        """Saves a checkpoint. Collective: all ranks get its path, or None if it was not written."""
         for entry in trainer._extensions.values():
             if hasattr(entry.extension, 'gather'):
                 entry.extension.gather()
@@ -156,7 +158,7 @@ class Checkpointer(training.Extension):
         link = self._folder / f'.{_PREFIX}best'
         try:
             os.link(path, link)
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             shutil.copyfile(path, link)
         os.replace(link, self._folder / 'best.npz')
 
@@ -165,32 +167,32 @@ class Checkpointer(training.Extension):
 
 
 def interval(every: str) -> tuple[int, float]:
-    """Epochs and seconds, of which one is 0: of ``'2'`` and of ``'10m'``."""
+    """Returns epochs and seconds, one of them 0, for text such as ``'2'`` or ``'10m'``."""
     minutes = every.endswith('m')
     try:
         number = float(every[:-1]) if minutes else int(every)
     except ValueError:
         number = 0
     if not 0 < number < 10**9:
-        raise ValueError(f'neither a number of epochs, as 1, nor of minutes, as 10m: {every!r}')
+        raise ValueError(f'neither a number of epochs (1) nor a number of minutes (10m): {every!r}')
     return (0, 60 * number) if minutes else (int(number), 0)
 
 
 def checkpoints(folder) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
+    """Returns the checkpoints in a folder, the newest first."""
     return sorted(Path(folder).glob(f'{_PREFIX}*{_SUFFIX}'), reverse=True)
 
 
 def write(path: Path, entries: dict, identity: dict):
-    """Writes a checkpoint: under its own name it is complete or not there.
+    """Writes a checkpoint. The file at ``path`` is either complete or absent.
 
     Args:
-        path (Path): Of the file.
-        entries (dict): Name to array, as Chainer's DictionarySerializer makes them.
-        identity (dict): JSON.
+        path (Path): Path of the file.
+        entries (dict): Maps names to arrays, as Chainer's DictionarySerializer does.
+        identity (dict): JSON values.
 
     Raises:
-        OSError: It could not be written, or reads otherwise than it was written.
+        OSError: The file could not be written, or reads back differently.
     """
     none = [name for name, array in entries.items() if array.dtype == object]
     arrays = {name: array for name, array in entries.items() if name not in none}
@@ -202,20 +204,20 @@ def write(path: Path, entries: dict, identity: dict):
             file.flush()
             os.fsync(file.fileno())
         if not _reads_as(unfinished, arrays):
-            raise OSError(f'{path} reads otherwise than it was written')
+            raise OSError(f'{path} does not read back as it was written')
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename, too, survives a power cut
+        os.fsync(folder)  # the rename, too, must survive a power failure
     finally:
         os.close(folder)
 
 
 def _savez(file, arrays):
-    """As np.savez, which leaves its archive open when the disk is full."""
+    """Does the same as np.savez, but closes the archive when the disk is full."""
     with zipfile.ZipFile(file, 'w') as archive:
         for name, array in arrays.items():
             with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
@@ -223,15 +225,17 @@ def _savez(file, arrays):
 
 
 def _reads_as(path, arrays) -> bool:
-    """Whether a file that _savez wrote holds these arrays: byte by byte, quicker than the
-    checksums."""
+    """Whether a file from :func:`_savez` holds these arrays.
+
+    Bytes are compared, since this is faster than checksums.
+    """
     buffer = np.empty(_BLOCK, np.uint8)
     with open(path, 'rb', buffering=0) as file, zipfile.ZipFile(path) as archive:
         members = {info.filename[: -len('.npy')]: info for info in archive.infolist()}
         if set(members) != {_MANIFEST, *arrays}:
             return False
         for name, array in arrays.items():
-            # Zip's local header ends with a name and an extra field, whose lengths stand in it.
+            # Zip's local header ends with a name and an extra field. It contains their lengths.
             file.seek(members[name].header_offset + 26)
             lengths = np.frombuffer(file.read(4), '<u2')
             member = members[name].header_offset + 30 + int(lengths.sum())
@@ -252,34 +256,34 @@ def read(path) -> tuple[dict, dict]:
         tuple: The entries, for Chainer's NpzDeserializer, and the identity.
 
     Raises:
-        CheckpointError: It is damaged, or no checkpoint.
+        CheckpointError: The file is damaged or not a checkpoint.
     """
     try:
         with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise TypeError('no archive')
+                raise TypeError('not an archive')
             arrays = {name: file[name] for name in file.files}
         manifest = json.loads(str(arrays.pop(_MANIFEST)))
         if manifest['names'] != sorted(arrays):
             raise ValueError('entries are missing')
-    except Exception as error:  # what a damaged archive raises is anybody's guess
-        raise CheckpointError(f'{path} is damaged or no checkpoint ({error})') from error
+    except Exception as error:  # a damaged archive can raise anything
+        raise CheckpointError(f'{path} is damaged or not a checkpoint ({error})') from error
     return {**arrays, **dict.fromkeys(manifest['none'], np.array(None))}, manifest['identity']
 
 
 def newest(path, identity: dict) -> tuple[Path, dict] | None:
-    """The newest checkpoint that can be read.
+    """Reads the newest checkpoint that can be read.
 
     Args:
-        path (str or Path): A checkpoint, or a folder of them.
-        identity (dict): What it must have been made with.
+        path (str or Path): A checkpoint, or a folder of checkpoints.
+        identity (dict): The checkpoint must have this identity.
 
     Returns:
-        tuple: Its path and its entries; None if there is no checkpoint at all.
+        tuple: The checkpoint's path and entries; None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: None of them can be read, or the newest that can was made with another
-            identity; the differing items are named.
+        CheckpointError: There are checkpoints, but none can be read. Or the newest readable one has
+            another identity; the message names the differing items.
     """
     if not os.path.exists(path):
         return None
@@ -293,7 +297,7 @@ def newest(path, identity: dict) -> tuple[Path, dict] | None:
             print(f'warning: {error}; trying an older one', file=sys.stderr, flush=True)
             continue
         differing = [
-            f'{name} {found.get(name)} and now {identity.get(name)}'
+            f'{name} {found.get(name)} (now {identity.get(name)})'
             for name in sorted({*found, *identity})
             if found.get(name) != identity.get(name)
         ]
@@ -306,5 +310,5 @@ def newest(path, identity: dict) -> tuple[Path, dict] | None:
 
 
 def resume(trainer, entries: dict):
-    """Puts the trainer, with the same extensions, where it was."""
+    """Restores the trainer's state. The trainer must have the same extensions."""
     trainer.serialize(chainer.serializers.NpzDeserializer(entries))

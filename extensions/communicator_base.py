@@ -95,7 +95,7 @@ class CommunicatorOptions:
         return type(self)(self.mpi_comm.Split(color, key), **options, reason=self.reason)
 
     def raise_nonfinite(self, names, sent):
-        """Raises :class:`NonFiniteGradients`. Collective: the mean, and so the call, is on all ranks.
+        """Raises :class:`NonFiniteGradients`. Collective: all ranks have the same mean.
 
         Args:
             names (list of str): Parameters whose mean is not finite.

@@ -14,45 +14,49 @@ from extensions.timing import untimed
 
 
 def shard(rank, size, n_images, batch_size=1) -> tuple[int, int]:
-    """The images [start, stop) of a process, whole minibatches; all processes together have each
-    image once."""
+    """Returns the images [start, stop) of a process, in whole minibatches.
+
+    Each image belongs to exactly one process.
+    """
     n_batches = -(-n_images // batch_size)
     start, stop = (r * n_batches // size * batch_size for r in (rank, rank + 1))
     return min(start, n_images), min(stop, n_images)
 
 
 class ExactEvaluator(training.Extension):
-    """Evaluates on shards without duplicates, and adds up counts instead of averaging averages.
+    """Evaluates on shards without duplicates, and sums counts instead of averaging averages.
 
-    ChainerMN's own way pads the shards with duplicates (176 of 50,000 at 1,024 workers) and
-    averages the workers' means; both bias top-1. Here the correct images and the images themselves
-    are summed as integers over all processes; a process may have no image. The minibatches are the
-    same on any number of processes, and their losses are added up in their order, in float64: so
-    the loss, too, does not depend on it (a matrix product's last bits depend on its size).
+    ChainerMN's evaluator pads the shards with duplicates (176 of 50,000 at 1,024 workers) and
+    averages the workers' means. Both bias top-1. This extension sums integers over all processes:
+    the number of correct images and the number of images. A process may have no image.
+
+    The loss does not depend on the number of processes either. The minibatches are the same on any
+    number, because the last bits of a matrix product depend on its size. Their losses are added in
+    float64, in the order of the minibatches.
 
     Reports, prefixed with the extension's name: ``main/loss`` (softmax cross-entropy per image),
-    ``main/accuracy`` (top-1, a fraction), ``main/top5_accuracy`` and ``images`` (the number
-    counted). It runs after the batch statistics and before the log.
+    ``main/accuracy`` (top-1, a fraction), ``main/top5_accuracy`` (a fraction) and ``images`` (the
+    number of counted images). It runs after the batch statistics and before the log.
 
     Args:
         batches (callable): ``batches(start, stop)`` iterates over minibatches of the validation
-            images [start, stop). An image whose label is -1 is not counted.
-        predictor (~chainer.Link): Takes images, returns logits [N, classes].
+            images [start, stop). An image with the label -1 is not counted.
+        predictor (~chainer.Link): Takes images and returns logits [N, classes].
         comm (~chainermn.CommunicatorBase): The processes.
-        n_images (int): Images of the validation set.
-        batch_size (int): Images of a minibatch; a process has whole ones.
+        n_images (int): Images in the validation set.
+        batch_size (int): Images per minibatch. A process evaluates whole minibatches.
         converter (callable): Turns a minibatch into the arrays (images, labels) on the predictor's
             device.
 
     Attributes:
-        minibatches_left (int): Of this process in the evaluation under way, 0 while it waits for
-            the others; None outside.
-        timer (~extensions.timing.Timer): Its part ``'validation'`` is this one.
-        after_minibatch (callable): Called without arguments before the first and after each
-            minibatch, for progress.
+        minibatches_left (int): Minibatches that this process has yet to evaluate. It is 0 while the
+            process waits for the others, and None outside an evaluation.
+        timer (~extensions.timing.Timer): Times the evaluation as the part ``'validation'``.
+        after_minibatch (callable): Called without arguments before the first minibatch and after
+            each minibatch, for progress.
 
     Raises:
-        RuntimeError: ``batches`` gave another number of images than there are, or none to count.
+        RuntimeError: ``batches`` yielded a wrong number of images, or no image can be counted.
     """
 
     trigger = (1, 'epoch')
@@ -76,7 +80,7 @@ class ExactEvaluator(training.Extension):
         """Evaluates and reports.
 
         Returns:
-            dict: What was reported.
+            dict: The reported values.
         """
         name = getattr(self, 'name', None) or self.default_name
         with self.timer('validation'):
@@ -85,9 +89,9 @@ class ExactEvaluator(training.Extension):
         return observation
 
     def evaluate(self) -> dict:
-        """Evaluates on all processes together; all of them return the same."""
+        """Evaluates on all processes together. All processes return the same dict."""
         counts = np.zeros(3, np.int64)  # images, top-1 correct, top-5 correct
-        losses = np.zeros(-(-self._n_images // self._batch_size))  # of all minibatches
+        losses = np.zeros(-(-self._n_images // self._batch_size))  # one per minibatch
         start, stop = shard(self._comm.rank, self._comm.size, self._n_images, self._batch_size)
         self.minibatches_left = -(-(stop - start) // self._batch_size)
         self.after_minibatch()
@@ -107,7 +111,7 @@ class ExactEvaluator(training.Extension):
                 f'rank {self._comm.rank} evaluated {seen} images of its {stop - start}'
             )
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, counts, MPI.SUM)
-        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, losses, MPI.SUM)  # with zeros: exact
+        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, losses, MPI.SUM)  # adds only zeros: exact
         self.minibatches_left = None
         images, top1, top5 = (int(count) for count in counts)
         if images == 0:
@@ -123,8 +127,9 @@ class ExactEvaluator(training.Extension):
         logits = self._predictor(x).array
         loss = F.softmax_cross_entropy(logits, t, reduce='no').array
         xp = chainer.backend.get_array_module(logits)
-        # How many classes come before the true one: of equal logits the first class does, as in
-        # argmax, and with a NaN all of them do.
+        # Count the classes that come before the true class. Among equal logits, the first class
+        # comes first, as in argmax. A NaN logit comes before the true class; if the true class's
+        # logit is NaN, all classes do.
         classes = xp.arange(logits.shape[1])
         true = logits[xp.arange(len(t)), t][:, None]
         before = ~(logits <= true) | ((logits == true) & (classes < t[:, None]))

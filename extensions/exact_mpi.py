@@ -41,8 +41,8 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
         allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'``. With the
-            last two, the exact sum depends on the grouping of workers, in the last bits of a
-            float64.
+            last two, the sum of ``'exact'`` depends on the grouping of workers, in the last bits of
+            a float64.
         accumulate (str): ``'exact'`` or ``'ring'``.
         gradient_scale, stop_on_nonfinite: See :func:`create_communicator`.
 
@@ -168,7 +168,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         return [names[i] for i in np.flatnonzero(not_finite)]
 
     def _what_was_sent(self, first_worker):
-        """Returns words on the non-finite values of each parameter: how many, from which workers."""
+        """Returns, for each parameter, the number of its non-finite values and their workers."""
         sent = {}
         for i, workers in self._culprits.items():
             sent[self._layout[i][0]] = f'{self._counts[i, 2]} inf and {self._counts[i, 3]} NaN'
@@ -201,7 +201,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         return self._wire
 
     def _received_from_others(self):
-        """Returns the other ranks' values of the chunk that this rank sums. Its own are not moved."""
+        """Returns the other ranks' values of this rank's chunk. Its own values stay in place."""
         chunk = self._wire.size // self.size
         self._received = _buffer(self._received, self._wire.size - chunk, self._wire.dtype)
         counts = np.full(self.size, chunk * self._wire.itemsize)

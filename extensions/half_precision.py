@@ -1,8 +1,8 @@
 """Half-precision all-reduce: gradients are float16 on the wire and float32 everywhere else.
 
-The cast is, for CPUs, ``pack`` in ``extensions/kernels/kernels.c`` (called in
-``extensions/exact_mpi.py``), and for NCCL, ChainerMN's own pack kernel (called in
-``extensions/nccl.py:HalfPrecisionNcclCommunicator``).
+On CPUs, ``pack`` in ``extensions/kernels/kernels.c`` does the cast; ``extensions/exact_mpi.py``
+calls it. On GPUs, ChainerMN's pack kernel does the cast;
+``extensions/nccl.py:HalfPrecisionNcclCommunicator`` calls it.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ def create_communicator(
         [H]  g = float32(1/n sum_w float16(g_w))
 
     Args:
-        name (str): ``'pure_nccl'`` is the paper's way: ChainerMN's communicator, NCCL's sum of
-            float16. ``'mpi'`` is :class:`HalfPrecisionMpiCommunicator`, for CPUs. ``'auto'`` is the
-            first where every rank has a GPU and NCCL, else the second. ``'naive'`` is ChainerMN's
-            float32 communicator for CPUs.
-        allreduce_grad_dtype (str or dtype): ``'float16'``, ``'float32'`` or ``'float64'`` on the
-            wire.
-        mpi_comm (mpi4py.MPI.Comm): ``MPI.COMM_WORLD`` by default.
-        accumulate (str): Of ``'mpi'``: the ``'exact'`` sum, or ``'ring'``, rounded after every
-            addition.
-        gradient_scale (float): A power of two: gradients are multiplied with it in float32 before
-            they are rounded, and their mean is divided by it. The paper has none.
-        stop_on_nonfinite (bool): Of ``'mpi'`` and ``'pure_nccl'``: an infinite or NaN mean is an
-            error, raised on every rank before the update.
+        name (str): ``'pure_nccl'`` is the paper's communicator: ChainerMN with NCCL's float16 sum.
+            ``'mpi'`` is :class:`HalfPrecisionMpiCommunicator`, for CPUs. ``'auto'`` chooses
+            ``'pure_nccl'`` if every rank has a GPU and NCCL, and ``'mpi'`` if no rank has both.
+            ``'naive'`` is ChainerMN's float32 communicator for CPUs.
+        allreduce_grad_dtype (str or dtype): Dtype on the wire: ``'float16'``, ``'float32'`` or
+            ``'float64'``.
+        mpi_comm (mpi4py.MPI.Comm): By default, ``MPI.COMM_WORLD``.
+        accumulate (str): For ``'mpi'`` only. ``'exact'`` sums exactly; ``'ring'`` rounds after
+            every addition.
+        gradient_scale (float): A power of two. Gradients are multiplied by it in float32 before the
+            cast, and their mean is divided by it. The paper has no scale.
+        stop_on_nonfinite (bool): For ``'mpi'`` and ``'pure_nccl'``. Whether an infinite or NaN mean
+            raises an error, on every rank and before the update.
 
     Returns:
-        ~chainermn.CommunicatorBase: Its attribute ``reason`` tells in words why this one. On GPUs,
-            the rank's GPU is the current device.
+        ~chainermn.CommunicatorBase: Its attribute ``reason`` says why it was chosen. On GPUs, the
+            rank's GPU becomes the current device.
 
     Raises:
-        CommunicatorError: On every rank alike: an option that is unknown, or that the communicator
-            does not have; ranks with and without a GPU; two ranks on one GPU; NCCL too old. Host
-            and rank are named.
+        CommunicatorError: On every rank. An option is unknown, or the communicator does not support
+            it. Or some ranks have a GPU and some have none, two ranks share a GPU, or NCCL is too
+            old; these messages name host and rank.
     """
     mpi_comm = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
     if mpi_comm == MPI.COMM_NULL:
-        raise CommunicatorError('this process is not in mpi_comm: it is MPI.COMM_NULL')
+        raise CommunicatorError('mpi_comm is MPI.COMM_NULL: this process does not belong to it')
     if name not in NAMES:
         raise CommunicatorError(f'communicator must be one of {", ".join(NAMES)}, not {name!r}')
     options = {
@@ -78,7 +78,7 @@ def create_communicator(
         everyone = mpi_comm.allgather(nccl.inspect(mpi_comm.rank))
         name, reason = nccl.choose(name, everyone)
     if name != 'mpi' and accumulate == 'ring':
-        raise CommunicatorError(f'accumulate ring is for the communicator mpi, not for {name}')
+        raise CommunicatorError(f'accumulate ring is only for the communicator mpi, not for {name}')
     if name == 'naive':
         return _naive(mpi_comm, options, reason)
     if name == 'pure_nccl':

@@ -1,4 +1,4 @@
-"""The float16 all-reduce for GPUs, on NCCL, and which GPU a rank computes on."""
+"""The float16 all-reduce for GPUs over NCCL, and the assignment of GPUs to ranks."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class HalfPrecisionNcclCommunicator(
 ):
     """ChainerMN's ``pure_nccl`` (S), with a scale for the gradients and a check of their mean.
 
-    ChainerMN packs the gradients into one buffer of the wire's dtype, NCCL adds the buffers up,
-    ChainerMN divides the sum, in the wire's dtype, and unpacks it, all on the null stream. The
-    check reads one number back from the device in every iteration. What the rounding loses is not
-    counted here.
+    ChainerMN packs the gradients into one buffer of the wire's dtype, and NCCL sums the buffers of
+    all ranks. ChainerMN then divides the sum in the wire's dtype and unpacks it. All of this runs
+    on the null stream. The check reads one number from the device in every iteration. Losses from
+    rounding are not counted here.
 
     Args:
-        mpi_comm (mpi4py.MPI.Comm): The ranks; the current device of each is its GPU.
+        mpi_comm (mpi4py.MPI.Comm): The ranks. Each rank's current device is its GPU.
         allreduce_grad_dtype, gradient_scale, stop_on_nonfinite: See :func:`create_communicator`.
     """
 
     def __init__(self, mpi_comm, allreduce_grad_dtype='float16', **options):
         super().__init__(mpi_comm, allreduce_grad_dtype, **options)
-        # One kernel packs all parameters; ChainerMN's create_communicator chooses so too.
+        # One kernel packs all parameters, as in ChainerMN's create_communicator.
         self.set_config('batched_copy', True)
 
     def multi_node_mean_grad(self, model, zero_fill=False):
         """Replaces the model's gradients by their mean over the ranks.
 
         Raises:
-            NonFiniteGradients: On every rank.
+            NonFiniteGradients: On every rank: the mean is infinite or NaN.
         """
         params = params_with_grad(model, zero_fill)
         if self.gradient_scale != 1:
@@ -73,10 +73,10 @@ class HalfPrecisionNcclCommunicator(
 
 
 def device_of(comm):
-    """The rank's device: with ``pure_nccl`` the current GPU, else the CPU.
+    """Returns the rank's device: the current GPU with ``pure_nccl``, the CPU with the others.
 
     Returns:
-        ~chainer.backend.Device: Of the communicator's gradients.
+        ~chainer.backend.Device: The device of the communicator's gradients.
     """
     if not hasattr(comm, 'nccl_comm'):
         return chainer.get_device('@numpy')
@@ -85,14 +85,14 @@ def device_of(comm):
 
 @dataclasses.dataclass(frozen=True)
 class Gpus:
-    """What one rank sees.
+    """The GPUs and the NCCL that one rank sees.
 
     Attributes:
-        rank (int): In the communicator.
-        host (str): Its name, as MPI has it.
-        bus_ids (tuple of str): PCI bus of each GPU that the rank can use; empty without one.
-        nccl (int): Version as NCCL counts it, 2708 or 22304; 0 without NCCL.
-        obstacle (str): Why the rank sees no GPU; None if it does.
+        rank (int): Rank in the communicator.
+        host (str): Name of the host, as MPI reports it.
+        bus_ids (tuple of str): PCI bus of each GPU that the rank can use; empty without a GPU.
+        nccl (int): NCCL's version number, such as 2708 or 22304; 0 without NCCL.
+        obstacle (str): Why the rank sees no GPU; None if it sees one.
     """
 
     rank: int
@@ -106,7 +106,7 @@ class Gpus:
 
     @property
     def nccl_version(self):
-        """22304 is 2.23.4, 2708 is 2.7.8; - without NCCL."""
+        """The version as text: 22304 is 2.23.4, and 2708 is 2.7.8; - without NCCL."""
         if not self.nccl:
             return '-'
         major = 10000 if self.nccl >= 10000 else 1000
@@ -114,7 +114,7 @@ class Gpus:
 
 
 def inspect(rank: int) -> Gpus:
-    """Never fails: what is missing stands in the result."""
+    """Returns the GPUs that this rank sees. Never fails: the result states the obstacle."""
     host = MPI.Get_processor_name()
     if not cuda.available:
         return Gpus(rank, host, obstacle='has no usable GPU or no CuPy')
@@ -133,14 +133,21 @@ def inspect(rank: int) -> Gpus:
 
 
 def choose(name: str, everyone: list[Gpus]) -> tuple[str, str]:
-    """Chooses between ``pure_nccl`` and ``mpi`` by what all ranks see, so that all choose alike.
+    """Chooses between ``pure_nccl`` and ``mpi`` for all ranks.
+
+    Every rank makes the same choice, since the choice depends on the GPUs of all ranks.
+
+    Args:
+        name (str): ``'auto'`` or ``'pure_nccl'``.
+        everyone (list of Gpus): The GPUs of all ranks.
 
     Returns:
-        tuple: The name, and why, in words.
+        tuple: The communicator's name, and the reason in words.
 
     Raises:
-        CommunicatorError: ``name`` is ``pure_nccl`` and a rank has no GPU or no NCCL; or ``auto``
-            and some have and some have not; or NCCL is too old or of several versions.
+        CommunicatorError: ``name`` is ``pure_nccl`` and a rank has no GPU or no NCCL. Or ``name``
+            is ``auto`` and only some ranks have both. Or NCCL is too old, or its version differs
+            between ranks.
     """
     lacking = [s for s in everyone if s.obstacle or not s.nccl]
     why = ''
@@ -164,24 +171,30 @@ def choose(name: str, everyone: list[Gpus]) -> tuple[str, str]:
         if gpus.nccl < 2000:
             raise CommunicatorError(
                 f'{gpus} has NCCL {gpus.nccl_version}, but pure_nccl needs 2.0 or later: '
-                'install a later one, or choose the communicator mpi'
+                'install a later version, or choose the communicator mpi'
             )
         if gpus.nccl != first.nccl:
             raise CommunicatorError(
                 f'{first} has NCCL {first.nccl_version}, {gpus} has {gpus.nccl_version}: '
-                'install the same on every host'
+                'install the same version on every host'
             )
     reason = 'asked for' if name == 'pure_nccl' else 'auto: every rank has a GPU and NCCL'
     return 'pure_nccl', f'{reason}, NCCL {first.nccl_version}'
 
 
 def own_gpus(everyone: list[Gpus]) -> list[int]:
-    """Number of the GPU that each rank takes: the ranks of a host take its GPUs in turn.
+    """Returns the number of each rank's GPU: the ranks of a host take its GPUs in order.
 
-    A rank to which the scheduler shows one GPU alone takes that.
+    If the scheduler shows a rank only one GPU, the rank takes that GPU.
+
+    Args:
+        everyone (list of Gpus): The GPUs of all ranks.
+
+    Returns:
+        list of int: One GPU number per rank.
 
     Raises:
-        CommunicatorError: Two ranks would share a GPU; both are named.
+        CommunicatorError: Two ranks would share a GPU. The message names both.
     """
     n_ranks_on: dict = {}
     taken: dict = {}
@@ -194,8 +207,8 @@ def own_gpus(everyone: list[Gpus]) -> list[int]:
         if other is not gpus:
             raise CommunicatorError(
                 f'{other} and {gpus} would share the GPU on PCI bus {gpus.bus_ids[number]}: '
-                'start as many ranks per host as it has GPUs (slots in the hostfile), or have the '
-                'scheduler show each rank a GPU of its own'
+                'start as many ranks per host as it has GPUs (slots in the hostfile), or let the '
+                'scheduler show each rank its own GPU'
             )
         numbers.append(number)
     return numbers

@@ -197,10 +197,10 @@ class RMSpropWarmup(optimizer.GradientMethod):
         mu1 (float): Decay rate of the momentum; 0.9 (R).
         mu2 (float): Decay rate of the mean square; 0.99 (R).
         eps (float): Added to sqrt(m_t), outside the root; 1e-8 (R).
-        weight_decay_rate (float): Applies to every parameter whose rule has no rate of its own. The
-            effect is that of Chainer's hook :class:`~chainer.optimizer_hooks.WeightDecay`, and on
-            CPUs the bits are the same. The hook needs an extra pass over gradients and parameters;
-            this rule does not. ``param.grad`` stays unchanged.
+        weight_decay_rate (float): Applies to every parameter whose rule has no rate of its own. It
+            has the effect of Chainer's hook :class:`~chainer.optimizer_hooks.WeightDecay`, on CPUs
+            with the same bits. Unlike the hook, it needs no extra pass over gradients and
+            parameters. ``param.grad`` stays unchanged.
 
     Raises:
         TypeError: A hyper-parameter is not a number. Booleans are not accepted.
@@ -244,11 +244,11 @@ class RMSpropWarmup(optimizer.GradientMethod):
         return RMSpropWarmupRule(self.hyperparam)
 
     def update(self, lossfun=None, *args, **kwds):
-        """Updates all parameters; on CPUs, one call updates all of them.
+        """Updates all parameters, on CPUs in a single call.
 
         Chainer's :class:`~chainer.GradientMethod` loops over the parameters. For a small parameter,
-        the loop takes longer than the arithmetic. Here the loop runs on CPUs only if a rule's hook,
-        a loss scale or float16 requires it.
+        the loop takes longer than the arithmetic. On CPUs the loop runs here only if a rule's hook,
+        a loss scale or float16 requires it, or without the C library.
         """
         if lossfun is not None or self._loss_scale is not None:
             super().update(lossfun, *args, **kwds)

@@ -1,5 +1,5 @@
-// One element of the update. CuPy makes the CUDA kernel from this text, kernels.c the CPU's loop;
-// T is the parameter's type. NumPy's statements in rmsprop_warmup.py give the same bits.
+// One element of the update. CuPy builds the CUDA kernel from this text, and kernels.c builds the
+// CPU's loop. T is the parameter's type. The NumPy code in rmsprop_warmup.py gives the same bits.
 T g = grad;
 if (weight_decay_rate != 0) {
     g = grad + weight_decay_rate * param;

@@ -132,7 +132,7 @@ class _Schedule(training.Extension):
 
     Chainer runs extensions after an update. So ``initialize`` sets the values for the first update,
     also after a resume, and each call sets the values for the next update. The priority is low, so
-    that observers first read the values of the update before. An optimizer hook reports these
+    that observers first read the values of the previous update. An optimizer hook reports these
     values from inside the update.
     """
 

@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes, part by part."""
+"""Measures the time of an iteration, part by part."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ def untimed(part):
 
 
 class Timer:
-    """Adds up the seconds of the parts of an iteration: ``with timer('data'): ...``.
+    """Sums the seconds of the parts of an iteration: ``with timer('data'): ...``.
 
-    One clock runs through, and each moment belongs to one part: the innermost ``with`` that is
-    open, or ``'extensions'`` where none is. So the parts sum to the whole. Each ``'update'`` that
-    ends is an iteration.
+    One clock runs all the time. Each moment belongs to one part: the part of the innermost open
+    ``with``, or ``'extensions'`` if none is open. So the parts sum to the whole. The end of each
+    ``'update'`` completes an iteration.
 
-    On a CPU the clock is ``time.perf_counter``. On a GPU it is that of the current stream: where a
-    part begins and ends, a CUDA event is recorded, and read when the device has passed it; the host
-    never waits. What the host does while the device still has work costs nothing and is in no part;
-    once the device is idle, it waits, and that time is of the part that the host is in: images that
-    are not ready, MPI, the extensions.
+    On a CPU the clock is ``time.perf_counter``. On a GPU it is the clock of the current stream. A
+    CUDA event is recorded at the beginning and end of each part, and is read after the device has
+    passed it. The host never waits. Host work takes no time on this clock while the device is busy.
+    While the device is idle, the time belongs to the part that the host is in: images that are not
+    ready, MPI, or the extensions.
 
     Args:
-        on_gpu (bool): Which clock.
-        skip (int): Iterations, from the first on, that are left out: caches and memory pools fill
-            up in them, and libraries choose their algorithms.
+        on_gpu (bool): Whether the clock is the GPU's.
+        skip (int): Number of iterations to leave out at the beginning. In these, caches and memory
+            pools fill up, and libraries choose their algorithms.
 
     Attributes:
-        seconds (dict): Part to seconds since the last :meth:`take`.
-        iterations (int): Likewise.
+        seconds (dict): Maps each part to its seconds since the last :meth:`take`.
+        iterations (int): Number of iterations since the last :meth:`take`.
     """
 
     def __init__(self, on_gpu=False, skip=3):
         self._clock = _StreamClock() if on_gpu else _HostClock()
         self._skip = skip
         self._open = ['extensions']
-        self._ended = collections.deque()  # not read yet: the part, when, and if it is complete
+        self._ended = collections.deque()  # not read yet: part, moment, whether it is complete
         self._last = self._clock.now()
         self._clear()
 
@@ -71,7 +71,7 @@ class Timer:
         self.read()
 
     def read(self):
-        """Adds what the clock has passed."""
+        """Adds the parts whose end the clock has passed."""
         while self._ended and self._clock.has_passed(self._ended[0][1]):
             part, now, complete = self._ended.popleft()
             self.seconds[part] += self._clock.seconds(self._last, now)
@@ -83,8 +83,10 @@ class Timer:
                     self._clear()
 
     def take(self) -> tuple[dict, int]:
-        """What was added since the last call: seconds by part, and iterations. Without a complete
-        iteration it is nothing, and kept for the next call."""
+        """Returns the seconds by part and the number of iterations since the last call.
+
+        Without a complete iteration, all are 0, and the seconds are kept for the next call.
+        """
         self._end(False)
         if not self.iterations:
             return dict.fromkeys(_ALL, 0.0), 0
@@ -105,7 +107,7 @@ class _HostClock:
 
 class _StreamClock:
     def __init__(self):
-        self._events = []  # to be used again
+        self._events = []  # for reuse
 
     def now(self):
         event = self._events.pop() if self._events else cuda.Event()
@@ -121,9 +123,9 @@ class _StreamClock:
 
 
 class TimedSteps:
-    """The steps of ChainerMN's ``pure_nccl``, each in its part; a base before its own class.
+    """Times the steps of ChainerMN's ``pure_nccl``. A subclass lists this base before ChainerMN's.
 
-    The all-reduce and the division by the number of ranks after it are one step there.
+    ChainerMN's all-reduce step includes the division by the number of ranks.
     """
 
     timer = staticmethod(untimed)
@@ -142,22 +144,28 @@ class TimedSteps:
 
 
 class TimeReport(training.Extension):
-    """Reports where the time went since the last call, in seconds.
+    """Reports the time of each part since the last call, in seconds.
 
-    Means over the iterations, without the first of the run, and of each the largest of all ranks:
-    ``time/data`` (waiting for the images, and bringing them to the device),
-    ``time/forward_backward``, ``time/pack`` (casts to the wire's dtype and back),
-    ``time/allreduce`` (with waiting for ranks that are late), ``time/update``,
-    ``time/extensions`` (everything else, checkpoints included) and ``time/iteration``, their sum.
-    Of ranks that differ, the maxima sum to more than the iteration: those that are early wait in
-    the all-reduce. ``time/validation`` is in none of them, and not per iteration: it is the seconds
-    since the last call.
+    Each value is the mean over the iterations, without the first ones of the run, and the largest
+    mean of all ranks:
 
-    A process that plays several workers has the sums over them. ChainerMN's ``naive`` does not
-    pack: its gradients' whole way is in ``time/allreduce``.
+    - ``time/data``: waiting for the images, and copying them to the device
+    - ``time/forward_backward``
+    - ``time/pack``: casts to the wire's dtype and back
+    - ``time/allreduce``: includes waiting for late ranks
+    - ``time/update``
+    - ``time/extensions``: everything else, including checkpoints
+    - ``time/iteration``: the sum of the above on one rank
 
-    It gives the updater, the communicator and the evaluator their ``timer``. One message per call.
-    What was not reported yet can be saved after :meth:`gather`.
+    If the ranks differ, the maxima sum to more than the iteration, because early ranks wait in the
+    all-reduce. ``time/validation`` is separate and not per iteration: it is the seconds of
+    validation since the last call.
+
+    If a process plays several workers, its times are sums over these workers. ChainerMN's ``naive``
+    does not pack, so ``time/allreduce`` includes everything it does with gradients.
+
+    The extension sets the ``timer`` of the updater, the communicator and the evaluator. Each call
+    sends one message. Times that were not reported yet can be saved after :meth:`gather`.
 
     Args:
         comm (~chainermn.CommunicatorBase): The processes.
@@ -173,7 +181,7 @@ class TimeReport(training.Extension):
         self._evaluator = evaluator
         self._skip = skip
         self._timer = None
-        # Seconds of the parts, the iteration and the validation; iterations and reports.
+        # Seconds of the parts, the iteration and the validation; numbers of iterations and reports.
         self._since_report = np.zeros(len(_ALL) + 3)
         self._of_run = np.zeros(len(_ALL) + 3)
 
@@ -194,7 +202,7 @@ class TimeReport(training.Extension):
             reporter.report({f'time/{name}': seconds for name, seconds in means.items()})
 
     def gather(self):
-        """Gives every process the times of all. Collective; to be called before it is saved."""
+        """Gives every process the times of the slowest. Collective; call it before saving."""
         seconds, n = self._timer.take()
         *parts, validation = seconds.values()
         means = np.array([*parts, sum(parts)]) / max(n, 1)
@@ -204,8 +212,12 @@ class TimeReport(training.Extension):
         self._since_report += own
 
     def summary(self) -> dict:
-        """Means over the reports of the whole run, by the same names without ``time/``, and the
-        number of ``iterations``; the validation's are per report."""
+        """Returns the means over all reported iterations of the run, and their number.
+
+        Returns:
+            dict: The reported names without ``time/``, and ``iterations``. The validation's seconds
+                are per report.
+        """
         return _means(self._of_run)
 
     def serialize(self, serializer):

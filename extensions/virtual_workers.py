@@ -1,4 +1,4 @@
-"""A worker is not a process: P processes play the paper's n workers, n / P each, in turn."""
+"""Virtual workers: P processes play the paper's n workers, n / P each, one after the other."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from extensions.timing import untimed
 
 
 class VirtualWorkersUpdater(training.Updater):
-    """Updater that plays this process's share of the workers in every iteration.
+    """Updater in which each process plays its share of the workers in every iteration.
 
-    Each worker has its own minibatch, normalizes it with that minibatch's own statistics, and its
-    gradient is rounded to the communicator's dtype on its own, exactly as if it were a process.
-    Then follow one all-reduce and one update, so that ``t`` rises by exactly one an iteration.
-    Where n = P, the usual case, the loop has one turn.
+    Each worker has its own minibatch, and this minibatch's statistics normalize it. Each worker's
+    gradient is rounded to the communicator's dtype separately, as if the worker were a process. One
+    all-reduce and one update follow, so ``t`` rises by exactly one per iteration. When n = P, the
+    usual case, the loop runs once.
 
     Process r of P plays the workers r n / P to (r + 1) n / P - 1.
 
-    The communicator's ``add_grad`` and ``mean_grad`` are used where it has them
-    (:class:`~extensions.half_precision.HalfPrecisionMpiCommunicator`): the mean is then independent
-    of P, bit by bit. With ChainerMN's own, such as ``pure_nccl``, each worker's gradient is rounded
-    and added up in float32 on the device, and the mean of the process's workers is what the
-    communicator all-reduces.
+    A communicator with the methods ``add_grad`` and ``mean_grad``, such as
+    :class:`~extensions.exact_mpi.HalfPrecisionMpiCommunicator`, gives the same bits for every P.
+    Communicators based on ChainerMN's own, such as ``pure_nccl``, have no such methods. With them,
+    each worker's gradient is rounded, and the gradients are added in float32 on the device. The
+    communicator then all-reduces the mean over the process's workers.
 
     Args:
-        batches (callable): ``batches(iteration, worker)`` returns that worker's minibatch, what
-            ``converter`` takes. Nothing but ``iteration`` needs to be saved to resume.
-        optimizer (~chainer.Optimizer): A plain one, not a multi-node optimizer.
+        batches (callable): ``batches(iteration, worker)`` returns the worker's minibatch, as
+            ``converter`` takes it. To resume, only ``iteration`` must be saved.
+        optimizer (~chainer.Optimizer): A plain optimizer, not a multi-node optimizer.
         loss_function (callable): Takes the converted minibatch and returns the scalar loss,
-            averaged over it.
+            averaged over the minibatch.
         comm (~chainermn.CommunicatorBase): The processes.
         n_workers (int): n, a multiple of the number of processes.
-        epoch_size (tuple of int): Total batch size and number of training images; an epoch is the
-            iterations that it takes to see as many images, a fraction included.
+        epoch_size (tuple of int): Total batch size and number of training images. An epoch is the
+            number of iterations, with its fraction, in which the workers see this many images.
         converter (callable): Turns a minibatch into arrays on the model's device.
-        batch_statistics (~extensions.batch_statistics.AllreduceBatchStatistics): Is told of each
-            worker's forward pass.
+        batch_statistics (~extensions.batch_statistics.AllreduceBatchStatistics): Is notified of
+            each worker's forward pass.
 
     Attributes:
-        iteration (int): Updates done.
-        images_done (int): Images of all workers that were used, those of the iteration under way
-            included, as far as this process knows.
+        iteration (int): Number of completed updates.
+        images_done (int): Number of images used by all workers. The current iteration counts as
+            far as this process knows.
         after_worker (callable): Called after each of this process's workers; None by default.
-        losses (list): An array of this process's workers' losses for each iteration since the list
-            was last cleared; kept for :class:`MeanTrainingLoss`, None without it.
+        losses (list): One array per iteration since the list was last cleared: the losses of this
+            process's workers. Kept for :class:`MeanTrainingLoss`; None without it.
         timer (~extensions.timing.Timer): Times the parts of an iteration; set by
             :class:`~extensions.timing.TimeReport`.
 
     Raises:
-        ValueError: ``n_workers`` is not a multiple of the number of processes, or a parameter has
-            no size yet; it is named.
+        ValueError: ``n_workers`` is not a multiple of the number of processes. Or a parameter has
+            no size yet; the message names it.
     """
 
     def __init__(
@@ -73,15 +73,16 @@ class VirtualWorkersUpdater(training.Updater):
         sizeless = [n for n, p in sorted(optimizer.target.namedparams()) if p.array is None]
         if sizeless:
             raise ValueError(
-                'every process would initialize its own: give these parameters a size, or send a '
-                f'minibatch through the model and broadcast it, before: {", ".join(sizeless)}'
+                'every process would initialize its own values. First give these parameters a '
+                'size, or send a minibatch through the model and broadcast the model: '
+                f'{", ".join(sizeless)}'
             )
         optimizer.use_auto_new_epoch = True
         self.iteration = 0
         self.losses = None
         self.after_worker = None
         self.timer = untimed
-        self._n_played = 0  # workers, in the iteration under way
+        self._n_played = 0  # workers played in the current iteration
         self._batches = batches
         self._optimizer = optimizer
         self._loss_function = loss_function
@@ -168,7 +169,7 @@ class VirtualWorkersUpdater(training.Updater):
 
 
 def workers_of(rank, n_processes, n_workers) -> range:
-    """The workers that a process plays."""
+    """Returns the workers that a process plays."""
     if n_workers < 1 or n_workers % n_processes:
         raise ValueError(
             f'{n_workers} workers cannot be spread evenly over {n_processes} processes: choose a '
@@ -179,9 +180,9 @@ def workers_of(rank, n_processes, n_workers) -> range:
 
 
 class _LocalMean:
-    """Mean over a process's workers on the device, then over processes by ChainerMN.
+    """Mean over a process's workers on the device; ChainerMN then averages over the processes.
 
-    Of one worker alone it is the gradient itself, which the communicator rounds when it packs it.
+    With one worker, the mean is the gradient itself. The communicator rounds it when packing.
     """
 
     def __init__(self, comm, n_workers):
@@ -206,7 +207,7 @@ class _LocalMean:
         differing = sorted(n for n, count in self._counts.items() if count != self._n_workers)
         if differing:
             raise ValueError(
-                f'the workers of rank {self._comm.rank} differ in which gradients they have: '
+                f'the workers of rank {self._comm.rank} have gradients of different parameters: '
                 + ', '.join(differing)
             )
         for name, param in model.namedparams():
@@ -218,11 +219,11 @@ class _LocalMean:
 
 
 class MeanTrainingLoss(training.Extension):
-    """Reports ``main/loss``: the mean over the iterations since the last call and over all workers.
+    """Reports ``main/loss``: the mean over all workers and the iterations since the last call.
 
-    One message per call; the sum is in float64, iteration by iteration and in the order of the
-    workers, whatever P is. What was not reported yet can be saved, and loaded on another number of
-    processes, after :meth:`gather`.
+    Each call sends one message. The sum is in float64, by iteration and in the order of the
+    workers, for every P. After :meth:`gather`, losses that were not reported yet can be saved, and
+    loaded on another number of processes.
 
     Args:
         comm (~chainermn.CommunicatorBase): The processes of a :class:`VirtualWorkersUpdater`.
@@ -234,7 +235,7 @@ class MeanTrainingLoss(training.Extension):
     def __init__(self, comm):
         self._comm = comm
         self._updater = None
-        self._losses = None  # [iterations, workers], of all processes
+        self._losses = None  # [iterations, workers], for all processes
 
     def initialize(self, trainer):
         self._updater = trainer.updater
@@ -246,7 +247,7 @@ class MeanTrainingLoss(training.Extension):
         self._losses = None
 
     def gather(self):
-        """Gives every process the losses of all. Collective; to be called before it is saved."""
+        """Gives every process the losses of all processes. Collective; call it before saving."""
         losses = self._updater.losses
         if not losses:
             return

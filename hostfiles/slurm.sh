@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# The paper's run as a Slurm job: sbatch hostfiles/slurm.sh, from the folder that has run_mpi.sh.
-# Set up .venv first, on a host of the same kind: EXTRAS=gpu ./run_mpi.sh python --version
+# Runs the paper's training as a Slurm job. First set up .venv on a host of the same kind:
+#     EXTRAS=gpu ./run_mpi.sh python --version
+# Then submit the job from the folder that has run_mpi.sh:
+#     IMAGENET_ROOT=/path/to/imagenet sbatch hostfiles/slurm.sh
+# IMAGENET_ROOT has the folders train and val. Every host must be able to read it.
 #SBATCH --job-name=resnet50-32k
 #SBATCH --nodes=128
 #SBATCH --ntasks-per-node=8

@@ -1,6 +1,6 @@
-"""Which images a run trains and validates on: folders, or the 1,797 digits that come along.
+"""Finds the images for training and validation: two folders, or the 1,797 digits in data/.
 
-Provenance and licence (CC BY 4.0) of the digits stand in data/README.md.
+data/README.md states the provenance and the licence (CC BY 4.0) of the digits.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ _SIDE = 32
 
 
 class InputError(Exception):
-    """The user's input cannot be run; the message says why in one line, and what would work."""
+    """Settings that cannot be run. The message is one line with the cause and the remedy."""
 
 
 def roots(settings):
-    """The folders of training and validation images; None where nothing was said."""
+    """Returns the folders of training and validation images, or None for both if none is given.
+
+    Raises:
+        InputError: Only one of the folders is given.
+    """
     if (settings.train_root is None) != (settings.val_root is None):
-        raise InputError('--train-root and --val-root go together: one of them is missing')
+        raise InputError('--train-root and --val-root go together: give both')
     if settings.train_root is None and settings.preset == 'paper' and 'IMAGENET_ROOT' in os.environ:
         root = Path(os.environ['IMAGENET_ROOT'])
         return str(root / 'train'), str(root / 'val')
@@ -35,7 +39,7 @@ def roots(settings):
 
 
 def count_images(settings) -> int:
-    """Training images, counted where there is a folder."""
+    """Counts the training images; without a folder, returns ``settings.n_train_images``."""
     train_root, _ = roots(settings)
     if not train_root:
         return settings.n_train_images
@@ -43,18 +47,19 @@ def count_images(settings) -> int:
 
 
 def find(settings, n_processes):
-    """Looks for the images, and checks that the settings fit them; writes nothing.
+    """Finds the images, and checks that the settings fit them. Writes nothing.
 
     Args:
-        settings (Settings): Of the run.
-        n_processes (int): That play its workers.
+        settings (Settings): Settings of the run.
+        n_processes (int): Number of processes that play the workers.
 
     Returns:
-        tuple of ImageFolder: Training and validation images; None for the digits, which
+        tuple of ImageFolder: Training and validation images. None stands for the digits, which
             :func:`save` writes.
 
     Raises:
-        InputError, ~reproduce.listing.DataError: What does not fit, and how to mend it.
+        InputError: A setting does not fit the images or the processes.
+        ~reproduce.listing.DataError: The images cannot be used.
     """
     try:
         workers_of(0, n_processes, settings.workers)
@@ -66,8 +71,8 @@ def find(settings, n_processes):
         return None
     if train_root is None:
         raise InputError(
-            'no images: give --train-root and --val-root, or set IMAGENET_ROOT to a folder with '
-            'train and val in it; "./run_mpi.sh smoke" runs without any'
+            'no images: give --train-root and --val-root, or, for --preset paper, set '
+            'IMAGENET_ROOT to a folder that contains train and val; "./run_mpi.sh smoke" needs none'
         )
     folders = list_folders(settings)
     check_total_batch(settings, len(folders[0]))
@@ -75,7 +80,11 @@ def find(settings, n_processes):
 
 
 def save(settings, folders):
-    """Keeps the listings that :func:`find` returned in manifests, or writes the digits into --out.
+    """Saves listings as manifests, or writes the digits into --out.
+
+    Args:
+        settings (Settings): Settings of the run.
+        folders (tuple of ImageFolder): Returned by :func:`find`; None for the digits.
 
     Returns:
         tuple of ImageFolder: Training and validation images.
@@ -90,14 +99,21 @@ def save(settings, folders):
 
 
 def list_folders(settings):
-    """The listings of the folders of training and validation images, from their manifests where
-    these are up to date."""
+    """Lists the training and the validation images, from manifests that are up to date if possible.
+
+    Returns:
+        tuple of ImageFolder: Training and validation images.
+
+    Raises:
+        ~reproduce.listing.DataError: A folder cannot be used, or their classes differ.
+    """
     train, val = (listing.listing_of(root, settings.manifests_folder) for root in roots(settings))
     listing.check_same_classes(train, val)
     return train, val
 
 
 def check_total_batch(settings, n_images):
+    """Raises InputError if the total batch is larger than the ``n_images`` training images."""
     if settings.total_batch_size > n_images:
         raise InputError(
             f'the total batch of {settings.workers} workers x {settings.local_batch_size} images = '
@@ -107,29 +123,28 @@ def check_total_batch(settings, n_images):
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The data set as it was published.
+    """Loads the digits as they were published.
 
     Returns:
-        tuple: Images, uint8 [1797, 8, 8] of values 0 to 16, ink on nothing, and labels, int32
-            [1797].
+        tuple: Images, uint8 [1797, 8, 8], from 0 (no ink) to 16; labels, int32 [1797].
     """
     table = np.loadtxt(_FILE, delimiter=',', dtype=np.float64).astype(np.uint8)
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int32)
 
 
 def split_digits(n_images: int = 1797) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the 1,437 training and the 360 validation images, drawn once and for all."""
+    """Returns the indices of the 1,437 training and the 360 validation images, always the same."""
     permutation = np.random.RandomState(0).permutation(n_images)
     return np.sort(permutation[_N_VALIDATION:]), np.sort(permutation[:_N_VALIDATION])
 
 
 def write_digits(root) -> None:
-    """Writes ROOT/{train,val}/DIGIT/NNNN.png, 32 x 32 pixels in grey, unless ROOT is there.
+    """Writes ROOT/{train,val}/DIGIT/NNNN.png, 32 x 32 pixels in grey, unless ROOT exists.
 
-    The folder appears complete or not at all: it is written under another name and then renamed.
+    The folder appears complete or not at all: a folder of another name is filled, then renamed.
 
     Args:
-        root (str or Path): Its parent must exist.
+        root (str or Path): The folder ROOT, whose parent must exist.
     """
     root = Path(root)
     if root.exists():

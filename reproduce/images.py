@@ -1,4 +1,4 @@
-"""The way from a file to the network's input: decode, crop, resize, flip, normalize."""
+"""Turns image files into the network's input: decodes, crops, resizes, flips and normalizes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image, UnidentifiedImageError
 
 from reproduce.listing import DataError
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, in units of the full scale (G)
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's red, green and blue; full scale is 1 (G)
 STD = (0.229, 0.224, 0.225)
 
 FILTERS = ('antialiased', 'pillow')
 _TRIES = 10
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {  # that make an image upright, by its EXIF's orientation; 1 is upright
+_TURNS = {  # EXIF orientation: the turn that makes the image upright; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -30,22 +30,23 @@ _TURNS = {  # that make an image upright, by its EXIF's orientation; 1 is uprigh
     8: Image.Transpose.ROTATE_90,
 }
 
-cv2.setNumThreads(0)  # a loader process is one thread of its own
+cv2.setNumThreads(0)  # one thread per loader process is enough
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an image; the defaults are those for ImageNet (G).
+    """How images are cropped, resized and flipped. The defaults are for ImageNet (G).
 
     Attributes:
-        image_size (int): Pixels of the result's side.
-        resize (int): Pixels of the shorter side before validation's centre crop.
+        image_size (int): Side of the result, in pixels.
+        resize (int): In validation, shorter side before the centre crop, in pixels.
         min_crop_area (float): Smallest random crop, as a fraction of the image's area.
-        max_aspect (float): Largest aspect ratio of a random crop; the smallest is its inverse.
-        horizontal_flip (bool): Flip half of the training images.
-        resize_filter (str): ``'pillow'``: Pillow's bilinear filter, a triangle as wide as the
-            reduction. ``'antialiased'``: nearly the same, by OpenCV, see :func:`triangle`; on
-            another kind of processor, one value in some millions may be rounded otherwise.
+        max_aspect (float): Largest aspect ratio of a random crop. The smallest is the inverse.
+        horizontal_flip (bool): Whether to flip half of the training images.
+        resize_filter (str): ``'pillow'`` is Pillow's bilinear filter, a triangle whose width grows
+            with the reduction. ``'antialiased'`` is nearly the same filter in OpenCV, see
+            :func:`triangle`. On another kind of processor, the latter may round one value in some
+            millions differently.
     """
 
     image_size: int = 224
@@ -57,12 +58,17 @@ class Preprocessing:
 
 
 def augmentation_rng(seed: int, epoch: int, index: int, rng=None) -> np.random.RandomState:
-    """The random numbers for an image in an epoch: the same whichever process draws them.
+    """Returns the random generator for an image in an epoch, the same one in every process.
 
     Args:
-        seed, epoch, index (int): Of the run, from 0 on, and of the image.
-        rng (numpy.random.RandomState): Seeded and returned, instead of a new one: a tenth of the
-            time.
+        seed (int): Seed of the run.
+        epoch (int): Epoch, from 0.
+        index (int): Index of the image, from 0.
+        rng (numpy.random.RandomState): Generator to seed and return, in a tenth of the time that a
+            new generator takes. By default, a new one.
+
+    Returns:
+        numpy.random.RandomState: The seeded generator.
     """
     if rng is None:
         return np.random.RandomState([seed, epoch, index])
@@ -71,18 +77,19 @@ def augmentation_rng(seed: int, epoch: int, index: int, rng=None) -> np.random.R
 
 
 def random_crop(size, rng, preprocessing) -> tuple[int, int, int, int]:
-    """A random box of an image (G): area uniform in [min_crop_area, 1], logarithm of the aspect
-    ratio uniform.
+    """Draws a random box of an image (G).
 
-    Where ten draws do not fit into the image, it is the largest centred square.
+    The box's area is uniform in [min_crop_area, 1], as a fraction of the image's area. The
+    logarithm of its aspect ratio is uniform. If ten draws do not fit into the image, the box is the
+    largest centred square.
 
     Args:
-        size (tuple of int): Width and height of the image.
-        rng (numpy.random.RandomState): Source of the draws.
-        preprocessing (Preprocessing): The ranges.
+        size (tuple of int): Width and height of the image, in pixels.
+        rng (numpy.random.RandomState): Generator of the draws.
+        preprocessing (Preprocessing): Ranges of area and aspect ratio.
 
     Returns:
-        tuple: Left, upper, right, lower.
+        tuple of int: Left, upper, right and lower border, in pixels.
     """
     width, height = size
     log_aspect = np.log(preprocessing.max_aspect)
@@ -99,13 +106,13 @@ def random_crop(size, rng, preprocessing) -> tuple[int, int, int, int]:
 
 
 def train_image(path, rng, preprocessing, out=None) -> np.ndarray:
-    """Decodes an image for training: a random crop, resized, flipped or not.
+    """Decodes an image for training: crops it at random, resizes it, and may flip it.
 
     Args:
         path (str or Path): The file.
-        rng (numpy.random.RandomState): From :func:`augmentation_rng`.
-        preprocessing (Preprocessing): What is done.
-        out (uint8 array): Where the result is written, contiguous; a new array by default.
+        rng (numpy.random.RandomState): Generator from :func:`augmentation_rng`.
+        preprocessing (Preprocessing): How to crop, resize and flip.
+        out (uint8 array): Contiguous array for the result; a new array by default.
 
     Returns:
         uint8 array [image_size, image_size, 3].
@@ -117,7 +124,7 @@ def train_image(path, rng, preprocessing, out=None) -> np.ndarray:
     height, width = pixels.shape[:2]
     left, upper, right, lower = random_crop((width, height), rng, preprocessing)
     side = preprocessing.image_size
-    # Cropped first: the filter must not see across the border of the crop.
+    # Crop before resizing: the filter must not see pixels outside the crop.
     crop = pixels[upper:lower, left:right]
     if preprocessing.horizontal_flip and rng.randint(2):
         return cv2.flip(resized(crop, side, side, preprocessing.resize_filter), 1, dst=out)
@@ -125,12 +132,12 @@ def train_image(path, rng, preprocessing, out=None) -> np.ndarray:
 
 
 def validation_image(path, preprocessing, out=None) -> np.ndarray:
-    """Decodes an image for validation: the centre of the image whose shorter side was resized.
+    """Decodes an image for validation: resizes its shorter side, and cuts out the centre.
 
     Args:
         path (str or Path): The file.
-        preprocessing (Preprocessing): What is done.
-        out (uint8 array): Where the result is written; a new array by default.
+        preprocessing (Preprocessing): How to resize and crop.
+        out (uint8 array): Array for the result; a new array by default.
 
     Returns:
         uint8 array [image_size, image_size, 3].
@@ -153,19 +160,19 @@ def validation_image(path, preprocessing, out=None) -> np.ndarray:
 
 
 def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np.ndarray:
-    """Pixels of another size; ``resize_filter`` as in :class:`Preprocessing`.
+    """Resizes an image.
 
     Args:
-        pixels (uint8 array): [H, W, 3].
-        width, height (int): Of the result.
-        resize_filter (str): One of ``FILTERS``.
-        out (uint8 array): Where the result is written, contiguous; a new array by default.
+        pixels (uint8 array): The image, [H, W, 3].
+        width, height (int): Size of the result, in pixels.
+        resize_filter (str): One of ``FILTERS``, which :class:`Preprocessing` describes.
+        out (uint8 array): Contiguous array for the result; a new array by default.
 
     Returns:
         uint8 array [height, width, 3].
     """
     if resize_filter == 'pillow':
-        # Pillow's own copy of a crop takes five times as long.
+        # Pillow would copy a crop too, in five times the time.
         pixels = np.ascontiguousarray(pixels)
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
         if out is None:
@@ -179,16 +186,19 @@ def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np
 
 
 def triangle(scale: float) -> np.ndarray:
-    """What to filter with before a linear interpolation that makes an image ``scale`` times
-    smaller, so that both together are an antialiased bilinear filter.
+    """Returns the filter to apply before a linear interpolation that shrinks an image.
 
-    Where s is an integer, the triangle of radius s is a sum of triangles of radius 1, at j = 1 - s
-    ... s - 1 with weights (s - abs(j)) / s**2: then the result is Pillow's, but for the rounding.
-    Between two integers their weights are mixed, so that the variance is that of the triangle of
-    radius s, s**2 / 6.
+    Filter and interpolation together are an antialiased bilinear filter. Let s be ``scale``. For an
+    integer s, the triangle of radius s is a sum of triangles of radius 1. Their centres are j =
+    1 - s ... s - 1, their weights are (s - abs(j)) / s**2. The result then equals Pillow's, except
+    for rounding. For an s between two integers, the weights of both integers are mixed. The mixture
+    has the variance of the triangle of radius s, s**2 / 6.
+
+    Args:
+        scale (float): Factor by which the image shrinks.
 
     Returns:
-        float32 array: Odd length, sum 1; [1] where the image grows.
+        float32 array: The filter, of odd length and sum 1; [1] if the image grows.
     """
     if scale <= 1:
         return np.ones(1, np.float32)
@@ -200,11 +210,14 @@ def triangle(scale: float) -> np.ndarray:
 
 
 def decode(path) -> np.ndarray:
-    """8-bit RGB, upright, whatever the file has; transparent parts lie on white.
+    """Decodes an image file to 8-bit RGB, upright, with transparent parts on white.
 
-    JPEG files in colour or grey go through simplejpeg, which gives Pillow's pixels in three
-    quarters of the time; everything else, and what simplejpeg will not have, through Pillow.
-    ``./run_mpi.sh benchmark loader`` compares what there was to choose from.
+    simplejpeg decodes JPEG files in colour or grey. It gives Pillow's pixels in three quarters of
+    the time. Pillow decodes all other files, and those that simplejpeg rejects.
+    ``./run_mpi.sh benchmark loader`` compares the candidates.
+
+    Args:
+        path (str or Path): The file.
 
     Returns:
         uint8 array [H, W, 3].
@@ -216,10 +229,10 @@ def decode(path) -> np.ndarray:
     try:
         data = path.read_bytes()
         return _decode_jpeg(data) if data[:2] == b'\xff\xd8' else _decode_with_pillow(data)
-    except Exception as error:  # over damaged bytes, Pillow raises TypeError and others, too
+    except Exception as error:  # for damaged bytes, Pillow raises TypeError and others, too
         reason = str(error)
-        if isinstance(error, UnidentifiedImageError):  # which tells an address in memory
-            reason = 'no image that Pillow knows' if data else 'empty'
+        if isinstance(error, UnidentifiedImageError):  # its message shows a memory address
+            reason = 'not an image that Pillow knows' if data else 'empty'
         raise DataError(
             f'image {path} cannot be decoded ({reason}); replace it or remove it'
         ) from error
@@ -227,17 +240,17 @@ def decode(path) -> np.ndarray:
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
     try:
-        # What simplejpeg does not do: convert CMYK, turn an image as its EXIF says.
+        # simplejpeg neither converts CMYK nor turns images upright.
         colours = simplejpeg.decode_jpeg_header(data)[2]
         if colours in ('YCbCr', 'Gray', 'RGB') and not _is_turned(data):
             return simplejpeg.decode_jpeg(data)
     except ValueError:
-        pass  # Pillow decides whether it is broken
+        pass  # Pillow decides whether the file is broken
     return _decode_with_pillow(data)
 
 
 def _is_turned(jpeg: bytes) -> bool:
-    """Whether the file has EXIF that says so; Pillow is asked only if it has any."""
+    """Whether the image has an EXIF turn. Pillow opens the file only if it has EXIF at all."""
     position = 2
     while position < len(jpeg) and jpeg[position : position + 2] != b'\xff\xda':
         if jpeg[position + 4 : position + 10] == b'Exif\0\0':
@@ -248,17 +261,17 @@ def _is_turned(jpeg: bytes) -> bool:
 
 
 def orientation(image) -> int:
-    """How an opened image is to be turned, by its EXIF: 1 (upright) to 8."""
+    """Returns the EXIF orientation of an opened image: 1 (upright) to 8."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001  (damaged EXIF says nothing, and the pixels may be whole)
+    except Exception:  # noqa: BLE001  (the EXIF is damaged, but the pixels may be whole)
         return 1
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        # Not by ImageOps.exif_transpose, which writes the EXIF anew and fails if it is damaged.
+        # ImageOps.exif_transpose would rewrite the EXIF, and fail if the EXIF is damaged.
         turn = _TURNS.get(orientation(image))
         if turn is not None:
             image = image.transpose(turn)
@@ -271,8 +284,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         return np.array(image.convert('RGB'))
 
 
-# For CuPy's ElementwiseKernel: parameters in, parameters out, operation, name. One pass that reads
-# bytes and writes floats; each product and sum is rounded, as NumPy does.
+# Arguments of CuPy's ElementwiseKernel: inputs, outputs, operation, name. One pass reads bytes and
+# writes floats. Each product and each sum is rounded, as in NumPy.
 NORMALIZE = (
     """raw uint8 pixels, int64 area, float32 scale0, float32 scale1, float32 scale2,
     float32 shift0, float32 shift1, float32 shift2""",
@@ -289,15 +302,15 @@ NORMALIZE = (
 
 
 def normalize(batch, mean=MEAN, std=STD, xp=np):
-    """Pixels as the network takes them: (x / 255 - mean) / std for each channel.
+    """Normalizes pixels for the network: (x / 255 - mean) / std for each channel.
 
     Args:
-        batch (array): uint8 [N, H, W, 3], of ``xp``.
-        mean, std (tuple of float): Of red, green and blue, in units of the full scale.
+        batch (array): Pixels, uint8 [N, H, W, 3], of ``xp``.
+        mean, std (tuple of float): Mean and deviation of red, green and blue; full scale is 1.
         xp (module): numpy or cupy.
 
     Returns:
-        array: float32 [N, 3, H, W], contiguous; the same bits from both.
+        array: float32 [N, 3, H, W], contiguous. numpy and cupy give the same bits.
     """
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)
     shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
@@ -317,14 +330,14 @@ def _normalize_kernel(xp):
 
 
 def converter_to(device):
-    """A converter for Chainer's updaters and evaluators.
+    """Makes a converter for Chainer's updaters and evaluators.
 
     Args:
-        device (~chainer.backend.Device): Of the model.
+        device (~chainer.backend.Device): The model's device.
 
     Returns:
-        callable: Turns a minibatch, uint8 [N, H, W, 3] and labels [N], into :func:`normalize`d
-            images and labels on the device.
+        callable: Takes a minibatch, uint8 [N, H, W, 3] and labels [N]. Returns images, as
+            :func:`normalize` makes them, and labels, both on the device.
     """
 
     def convert(batch, device_=None):

@@ -1,4 +1,4 @@
-"""Which images there are: folders of classes, and manifests, from which they are known at once."""
+"""Lists the images of a folder of class folders, and caches the list in a manifest."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ import numpy as np
 
 SUFFIXES = ('.jpeg', '.jpg', '.png')
 _LAYOUT_OF_A_MANIFEST = 1
-_THREADS = 16  # that list: a network file system answers each with a delay
+_THREADS = 16  # many, because a network file system answers each question with a delay
 
 
 class DataError(Exception):
-    """The images cannot be used; the message names the path, what is wrong and what helps."""
+    """Images that cannot be used. The message names the path, the cause and the remedy."""
 
 
 def print_any_name():
-    """From now on standard output takes the names of files that are no text, too."""
+    """Lets standard output print file names that are not valid text, with escapes."""
     sys.stdout.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """The listing of ROOT/CLASS/FILE: files sorted by class and name, whatever the file system's
-    order.
+    """The list of the images ROOT/CLASS/FILE, sorted by class and file name on any file system.
 
-    It is held as bytes: 35 MB for ImageNet, where a million strings would be 140 MB.
+    The names are held as bytes. They take 35 MB for ImageNet; a million strings would take 140 MB.
 
     Attributes:
-        root (str): The folder.
-        classes (tuple of str): Names of the class folders, sorted; a label is an index into it.
-        counts (int64 array): Images of each class.
-        files (bytes): FILE of each image, class after class, as the file system spells it; each
-            ends with a zero.
-        mark (str): The folder's :func:`fingerprint` before it was listed.
+        root (str): The folder ROOT.
+        classes (tuple of str): Sorted names of the class folders. A label is an index into them.
+        counts (int64 array): Number of images in each class.
+        files (bytes): FILE of each image, class by class, as the file system spells the name. A
+            zero byte ends each name.
+        mark (str): The folder's :func:`fingerprint`, taken before the folder was listed.
     """
 
     root: str
@@ -56,7 +55,7 @@ class ImageFolder:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """Label of each image, int32."""
+        """The label of each image, int32."""
         return np.repeat(np.arange(len(self.classes), dtype=np.int32), self.counts)
 
     @functools.cached_property
@@ -64,37 +63,46 @@ class ImageFolder:
         return np.flatnonzero(np.frombuffer(self.files, np.uint8) == 0)
 
     def name(self, index: int) -> str:
-        """CLASS/FILE of an image."""
+        """Returns CLASS/FILE of an image."""
         start = self._ends[index - 1] + 1 if index else 0
         file = os.fsdecode(self.files[start : self._ends[index]])
         return f'{self.classes[self.labels[index]]}/{file}'
 
     def path(self, index: int) -> str:
+        """Returns ROOT/CLASS/FILE of an image."""
         return os.path.join(self.root, self.name(index))
 
     def digest(self) -> str:
-        """Identifies the classes and names, wherever the folder is."""
+        """Returns a hash of the classes and file names, which does not depend on ROOT."""
         sha = hashlib.sha256(os.fsencode('\0'.join(self.classes)))
         sha.update(self.counts.astype('<i8').tobytes() + self.files)
         return sha.hexdigest()[:16]
 
     def pack(self) -> tuple:
-        """The listing in a few objects: quick to send, however long it is."""
+        """Returns a few objects that are quick to send, even for a million images."""
         return self.root, '\0'.join(self.classes), self.counts, zlib.compress(self.files, 1)
 
     @classmethod
     def unpack(cls, packed: tuple) -> ImageFolder:
+        """Restores the listing that :meth:`pack` packed."""
         root, classes, counts, files = packed
         return cls(root, tuple(classes.split('\0')), counts, zlib.decompress(files))
 
 
 def list_images(root) -> ImageFolder:
-    """Lists ROOT/CLASS/*.jpg, .jpeg and .png, whatever the case of the suffix; prints a line every
-    ten seconds.
+    """Lists ROOT/CLASS/*.jpg, .jpeg and .png, with suffixes in upper or lower case.
+
+    Prints a line of progress every ten seconds.
+
+    Args:
+        root (str or Path): The folder ROOT.
+
+    Returns:
+        ImageFolder: The list.
 
     Raises:
-        DataError: There is no such folder, it has no class folder, or a class cannot be read or has
-            no image.
+        DataError: The folder does not exist or has no class folder, or a class folder cannot be
+            read or has no image.
     """
     root = os.fspath(root)
     classes = _class_folders(root)
@@ -121,11 +129,11 @@ def _class_folders(root) -> list:
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     except OSError as error:
         raise DataError(
-            f'image folder {root}: {error.strerror}; it must hold a folder of images for each class'
+            f'image folder {root}: {error.strerror}; give a folder that has one folder per class'
         ) from error
     if not classes:
         raise DataError(
-            f'image folder {root} has no class folders; images belong into {root}/CLASS/'
+            f'image folder {root} has no class folders; move the images to {root}/CLASS/'
         )
     return classes
 
@@ -134,34 +142,40 @@ def _images_in(folder) -> list:
     try:
         names = [entry.name for entry in os.scandir(folder)]
     except OSError as error:
-        raise DataError(f'class folder {folder}: {error.strerror}') from error
+        raise DataError(
+            f'class folder {folder}: {error.strerror}; make it readable, or remove it'
+        ) from error
     names = [name for name in names if name.lower().endswith(SUFFIXES)]
     if not names:
         raise DataError(
-            f'class folder {folder} has no image ({", ".join(SUFFIXES)}); fill it or remove it'
+            f'class folder {folder} has no image ({", ".join(SUFFIXES)}); add one, or remove it'
         )
     return sorted(map(os.fsencode, names))
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
-    """Raises DataError, with names, if the two folders do not have the same classes."""
+    """Raises DataError, with the names of classes, if only one of the two folders has them."""
     for one, other in ((train, val), (val, train)):
         extra = sorted(set(one.classes) - set(other.classes))
         if extra:
             shown = ', '.join(extra[:3]) + (', ...' if len(extra) > 3 else '')
             raise DataError(
-                f'{one.root} has {len(extra)} class folder(s) that {other.root} has not: {shown}; '
-                'both must have the same'
+                f'{one.root} has {len(extra)} class folder(s) that {other.root} lacks: {shown}; '
+                'both must have the same classes'
             )
 
 
 def fingerprint(root) -> tuple[str, float]:
-    """Of the class folders' names and times of change: another one once an image is added, removed
-    or renamed. A thousand questions to the file system instead of a million; an image whose
-    contents were replaced keeps it.
+    """Returns a hash of the class folders' names and modification times.
+
+    The hash changes when an image is added, removed or renamed, but not when the contents of an
+    image are replaced. Only the class folders are queried: a thousand queries instead of a million.
+
+    Args:
+        root (str): The folder of class folders.
 
     Returns:
-        tuple: The fingerprint, and the latest change in seconds since 1970.
+        tuple: The hash, and the latest modification time in seconds since 1970.
     """
     times = [(name, os.stat(os.path.join(root, name)).st_mtime_ns) for name in _class_folders(root)]
     digest = hashlib.sha256(repr(times).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
@@ -169,29 +183,33 @@ def fingerprint(root) -> tuple[str, float]:
 
 
 def manifest_of(root, manifests) -> Path:
-    """The file in the folder ``manifests`` that the listing of ``root`` is kept in."""
+    """Returns the path of the manifest of ``root``, a file in the folder ``manifests``."""
     full = os.path.abspath(root)
     digest = hashlib.sha256(os.fsencode(full)).hexdigest()[:8]
     return Path(manifests) / f'{os.path.basename(full)}-{digest}.npz'
 
 
 def listing_of(root, manifests) -> ImageFolder:
-    """The listing of an image folder: its manifest's where that matches, else the folder's own. It
-    writes nothing: see :func:`save_manifest`.
+    """Reads the manifest of an image folder, or lists the folder if the manifest is not up to date.
+
+    Writes nothing; :func:`save_manifest` writes manifests.
 
     Args:
-        root (str): The folder.
+        root (str or Path): The image folder.
         manifests (str or Path): The folder of manifests.
 
+    Returns:
+        ImageFolder: The list.
+
     Raises:
-        DataError: As :func:`list_images`.
+        DataError: As in :func:`list_images`.
     """
     path, root = manifest_of(root, manifests), os.fspath(root)
     try:
         with np.load(path) as file:
             manifest = {name: file[name] for name in file.files}
         if manifest['layout'] != _LAYOUT_OF_A_MANIFEST:
-            raise ValueError('of another release')
+            raise ValueError('another release wrote it')
         if str(manifest['fingerprint']) != fingerprint(root)[0]:
             raise ValueError('the folder has changed since')
         classes = os.fsdecode(manifest['classes'].tobytes())
@@ -200,16 +218,21 @@ def listing_of(root, manifests) -> ImageFolder:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        print(f'manifest {path} is not used ({error}): lists {root} again', flush=True)
+        print(f'note: manifest {path} is not used ({error}); listing {root} again', flush=True)
     return list_images(root)
 
 
 def save_manifest(folder: ImageFolder, manifests, now=time.time) -> None:
-    """Writes the manifest of a listing, unless there is one already that matches.
+    """Writes the manifest of a listing, unless an up-to-date manifest exists.
 
-    A folder that has changed since it was listed is not kept, nor one that has within the last two
-    seconds: another change could come in the same tick of the file system's clock. A manifest that
-    cannot be written is a note, and no error.
+    Writes none if the folder has changed since it was listed. Nor does it write one within two
+    seconds of a change: the next change could come in the same tick of the file system's clock. A
+    manifest that cannot be written causes a note, not an error.
+
+    Args:
+        folder (ImageFolder): The list.
+        manifests (str or Path): The folder of manifests.
+        now (callable): Returns the time in seconds since 1970.
     """
     path = manifest_of(folder.root, manifests)
     try:
@@ -230,7 +253,10 @@ def save_manifest(folder: ImageFolder, manifests, now=time.time) -> None:
             )
         os.replace(unfinished, path)
     except (OSError, DataError) as error:
-        print(f'note: manifest {path} cannot be written ({error})', flush=True)
+        print(
+            f'note: manifest {path} cannot be written ({error}); the next run lists images again',
+            flush=True,
+        )
         return
     print(f'{len(folder):,} images in {folder.root}; list kept in {path}', flush=True)
 

@@ -1,6 +1,7 @@
-"""Decodes images ahead of the training, in processes that MPI never notices, or in threads.
+"""Decodes images ahead of the training, in processes that MPI does not know of, or in threads.
 
-Nothing here, nor what it imports, may import MPI or Chainer: every loader process imports it.
+Every loader process imports this module. It must import neither MPI nor Chainer, nor anything that
+does.
 """
 
 from __future__ import annotations
@@ -30,29 +31,29 @@ from reproduce.listing import DataError
 
 
 def start_forkserver(remove_after_end=lambda path: None):
-    """Starts the server that forks loader processes; call it before anything imports
-    ``mpi4py.MPI``.
+    """Starts the server that forks loader processes.
 
-    A process forked after MPI has opened InfiniBand can crash or hang. The signals that stop a
-    training are the rank's to handle: mpiexec sends them to all processes of its group.
+    Call this function before anything imports ``mpi4py.MPI``: a process that is forked after MPI
+    has opened InfiniBand can crash or hang. The server ignores the signals that stop a training.
+    mpiexec sends them to all processes of the rank's group, but only the rank handles them.
 
     Args:
-        remove_after_end (callable): Is told the path of each file that a kill would leave behind.
+        remove_after_end (callable): Takes the path of each file that a kill would leave behind.
     """
-    # Semaphores with a name by which they can be found when all their processes were killed.
+    # Semaphores get names by which they can be found after a kill of all their processes.
     prefix = f'/reproduce-{os.getpid()}'
     multiprocessing.current_process()._config['semprefix'] = prefix  # type: ignore[attr-defined]
     remove_after_end(f'/dev/shm/sem.{prefix[1:]}-*')
     remove_after_end(multiprocessing.util.get_temp_dir())
     multiprocessing.set_forkserver_preload(['reproduce.loader'])  # instead of the main script
     handlers = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    multiprocessing.forkserver.ensure_running()  # what is ignored stays so in a new program
+    multiprocessing.forkserver.ensure_running()  # a new program inherits ignored signals
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
 
 
 class _LoaderProcess(multiprocessing.context.ForkServerProcess):
-    """A process that does not import the main script: that would start MPI in each of them."""
+    """A process that does not import the main script, which would start MPI."""
 
     def start(self):
         main = sys.modules['__main__']
@@ -73,7 +74,7 @@ class _Context(multiprocessing.context.ForkServerContext):
 
 
 class _Serial(concurrent.futures.Executor):
-    """Does the work when it is asked for."""
+    """Runs each task at once, in the thread that submits the task."""
 
     def submit(self, function, *arguments):
         future: concurrent.futures.Future = concurrent.futures.Future()
@@ -85,26 +86,32 @@ class _Serial(concurrent.futures.Executor):
 
 
 def parse(how: str) -> tuple[str, int]:
-    """Kind and number of those who decode: ``serial``, ``threads:N`` or ``processes:N``.
+    """Reads ``serial``, ``threads:N`` or ``processes:N``.
+
+    Args:
+        how (str): One of the three forms.
+
+    Returns:
+        tuple: The kind (``'serial'``, ``'threads'`` or ``'processes'``), and N; 0 for ``serial``.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: ``how`` has none of the three forms.
     """
     match = re.fullmatch(r'(?:serial|(threads|processes):([1-9]\d*))', how)
     if not match:
-        raise ValueError(f'{how!r}, and must be serial, threads:N or processes:N')
+        raise ValueError(f'{how!r}, but must be serial, threads:N or processes:N')
     return match[1] or 'serial', int(match[2] or 0)
 
 
 class _Slots:
-    """Room for minibatches that loader processes write to, used in turn.
+    """A ring of buffers. Loader processes write one minibatch into each.
 
-    The memory has no name, so that nothing is left of it when its processes are gone, however they
-    ended; and no limit, as /dev/shm has.
+    The memory has no name, so the kernel frees the memory when its processes end, however they end.
+    Nor does the limit of /dev/shm apply.
 
     Attributes:
-        pixels (uint8 array): [slots, batch, side, side, 3].
-        futures (list): Of what was last to be written into each.
+        pixels (uint8 array): The buffers, [slots, batch, side, side, 3].
+        futures (list): For each slot, the future of the last minibatch to be written into it.
     """
 
     def __init__(self, n, batch_size, side):
@@ -116,7 +123,7 @@ class _Slots:
         self._turns = 0
 
     def next(self) -> int:
-        """A slot; what it held before is no longer valid."""
+        """Returns the next slot. Its old contents become invalid."""
         slot = self._turns % len(self.futures)
         self._turns += 1
         return slot
@@ -125,12 +132,12 @@ class _Slots:
         os.close(self._fd)
 
     def share(self) -> tuple:
-        """What another process maps, for its arguments when it is started."""
+        """Returns the arguments with which a new process can map the memory."""
         return _File(self._fd), self._shape
 
 
 class _File:
-    """An open file that is handed over to a process that is being started."""
+    """An open file, to hand over to a process at its start."""
 
     def __init__(self, fd):
         self._fd = fd
@@ -152,11 +159,12 @@ class _Batch:
     """A minibatch that is being decoded.
 
     Attributes:
-        place: What it is: (iteration, worker), or the first image of validation.
-        indices (array): Of its images.
-        keys (list): Seed, epoch and image of each, for the augmentation; None in validation.
-        pixels (uint8 array): Where they come to lie.
-        future (~concurrent.futures.Future): What could not be decoded: position to message.
+        place: (iteration, worker) in training, index of the first image in validation.
+        indices (array): Indices of the images.
+        keys (list): (seed, epoch, image) of each image, for the augmentation; None in validation.
+        pixels (uint8 array): The decoded images, as soon as they are complete.
+        future (~concurrent.futures.Future): Returns {position: message} of the images that could
+            not be decoded.
     """
 
     place: object
@@ -167,34 +175,35 @@ class _Batch:
 
 
 class ImageLoader:
-    """Minibatches of training and validation, decoded ahead.
+    """Loads minibatches for training and validation, and decodes the next ones ahead.
 
-    Which images a training minibatch has, and how they are augmented, depends on nothing but the
-    seed, the iteration and the worker: not on who decodes them, nor on what was loaded before.
+    Seed, iteration and worker determine the images of a training minibatch and their augmentation.
+    Neither the decoding process nor earlier minibatches change the result.
 
     Args:
-        train, val (ImageFolder): The images.
-        order (ImageOrder): Which images belong to a worker in an iteration.
-        preprocessing (Preprocessing): What is done to each.
-        seed (int): Of the augmentation.
-        workers (range): The workers whose minibatches will be asked for, in this order in every
+        train, val (ImageFolder): Training and validation images.
+        order (ImageOrder): Assigns images to each worker in each iteration.
+        preprocessing (Preprocessing): How to crop, resize and flip images.
+        seed (int): Seed of the augmentation.
+        workers (range): The workers whose minibatches the caller requests, in this order in every
             iteration.
-        how (str): Who decodes: ``'processes:N'``, ``'threads:N'``, or ``'serial'``, the calling
-            process when it is asked.
-        validation_batch_size (int): Images of a minibatch of validation.
-        bad_images (str): What becomes of an image that cannot be decoded. ``'error'`` raises.
-            ``'skip'``: in training the next one of the listing that can be decoded takes its
-            place, with its own label and the crop that the other would have had; in validation
-            its pixels are 0 and its label -1, which the evaluator does not count.
-        prefetch (int): Minibatches that are decoded ahead; two per process or thread by default.
+        how (str): ``'processes:N'`` or ``'threads:N'`` decode ahead. ``'serial'`` decodes in the
+            calling process, on request.
+        validation_batch_size (int): Images per minibatch in validation.
+        bad_images (str): ``'error'`` raises DataError if an image cannot be decoded. ``'skip'``
+            replaces the image in training with the next decodable one of the listing. The new image
+            has its own label, and the crop that was drawn for the bad image. In validation,
+            ``'skip'`` sets the pixels to 0 and the label to -1, which the evaluator does not count.
+        prefetch (int): Number of minibatches to decode ahead. By default, two per process or
+            thread.
 
     Attributes:
         train, val (ImageFolder): As given.
-        bad (dict): Path to message of the images that were skipped so far.
+        bad (dict): The images skipped so far, as {path: message}.
 
     Raises:
-        DataError: An image cannot be decoded; when its minibatch is asked for.
-        RuntimeError: A loader process died; when the next minibatch is asked for.
+        DataError: An image cannot be decoded. Raised by the request for the image's minibatch.
+        RuntimeError: A loader process died. Raised by the next request for a minibatch.
     """
 
     def __init__(
@@ -219,7 +228,7 @@ class ImageLoader:
         kind, n = parse(how)
         self._prefetch = 2 * n if prefetch is None else prefetch * (n > 0)
         self._ahead: collections.deque = collections.deque()
-        # One for each minibatch ahead, and one for that in the caller's hands.
+        # One slot for each minibatch ahead, and one for the minibatch that the caller uses.
         side, n_slots = preprocessing.image_size, self._prefetch + 1
         self._slots = (
             _Slots(n_slots, order.local_batch_size, side),
@@ -238,11 +247,18 @@ class ImageLoader:
             )
 
     def train_batch(self, iteration: int, worker: int) -> tuple[np.ndarray, np.ndarray]:
-        """A worker's minibatch: uint8 [b, H, W, 3], valid until the next one is asked for, and
-        int32 labels [b]."""
+        """Returns a worker's minibatch.
+
+        Args:
+            iteration (int): Iteration, from 0.
+            worker (int): Worker, one of ``workers``.
+
+        Returns:
+            tuple: Images, uint8 [b, H, W, 3], valid until the next request; labels, int32 [b].
+        """
         wanted = (iteration, worker)
         if not self._ahead or self._ahead[0].place != wanted:
-            # Not cancelled: Python before 3.12 then stumbles over a process that dies.
+            # Dropped, not cancelled: after a cancel, Python before 3.12 fails if a process dies.
             self._ahead.clear()
             self._ahead.append(self._start_train(wanted))
         while len(self._ahead) <= self._prefetch:
@@ -250,8 +266,15 @@ class ImageLoader:
         return self._finish(self._ahead.popleft(), self.train)
 
     def validation_batches(self, start: int, stop: int):
-        """Iterates over validation images [start, stop): uint8 [b, H, W, 3], valid until the next
-        minibatch, and int32 labels [b]; -1 for an image that was skipped."""
+        """Iterates over minibatches of the validation images [start, stop).
+
+        Args:
+            start, stop (int): Range of images.
+
+        Yields:
+            tuple: Images, uint8 [b, H, W, 3], valid until the next minibatch; labels, int32 [b], -1
+                for a skipped image.
+        """
         size = self._validation_batch_size
         ranges = iter([range(i, min(i + size, stop)) for i in range(start, stop, size)])
         ahead: collections.deque = collections.deque()
@@ -272,7 +295,7 @@ class ImageLoader:
         return self
 
     def __exit__(self, kind, *error):
-        # An error must not wait for a process that hangs; an ending that all ranks agreed on can.
+        # After an error, do not wait: a process may hang. After an ending of all ranks, wait.
         self.close(wait=kind is None or getattr(kind, 'agreed', False))
 
     def _next(self, place):
@@ -291,12 +314,12 @@ class ImageLoader:
         slot = slots.next()
         previous = slots.futures[slot]
         if previous is not None:
-            self._wait(previous)  # of a minibatch that was given up: it may still be written
+            self._wait(previous)  # a process may still write an earlier, dropped minibatch
         paths = [(self.train, self.val)[which].path(index) for index in indices]
         pixels = slots.pixels[slot, : len(paths)]
         try:
             if isinstance(self._executor, concurrent.futures.ProcessPoolExecutor):
-                if self._dead():  # from Python 3.12 on, submit() waits until the others have ended
+                if self._dead():  # since Python 3.12, submit() waits until the other processes end
                     raise self._died()
                 future = self._executor.submit(_fill_shared, which, slot, paths, keys)
                 self._processes.update(self._executor._processes or {})
@@ -316,14 +339,14 @@ class ImageLoader:
         labels = folder.labels[batch.indices]
         for position, message in bad.items():
             if not self._skips:
-                raise DataError(f'{message}; --bad-images skip does without')
+                raise DataError(f'{message}, or go on without it: --bad-images skip')
             labels[position] = self._replace(batch, position, message, folder)
         return batch.pixels, labels
 
     def _replace(self, batch, position, message, folder) -> int:
-        """Puts something in the place of a bad image; returns its label."""
+        """Replaces a bad image, or blanks it in validation. Returns the new label."""
         index = int(batch.indices[position])
-        label, instead = -1, 'not counted'
+        label, instead = -1, 'validation does not count it'
         if batch.keys is None:
             batch.pixels[position] = 0
         else:
@@ -336,7 +359,7 @@ class ImageLoader:
                     break
             else:
                 raise DataError(f'no image of {folder.root} can be decoded; {message}')
-            label, instead = folder.labels[other], f'{folder.name(other)} instead'
+            label, instead = folder.labels[other], f'the run uses {folder.name(other)} instead'
         path = folder.path(index)
         if path not in self.bad:
             print(f'note: {message}; {instead}', file=sys.stderr, flush=True)
@@ -344,7 +367,7 @@ class ImageLoader:
         return label
 
     def _wait(self, future):
-        # The pool itself does not notice a process that died while it wrote a result.
+        # The pool does not notice if a process dies while it writes a result.
         while not concurrent.futures.wait([future], timeout=1).done:
             if self._dead():
                 raise self._died()
@@ -359,28 +382,28 @@ class ImageLoader:
 
     def _died(self):
         dead = self._dead()
-        # The others may wait for ever for a lock that the dead one held, and the pool for them.
+        # The others may wait for ever for a lock of the dead process, and the pool for the others.
         for process in self._processes.values():
             process.kill()
-        # The pool's own thread asks for the exit codes; only one can get them.
+        # An exit code can be read only once, and the pool's own thread reads it. Wait for that.
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline and any(p._popen.returncode is None for p in dead):
             time.sleep(0.01)
-        # It ends the others by SIGTERM.
+        # The pool ends processes by SIGTERM, so a process with another ending died first.
         ended = sorted(dead, key=lambda process: process.exitcode == -signal.SIGTERM)
         pid, code = (ended[0].pid, ended[0].exitcode) if ended else ('?', None)
         how = f'by {signal.Signals(-code).name}' if code and code < 0 else f'with status {code}'
         return RuntimeError(
             f'process {pid} that loads images ended {how} (killed, or out of memory?); '
-            '--loader serial does without processes'
+            'use --loader serial to avoid loader processes'
         )
 
 
 def _fill(pixels, paths, keys, preprocessing) -> dict:
-    """Decodes images into ``pixels``, for training where there are keys of the augmentation.
+    """Decodes images into ``pixels``: for training if there are ``keys``, else for validation.
 
     Returns:
-        dict: Position to message of those that cannot be decoded.
+        dict: The images that cannot be decoded, as {position: message}.
     """
     bad = {}
     rng = np.random.RandomState(0)
@@ -397,7 +420,7 @@ def _fill(pixels, paths, keys, preprocessing) -> dict:
     return bad
 
 
-_shared: list = []  # in a loader process: the preprocessing, and the two arrays of slots
+_shared: list = []  # in a loader process: the preprocessing, and both arrays of slots
 
 
 def _initialize(preprocessing, *shared):
@@ -405,9 +428,9 @@ def _initialize(preprocessing, *shared):
     for fd, shape in shared:
         _shared.append(_map(fd, shape))
         os.close(fd)
-    faulthandler.enable()  # a crash of a decoder shows where
-    os.setpgrp()  # out of the reach of signals to the rank's group
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the pool ends its processes
+    faulthandler.enable()  # shows where a decoder crashed
+    os.setpgrp()  # signals to the rank's group do not arrive here
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends its processes by SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_owner, daemon=True).start()
 

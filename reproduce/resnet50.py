@@ -27,8 +27,9 @@ def _batch_normalization(size, initial_gamma=1):
 class Bottleneck(chainer.Chain):
     """1x1, 3x3, 1x1 convolutions beside a shortcut; ``width`` channels inside, ``4 * width`` out.
 
-    The 3x3 convolution has the stride. Where the shape changes, the shortcut is a 1x1 convolution
-    with that stride, and BN; else the identity. ``bn3`` starts with gamma 0: a shortcut only.
+    The 3x3 convolution has the stride. If the shape changes, the shortcut is a 1x1 convolution with
+    that stride, followed by BN. If not, the shortcut is the identity. ``bn3`` starts with gamma 0,
+    so a new block passes on its shortcut only.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, rng=None):
@@ -55,7 +56,7 @@ class Bottleneck(chainer.Chain):
 class ResNet50(chainer.Chain):
     """ResNet-50 with the stride in the 3x3 convolutions (G); 25,557,032 parameters by default (D)::
 
-        link   what                          channels     side: imagenet, 224   cifar, 32
+        link   layers                        channels     side: imagenet, 224   cifar, 32
         conv1  7x7, stride 2 (cifar 3x3, 1)  width        112                   32
                max pooling 3x3, stride 2     width        56                    (none)
         res2   3 bottlenecks                 4 * width    56                    32
@@ -64,23 +65,32 @@ class ResNet50(chainer.Chain):
         res5   3 bottlenecks, 1st stride 2   32 * width   7                     4
         fc     linear, after global average  n_classes
 
-    Convolutions have no bias and are followed by BN. Initial values (G): convolutions He-normal by
-    fan-out, N(0, 2 / (k * k * out_channels)); gamma 1, but 0 in each block's last BN, ``bn3``;
-    beta 0; ``fc.W`` N(0, 0.01**2), ``fc.b`` 0. BN has ``decay=0``: ``avg_mean`` and ``avg_var`` are
-    the last minibatch's, not moving averages (S). Its ``eps`` is 1e-5, Torch's own, which
-    fb.resnet.torch (the "fb" of this variant) leaves as it is; Chainer's own is 2e-5.
+    Convolutions have no bias, and BN follows each of them. The initial values (G)::
 
-    Deviation: Chainer's ``avg_var`` is m / (m - 1) times the variance that normalized m values.
+        convolutions  He-normal by fan-out, N(0, 2 / (k * k * out_channels))
+        gamma         1, except 0 in each block's last BN, bn3
+        beta          0
+        fc.W          N(0, 0.01**2)
+        fc.b          0
+
+    BN has ``decay=0``: ``avg_mean`` and ``avg_var`` are the last minibatch's, not moving averages
+    (S). BN's ``eps`` is 1e-5. This is Torch's default, which fb.resnet.torch (the "fb" of this
+    variant) keeps. Chainer's default is 2e-5.
+
+    Deviation: for m values, Chainer's ``avg_var`` is m / (m - 1) times the variance that normalizes
+    the values.
 
     Args:
-        n_classes (int): Number of logits.
-        width (int): Channels of the stem, which scale all others; 16 is a slim network.
+        n_classes (int): Number of classes, and of logits.
+        width (int): Channels of the stem. All other layers scale with them; 16 is a slim network.
         stem (str): ``'imagenet'``, or ``'cifar'`` for small images (not the paper's).
-        seed (int or None): Decides the initial values alone. Order of drawing: conv1; each block's
-            conv1, conv2, conv3, conv4 (if it projects); fc. None: from NumPy's global state.
+        seed (int or None): Seed of the initial values, which depend on nothing else. They are drawn
+            in this order: conv1; each block's conv1, conv2, conv3, conv4 (if the block projects);
+            fc. None draws from NumPy's global state.
 
     Raises:
-        ValueError: ``stem`` is none of the two, or ``n_classes`` or ``width`` no integer above 0.
+        ValueError: ``stem`` is neither of the two, or ``n_classes`` or ``width`` is not an integer
+            above 0.
     """
 
     def __init__(self, n_classes=1000, width=64, stem='imagenet', seed: int | None = None):
@@ -97,7 +107,7 @@ class ResNet50(chainer.Chain):
             self.bn1 = _batch_normalization(width)
             in_channels = width
             for name, n_blocks in BLOCKS.items():
-                # No Sequential: it numbers its links in another order than it calls them.
+                # Not a Sequential, which numbers its links in another order than it calls them.
                 setattr(self, name, chainer.ChainList())
                 for i in range(n_blocks):
                     stride = 2 if i == 0 and name != 'res2' else 1
@@ -107,10 +117,10 @@ class ResNet50(chainer.Chain):
             self.fc = L.Linear(in_channels, n_classes, initialW=initializers.Normal(0.01, rng=rng))
 
     def forward(self, x):
-        """Float32 images [N, 3, H, W] of any size to logits [N, n_classes]."""
+        """Computes logits [N, n_classes] from float32 images [N, 3, H, W] of any size."""
         h = F.relu(self.bn1(self.conv1(x)))
         if self.stem == 'imagenet':
-            # Chainer's default, cover_all=True, makes 57 of 112, not 56.
+            # Chainer's default, cover_all=True, would turn a side of 112 into 57, not 56.
             h = F.max_pooling_2d(h, 3, stride=2, pad=1, cover_all=False)
         for name in BLOCKS:
             for block in self[name]:

@@ -45,8 +45,10 @@ def _setting(default, help, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings of a run. The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers,
-    a batch of 32,768, 90 epochs.
+    """All settings of a run.
+
+    The defaults are the paper's run: ResNet-50 on ImageNet, 1,024 workers, a batch of 32,768, 90
+    epochs.
     """
 
     preset: str = _setting(
@@ -68,14 +70,14 @@ class Settings:
     lr_schedule: str = _setting(
         'slow_start',
         "learning rate by epoch. slow_start is the paper's (S). For comparison: Goyal's steps "
-        'without warm-up, and Goyal\'s gradual_warmup, which is the same with a warm-up (G)',
+        "without warm-up, and Goyal's gradual_warmup, the same steps after a warm-up (G)",
         tuple(LR_SCHEDULES),
     )
     alpha_form: str = _setting(
         'printed',
         'form of alpha_SGD, the weight of SGD during the transition from RMSprop to SGD. printed: '
-        'as the paper prints the formula, with a jump (S). continuous: without the jump (P). sgd: '
-        'no transition, momentum SGD throughout (P)',
+        'the formula that the paper prints, which jumps. continuous: without the jump. sgd: no '
+        'transition, momentum SGD throughout (S, P)',
         (*FORMS, 'sgd'),
     )
     beta_center: float = _setting(
@@ -86,9 +88,7 @@ class Settings:
     )
     lr_rmsprop: float = _setting(3e-4, 'eta_RMSprop, the step size of the RMSprop part (R)')
     mu1: float = _setting(0.9, 'decay rate of the momentum, per iteration (R)')
-    mu2: float = _setting(
-        0.99, 'decay rate of the mean of squared gradients, per iteration (R)'
-    )
+    mu2: float = _setting(0.99, 'decay rate of the mean of squared gradients, per iteration (R)')
     eps: float = _setting(1e-8, 'constant added to the root of the mean square (R)')
     weight_decay: float = _setting(
         1e-4, 'weight decay, for all parameters except gamma and beta of batch normalization (G)'
@@ -101,8 +101,8 @@ class Settings:
 
     bn_decay: float = _setting(
         0.0,
-        'decay rate of moving averages of the batch statistics, per iteration, to validate with '
-        'them. 0: no moving averages, as in the paper (S)',
+        'decay rate, per iteration, of moving averages of the batch statistics. Validation uses '
+        'these averages. 0: no moving averages, as in the paper (S)',
     )
 
     communicator: str = _setting(
@@ -119,8 +119,8 @@ class Settings:
     )
     accumulate: str = _setting(
         'exact',
-        'how the communicator mpi adds gradients. exact: without rounding errors in the sum. ring: '
-        'rounded after each addition, as in NCCL (P)',
+        'how the communicator mpi adds gradients. exact: the exact sum. ring: a sum with rounding '
+        'after each addition, as in NCCL (P)',
         ACCUMULATE,
     )
     gradient_scale: float = _setting(
@@ -171,8 +171,8 @@ class Settings:
     )
     loader: str = _setting(
         'processes:2',
-        'what decodes the images of each rank: N processes (processes:N), N threads (threads:N), or '
-        'the rank itself (serial) (P)',
+        'what decodes the images of each rank. processes:N, threads:N: N processes or threads. '
+        'serial: the rank itself (P)',
     )
     bad_images: str = _setting(
         'error',
@@ -189,13 +189,13 @@ class Settings:
     )
     out: str = _setting('results/paper', 'folder for all files that the run writes')
     checkpoint_every: str = _setting(
-        '1', 'time from one checkpoint to the next, in epochs (2) or minutes (10m) (P)'
+        '1', 'write a checkpoint after so many epochs, as 2, or minutes, as 10m (P)'
     )
     keep_checkpoints: int = _setting(2, 'number of checkpoints to keep: the last ones (P)')
     resume: str | None = _setting(
         None,
-        'checkpoint to go on from, or a folder of checkpoints, for the newest one. auto: the newest '
-        'one in --out; if there is none, the run starts from the beginning',
+        'checkpoint to go on from. A folder stands for its newest checkpoint. auto: the newest one '
+        'in --out; if there is none, the run starts from the beginning',
     )
     overwrite: bool = _setting(False, 'delete an earlier run in --out, and start anew')
     watchdog: float = _setting(
@@ -207,7 +207,7 @@ class Settings:
     @property
     def total_batch_size(self) -> int:
         """n b: images of all workers together in one iteration."""
-        assert self.workers is not None, 'workers is None: options.parse() sets it from the number of processes'
+        assert self.workers is not None, 'options.parse() sets workers to the number of processes'
         return self.workers * self.local_batch_size
 
     @property
@@ -263,9 +263,9 @@ class Settings:
 
 
 def paper() -> Settings:
-    """The paper's run: ResNet-50 on ImageNet, 1,024 workers x 32 images, 90 epochs. The paper reports
-    74.9 % in 15 minutes on 1,024 P100 GPUs. This project has not run it. With fewer processes, each
-    process plays several of the 1,024 workers."""
+    """The paper's run: ResNet-50 on ImageNet, 1,024 workers x 32 images, 90 epochs. The paper
+    reports 74.9 % in 15 minutes on 1,024 P100 GPUs. This project has not run the preset. With fewer
+    processes, each process plays several of the 1,024 workers."""
     return Settings()
 
 
@@ -289,9 +289,9 @@ def cifar10() -> Settings:
 
 
 def smoke() -> Settings:
-    """Everything that the paper's run does, in about two minutes on two CPU cores: 1,437 handwritten
-    digits that the project includes, a slim ResNet-50, one worker per process. The run ends with a
-    top-1 of 95 % or more."""
+    """Everything that the paper's run does, in about two minutes on two CPU cores. It trains a slim
+    ResNet-50 on 1,437 handwritten digits that the project includes, with one worker per process.
+    The run ends with a top-1 of 95 % or more."""
     return Settings(
         preset='smoke',
         workers=None,

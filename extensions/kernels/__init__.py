@@ -1,4 +1,4 @@
-"""Inner loops in C for the CPU, where the installation found a compiler; NumPy does them elsewhere.
+"""The CPU's inner loops in C. Without a compiler at installation, NumPy runs the loops.
 
 Both give the same bits. The library is plain C without Python's headers, loaded by ctypes.
 """
@@ -15,17 +15,17 @@ import numpy as np
 _FOLDER = Path(__file__).resolve().parent
 SOURCES = ('kernels.c', '../rmsprop_warmup_element.h')
 
-# Elements that NumPy works on at a time: they stay in a core's second-level cache.
+# Elements per block of the NumPy loops. A block stays in a core's second-level cache.
 _BLOCK = 1 << 15
 
 
 def source_digest() -> str:
-    """Identifies the sources: a library that was compiled from others is not used."""
+    """Returns the digest of the sources. A library compiled from other sources is not used."""
     return hashlib.sha256(b''.join((_FOLDER / name).read_bytes() for name in SOURCES)).hexdigest()
 
 
 def _load() -> dict:
-    """The compiled functions by their names in ``kernels.c``; none without the library."""
+    """Returns the compiled functions by their names in ``kernels.c``; empty without the library."""
     path = _FOLDER / f'_kernels{sysconfig.get_config_var("EXT_SUFFIX")}'
     try:
         library = ctypes.CDLL(str(path))
@@ -63,7 +63,7 @@ _NAMES = {np.dtype(name): name for name in ('float16', 'float32', 'float64')}
 
 
 def name_of(dtype) -> str:
-    """``dtype.name``, which NumPy takes microseconds to make; other dtypes have none."""
+    """Returns ``dtype.name``, which takes NumPy microseconds; empty for other dtypes."""
     return _NAMES.get(dtype, '')
 
 
@@ -72,16 +72,16 @@ def address(array) -> int:
 
 
 def _common_name(arrays) -> str:
-    """The name of the dtype that they have alike; none if they differ."""
+    """Returns the name of the arrays' common dtype; empty if their dtypes differ."""
     dtypes = {array.dtype for array in arrays}
     return name_of(dtypes.pop()) if len(dtypes) == 1 else ''
 
 
 def _table(arrays):
-    """What a function in C is told of several arrays: their sizes and addresses."""
+    """Returns the sizes and addresses of several arrays, for a function in C."""
     sizes = np.array([array.size for array in arrays], np.int64)
     addressof, as_buffer = ctypes.addressof, ctypes.c_char.from_buffer
-    try:  # a quarter of the other's time, of arrays that may be written and are not empty
+    try:  # four times as fast, but fails for read-only and empty arrays
         addresses = [addressof(as_buffer(array)) for array in arrays]
     except (TypeError, ValueError):
         addresses = [address(array) for array in arrays]
@@ -89,20 +89,23 @@ def _table(arrays):
 
 
 def _parts(array, sizes):
-    """Its parts of these sizes, one after the other."""
+    """Splits the array into consecutive parts of these sizes."""
     return [array[stop - size : stop] for size, stop in zip(sizes, np.cumsum(sizes))]
 
 
 def pack(grads, scale, target, counts):
-    """``target[...] = scale * grads``, one after the other, in one pass, which also counts what the
-    cast makes of them.
+    """Casts ``target[...] = scale * grads`` in one pass, and counts the effects of the cast.
+
+    ``target`` holds the gradients one after the other.
 
     Args:
-        grads (list of arrays): Of any shapes.
+        grads (list of arrays): Gradients of any shapes.
         scale (float): A power of two, applied in the dtype of ``grads``.
-        target (array): As many elements, contiguous; beyond 65,504 a float16 is infinite.
-        counts (array): int64 [len(grads), 4]. The numbers of elements are added that are not zero
-            in a gradient, and not zero, infinite, and NaN in its part of ``target``.
+        target (array): Contiguous, with as many elements as ``grads``. A float16 beyond 65,504 is
+            infinite.
+        counts (array): int64 [len(grads), 4], increased for each gradient. The first count is of
+            its nonzero elements. The others are of the nonzero, infinite and NaN elements in its
+            part of ``target``.
     """
     function = compiled.get(f'pack_{_common_name(grads)}_{name_of(target.dtype)}')
     grads = [np.ascontiguousarray(grad) for grad in grads]
@@ -123,15 +126,18 @@ def pack(grads, scale, target, counts):
 
 
 def unpack(mean, scale, grads):
-    """``grads[...] = mean / scale``, one after the other, in one pass.
+    """Computes ``grads[...] = mean / scale`` in one pass.
+
+    ``mean`` holds the gradients one after the other.
 
     Args:
-        mean (array): Contiguous.
-        scale (float): A power of two, taken out in the dtype of ``grads``.
-        grads (list of arrays): As many elements, of any shapes.
+        mean (array): Contiguous, with as many elements as ``grads``.
+        scale (float): A power of two. The division is in the dtype of ``grads``.
+        grads (list of arrays): Gradients of any shapes.
 
     Returns:
-        array: int64 [len(grads)], how many elements of each one's part are infinite or NaN.
+        array: int64 [len(grads)], the number of infinite or NaN elements in each gradient's part of
+            ``mean``.
     """
     function = compiled.get(f'unpack_{name_of(mean.dtype)}_{_common_name(grads)}')
     if function and all(grad.flags.c_contiguous for grad in grads):
@@ -150,14 +156,15 @@ def unpack(mean, scale, grads):
 
 
 def rmsprop_warmup(arrays, values) -> bool:
-    """The update of parameters on the CPU, whose equations :class:`~extensions.RMSpropWarmup` has.
+    """Updates parameters on the CPU. :class:`~extensions.RMSpropWarmup` states the equations.
 
     Args:
-        arrays (list): Gradient, parameter, m and delta of the first parameter, of the second, ...
-        values (list of tuples): The eight hyper-parameters of each.
+        arrays (list): Gradient, parameter, m and delta of the first parameter, then of the second,
+            and so on. All are contiguous, and all are float32 or all are float64.
+        values (list of tuples): The eight hyper-parameters of each parameter.
 
     Returns:
-        bool: Whether it was done: the arrays must be contiguous, all float32 or all float64.
+        bool: Whether the update was done. It is not done for other arrays or without the library.
     """
     function = compiled.get(f'rmsprop_warmup_{_common_name(arrays)}')
     if not function or not all(array.flags.c_contiguous for array in arrays):
@@ -165,14 +172,14 @@ def rmsprop_warmup(arrays, values) -> bool:
     sizes, addresses = _table(arrays)
     of_each = sizes.reshape(-1, 4)
     if np.any(of_each != of_each[:, :1]):
-        return False  # NumPy says what is wrong
+        return False  # NumPy's update raises the error
     sizes, scalars = of_each[:, 0].copy(), np.array(values, np.float64)
     function(len(sizes), address(sizes), address(addresses), address(scalars))
     return True
 
 
 def widen(source, target):
-    """``target[...] = source`` for contiguous arrays, ``target`` of float64."""
+    """Computes ``target[...] = source`` for contiguous arrays. ``target`` is float64."""
     function = compiled.get(f'widen_{name_of(source.dtype)}')
     if function:
         function(source.size, address(source), address(target))
@@ -181,7 +188,7 @@ def widen(source, target):
 
 
 def add(source, target):
-    """``target += source`` for contiguous arrays, ``target`` of float64."""
+    """Computes ``target += source`` for contiguous arrays. ``target`` is float64."""
     function = compiled.get(f'add_{name_of(source.dtype)}')
     if function:
         function(source.size, address(source), address(target))
@@ -190,14 +197,16 @@ def add(source, target):
 
 
 def mean(rows, n, target, own=None, place=0):
-    """``target[...] = (sum of the rows) / n`` in float64, in their order, rounded once.
+    """Computes ``target[...] = (sum of the rows) / n``.
+
+    The rows are added in their order, in float64. The quotient is rounded once.
 
     Args:
         rows (array): [k, size], each row contiguous.
-        n (int): What the sum is divided by.
+        n (int): The divisor.
         target (array): [size], contiguous.
-        own (array): One more row, contiguous, which may be ``target``.
-        place (int): Its index among all of them.
+        own (array): One more row, contiguous. It may be ``target``.
+        place (int): Index of ``own`` among all rows.
     """
     function = compiled.get(f'mean_{name_of(rows.dtype)}_{name_of(target.dtype)}')
     if function:

@@ -1,11 +1,11 @@
-/* The CPU's inner loops, for kernels.py. Compiled with -ffp-contract=off: a fused multiply-add would
-   round once where NumPy rounds twice. */
+/* The CPU's inner loops, called by kernels/__init__.py. They are compiled with -ffp-contract=off: a
+   fused multiply-add would round once where NumPy rounds twice. */
 
 #include <stdint.h>
 #include <string.h>
 #include <tgmath.h>
 
-/* One copy for each instruction set; the processor's is chosen when the library is loaded. */
+/* One copy of a function per instruction set. Loading the library selects the processor's copy. */
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -42,8 +42,9 @@ VECTORIZED void update_float64(PARAMETERS(double))
     END
 }
 
-/* Of all parameters, as each call from Python takes microseconds. `arrays` are the gradient, the
-   parameter, m and delta of each, `values` its hyper-parameters in the order of PARAMETERS. */
+/* Updates all parameters in one call, because each call from Python takes microseconds. `arrays`
+   holds the gradient, the parameter, m and delta of each parameter. `values` holds its
+   hyper-parameters, in the order of PARAMETERS. */
 #define UPDATE_ALL(NAME, T, UPDATE)                                                         \
     void NAME(int64_t n, const int64_t *sizes, T *const (*arrays)[4], const double (*values)[8]) \
     {                                                                                       \
@@ -60,7 +61,8 @@ UPDATE_ALL(rmsprop_warmup_float64, double, update_float64)
 
 /* ---- float32 on the wire */
 
-/* As UPDATE_ALL: the arrays of all parameters, which lie one after the other on the wire. */
+/* Like UPDATE_ALL, these process all parameters in one call. On the wire, the arrays of the
+   parameters lie one after the other. */
 #define PACK_ALL(NAME, WIRE, PACK)                                                          \
     void NAME(int64_t n, const int64_t *sizes, const float *const *in, float scale, WIRE *out, \
               int64_t (*counts)[4])                                                         \
@@ -76,7 +78,7 @@ UPDATE_ALL(rmsprop_warmup_float64, double, update_float64)
             not_finite[k] = UNPACK(sizes[k], in, scale, out[k]);                            \
     }
 
-#define BLOCK 1024 /* values that stay in the first-level cache */
+#define BLOCK 1024 /* values: a block stays in the first-level cache */
 
 static inline int32_t magnitude_of(float value)
 {
@@ -84,10 +86,10 @@ static inline int32_t magnitude_of(float value)
     return u.bits & 0x7fffffff;
 }
 
-#define INFINITE_FLOAT 0x7f800000 /* the bits of a float32, without its sign */
+#define INFINITE_FLOAT 0x7f800000 /* the bits of an infinite float32, without its sign */
 
-/* out = scale * in, and adds to counts how many values of in are not zero, and how many of out are
-   not zero, infinite, and NaN. */
+/* out = scale * in. Adds to counts the number of nonzero values of in, and the numbers of nonzero,
+   infinite and NaN values of out. */
 VECTORIZED void pack_float32(int64_t size, const float *in, float scale, float *out,
                              int64_t *counts)
 {
@@ -107,7 +109,7 @@ VECTORIZED void pack_float32(int64_t size, const float *in, float scale, float *
     }
 }
 
-/* out = scale * in; returns how many values of in are infinite or NaN. */
+/* out = scale * in. Returns the number of infinite or NaN values of in. */
 VECTORIZED int64_t unpack_float32(int64_t size, const float *in, float scale, float *out)
 {
     int64_t not_finite = 0;
@@ -126,11 +128,11 @@ VECTORIZED int64_t unpack_float32(int64_t size, const float *in, float scale, fl
 PACK_ALL(pack_float32_float32, float, pack_float32)
 UNPACK_ALL(unpack_float32_float32, float, unpack_float32)
 
-/* Row r of those that are added up: `own` at its place among those that were received. */
+/* Row r of the sum: `own` if r is `place`, or else a row that was received. */
 #define ROW(r) ((r == place ? own : in + (r - (r > place)) * stride) + start)
 
-/* out = float32(sum of the rows / n), added up in float64; `own` may be out. The others begin at
-   `in`, each STRIDE values after the one before. */
+/* out = float32(sum of the rows / divisor), summed in float64. `own` may be out. The received rows
+   begin at `in`, and their beginnings are `stride` values apart. */
 VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t place, const float *own,
                                      int64_t stride, const float *in, double divisor, float *out)
 {
@@ -147,13 +149,14 @@ VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t place, 
     }
 }
 
-/* ---- float16, in the instructions of x86-64 processors since 2013; elsewhere NumPy converts. */
+/* ---- float16, with instructions that x86-64 processors have had since 2013. On other processors,
+   NumPy converts. */
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define HALF __attribute__((target("avx2,f16c")))
-#define LARGE (1 << 17) /* values: more than a cache keeps until they are needed */
+#define LARGE (1 << 17) /* values: a cache does not keep so many until they are needed */
 
 int has_float16(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
@@ -175,7 +178,7 @@ static inline HALF void from_float16(int64_t size, const uint16_t *in, float *ou
         out[i] = _cvtsh_ss(in[i]);
 }
 
-/* memcpy past the caches: what is written is not read into them before. */
+/* memcpy past the caches: the destination is not read into them before it is written. */
 static inline HALF void stream(void *out, const void *in, int64_t bytes)
 {
     char *to = out;
@@ -188,17 +191,18 @@ static inline HALF void stream(void *out, const void *in, int64_t bytes)
     memcpy(to, from, end - from);
 }
 
-#define INFINITE 0x7c00 /* the bits of a float16, without its sign */
+#define INFINITE 0x7c00 /* the bits of an infinite float16, without its sign */
 
-/* out = float16(scale * in). Adds to counts how many values of in are not zero, and how many of out
-   are not zero, infinite, and NaN: of a block that is still in the first-level cache. */
+/* out = float16(scale * in). Adds to counts the number of nonzero values of in, and the numbers of
+   nonzero, infinite and NaN values of out. A block is counted while it is still in the first-level
+   cache. */
 HALF void pack_float16(int64_t size, const float *in, float scale, uint16_t *out, int64_t *counts)
 {
     float block[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
         const int64_t n = size - start < BLOCK ? size - start : BLOCK;
         int32_t nonzero = 0;
-        int16_t sent = 0, not_finite = 0, nan = 0; /* n fits */
+        int16_t sent = 0, not_finite = 0, nan = 0; /* counts up to n fit */
         for (int64_t i = 0; i < n; i++) {
             nonzero += in[start + i] != 0;
             block[i] = scale * in[start + i];
@@ -214,7 +218,7 @@ HALF void pack_float16(int64_t size, const float *in, float scale, uint16_t *out
     }
 }
 
-/* out = scale * float32(in); returns how many values of in are infinite or NaN. */
+/* out = scale * float32(in). Returns the number of infinite or NaN values of in. */
 HALF int64_t unpack_float16(int64_t size, const uint16_t *in, float scale, float *out)
 {
     float block[BLOCK];
@@ -240,8 +244,8 @@ HALF int64_t unpack_float16(int64_t size, const uint16_t *in, float scale, float
 PACK_ALL(pack_float32_float16, uint16_t, pack_float16)
 UNPACK_ALL(unpack_float16_float32, uint16_t, unpack_float16)
 
-/* As one loop over blocks that stay in the first-level cache: STATEMENT is done for each float i of
-   a block of n that begins at start. */
+/* One loop over blocks that stay in the first-level cache. STATEMENT runs for each float i of a
+   block of n floats that begins at start. */
 #define FOR_EACH_FLOAT16(STATEMENT)                                                         \
     float block[BLOCK];                                                                     \
     for (int64_t start = 0; start < size; start += BLOCK) {                                 \
@@ -261,23 +265,23 @@ HALF void add_float16(int64_t size, const uint16_t *in, double *sum)
     FOR_EACH_FLOAT16(sum[start + i] += block[i])
 }
 
-/* The float16 nearest to a float64, ties to even, as a float64. Beside 1.5 * 2**52 times the float16's
-   unit in the last place, a float64 has no bits below that unit: the addition rounds. The unit is
-   2**-10 of the value's power of two, and 2**-24 at least. */
+/* The float16 nearest to a float64, ties to even, as a float64. The shift is 1.5 * 2**52 times the
+   float16's unit in the last place. A float64 of this size has no bits below the unit, so the
+   addition rounds. The unit is 2**-10 of the value's power of two, and at least 2**-24. */
 static inline double to_half(double value)
 {
     union { double number; uint64_t bits; } power = {.number = value}, half, sign = {.number = value};
     power.bits &= 0x7ff0000000000000;
     double shift = power.number * 0x1.8p42;
     shift = shift > 0x1.8p28 ? shift : 0x1.8p28;
-    shift = shift < 0x1.8p58 ? shift : 0x1.8p58; /* an infinite value stays so */
+    shift = shift < 0x1.8p58 ? shift : 0x1.8p58; /* infinity stays infinite */
     half.number = (value + shift) - shift;
-    half.bits |= sign.bits & 0x8000000000000000; /* of -0, and of what becomes it */
+    half.bits |= sign.bits & 0x8000000000000000; /* sign of -0 and of values that round to it */
     return half.number;
 }
 
-/* out = float16(sum of the rows / n), else as mean_float32_float32. WIDEN makes float32 or float64
-   values `v` of the n values of a row that begin at `row`. */
+/* out = float16(sum of the rows / divisor), summed as in mean_float32_float32. WIDEN converts the n
+   values of a row that begin at `row` to float32 or float64 values `v`. */
 #define MEAN(NAME, T, V, WIDEN)                                                             \
     HALF void NAME(int64_t size, int64_t rows, int64_t place, const T *own, int64_t stride, \
                    const T *in, double divisor, uint16_t *out)                              \

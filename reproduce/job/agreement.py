@@ -1,4 +1,4 @@
-"""Before the first iteration: all ranks run the same program on the same numbers."""
+"""Checks, before the first iteration, that all ranks run one program on the same numbers."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from reproduce.dataset import InputError
 from reproduce.job import report
 
 _REMEDIES = {
-    'options': 'start every rank with the same',
+    'options': 'start every rank with the same options',
     'images': 'copy the same folder to every host',
-    'BLAS threads': 'set the same on every host',
-    'parameters': "all start from rank 0's values, so this is memory or network at fault",
+    'BLAS threads': 'set the same values of OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and '
+    'MKL_NUM_THREADS on every host',
+    'parameters': "every rank received rank 0's values, so memory or network is at fault",
 }
 
 
 def items(model, settings, arguments, images) -> dict:
-    """What must be the same on all ranks: name to a short text.
+    """Returns everything that all ranks must share.
 
     Args:
-        model (~chainer.Link): Before the first iteration.
-        settings (~reproduce.settings.Settings): As this rank was told them.
+        model (~chainer.Link): The model, before the first iteration.
+        settings (~reproduce.settings.Settings): The settings that this rank has received.
         arguments (list of str): This rank's own command line.
-        images (dict): From :func:`sample`.
+        images (dict): Result of :func:`sample`.
+
+    Returns:
+        dict: {name: short text}.
     """
     parameters = hashlib.sha256()
     for name, param in sorted(model.namedparams()):
@@ -47,7 +51,7 @@ def items(model, settings, arguments, images) -> dict:
 
 
 def of_host() -> dict:
-    """What must be the same on all hosts, whatever is run."""
+    """Returns everything that all hosts must share in any run, as {name: short text}."""
     threads = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
     return {
         **report.versions(),
@@ -57,8 +61,17 @@ def of_host() -> dict:
 
 
 def sample(*folders, n=32) -> dict:
-    """Sizes of ``n`` images of each folder, as this host sees them: path to bytes, or to None where
-    the file cannot be read. A host with a copy of its own may have another one."""
+    """Returns the sizes of ``n`` images of each folder, as this host sees them.
+
+    A host that has its own copy of the images may see other sizes.
+
+    Args:
+        *folders (ImageFolder): The image folders.
+        n (int): Number of images per folder.
+
+    Returns:
+        dict: {path: size in bytes}; None instead of the size if the file cannot be read.
+    """
     paths = [
         folder.path(int(i)) for folder in folders for i in np.linspace(0, len(folder.labels) - 1, n)
     ]
@@ -72,7 +85,7 @@ def _short(data: bytes) -> str:
 
 
 def _code() -> str:
-    """Identifies the sources of this program."""
+    """Returns a hash of this program's sources."""
     digest = hashlib.sha256()
     for package in (extensions, sys.modules['reproduce']):
         folder = Path(package.__path__[0])
@@ -82,15 +95,16 @@ def _code() -> str:
 
 
 def check(mpi_comm, own: dict, images: dict):
-    """Compares all ranks; collective.
+    """Checks that all ranks agree. Collective.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
-        own (dict): This rank's :func:`items`.
-        images (dict): From :func:`sample`; every rank must be able to read them.
+        own (dict): Result of :func:`items` on this rank.
+        images (dict): Result of :func:`sample`. Every rank must be able to read these images.
 
     Raises:
-        InputError: On every rank: ranks and items that differ, or ranks that cannot read a file.
+        InputError: Ranks differ or cannot read an image. Raised on every rank, with the names of
+            these ranks.
     """
     unreadable = next((path for path, size in images.items() if size is None), None)
     everyone = mpi_comm.allgather((MPI.Get_processor_name(), own, unreadable, _processor()))
@@ -98,7 +112,7 @@ def check(mpi_comm, own: dict, images: dict):
     if blind:
         path = next(path for _, _, path, _ in everyone if path)
         raise InputError(
-            f'{path} cannot be read by {first_few(blind)}: is the folder on every host?'
+            f'{path} cannot be read by {first_few(blind)}: copy the folder to every host'
         )
     host, first, _, processor = everyone[0]
     for name in first:
@@ -108,7 +122,7 @@ def check(mpi_comm, own: dict, images: dict):
             if theirs.get(name) != first[name]
         ]
         if others:
-            remedy = _REMEDIES.get(name, 'install the same on every host')
+            remedy = _REMEDIES.get(name, 'install the same version on every host')
             raise InputError(
                 f'the ranks differ in {name}: rank 0 on {host} has {first[name]}, '
                 f'{first_few(others)}; {remedy}'
@@ -116,8 +130,8 @@ def check(mpi_comm, own: dict, images: dict):
     differing = sorted({theirs for *_, theirs in everyone} - {processor})
     if differing and mpi_comm.rank == 0:
         print(
-            f'note: processors of several kinds ({processor}; {"; ".join(differing)}): with other '
-            'processes for the same workers the last bits may differ',
+            f'note: processors of several kinds ({processor}; {"; ".join(differing)}): the last '
+            'bits may depend on which processes play which workers',
             flush=True,
         )
 
@@ -133,6 +147,6 @@ def _processor() -> str:
 
 
 def first_few(texts, n=3) -> str:
-    """The first of them, and how many more there are."""
+    """Joins the first ``n`` texts, and counts the others: ``a, b, c and 2 more``."""
     more = f' and {len(texts) - n} more' if len(texts) > n else ''
     return ', '.join(texts[:n]) + more

@@ -1,4 +1,4 @@
-"""A parser whose errors are one line that ends with a remedy. It imports neither MPI nor Chainer."""
+"""A parser whose errors are one line with a remedy. It imports neither MPI nor Chainer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'error: {" ".join(str(message).splitlines())}\n')
 
     def remedy(self, message: str) -> str:
-        """Returns the message with the nearest option or choice, or with a pointer to ``--help``."""
+        """Returns the message with the nearest option or choice, or with a hint at ``--help``."""
         word, known = '', self._options()
         if message.startswith('unrecognized arguments: '):
             words = message.partition(': ')[2].split() or ['']  # an argument may be empty

@@ -1,6 +1,6 @@
 """Removes what a killed process leaves on its host: semaphores, shared memory, temporary folders.
 
-Nothing here may import MPI: it runs before MPI starts.
+This module must not import MPI: it runs before MPI starts.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import os
 import subprocess
 import sys
 
-# Reads paths until the rank's end, however it comes, closes the pipe. What follows is removed a
-# second later, and what belongs to the launcher after its end: it mostly does so itself, and where
-# it goes on, as a batch system's does, it still needs them.
+# Reads paths until the pipe closes, which happens however the rank ends. Removes the rank's paths a
+# second later. Removes the launcher's paths only if the launcher has ended: most launchers remove
+# them, and a launcher that goes on, such as a batch system's, still needs them.
 _SCRIPT = """
 trap '' INT TERM HUP
 while read -r owner path; do
@@ -28,15 +28,16 @@ _janitor = None
 
 
 def remove_after_end(path, owner='rank'):
-    """Has a path removed after the end of this process, or of the launcher that started it.
+    """Lets the janitor remove a path after this process, or its launcher, has ended.
 
     Args:
-        path (str): Of a file or folder on this host; a pattern of the shell. Without spaces.
-        owner (str): ``'rank'`` or ``'launcher'``.
+        path (str): File or folder on this host, or a shell pattern. A path with spaces or special
+            characters is ignored.
+        owner (str): Whose end to wait for: ``'rank'`` or ``'launcher'``.
     """
     global _janitor
     if _janitor is None:
-        # In a session of its own: mpiexec kills all of a rank's group.
+        # A session of its own, because mpiexec kills a rank's whole group.
         _janitor = subprocess.Popen(
             ['/bin/sh', '-c', _SCRIPT, 'sh', str(os.getppid())],
             stdin=subprocess.PIPE,
@@ -50,7 +51,10 @@ def remove_after_end(path, owner='rank'):
 
 
 def remove_those_of_open_mpi():
-    """Open MPI's shared memory and its folder outlive a launcher that was killed."""
+    """Lets the janitor remove the shared memory and the folder of Open MPI.
+
+    Both outlive a launcher that was killed.
+    """
     if not sys.platform.startswith('linux'):
         return
     with open('/proc/self/maps') as maps:

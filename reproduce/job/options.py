@@ -1,4 +1,4 @@
-"""The command line of reproduce/train.py: its options, its help, and what it refuses."""
+"""The command line of reproduce/train.py: its options, their help, and checks of their values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NOT_NEGATIVE = (
 
 
 def check(settings):
-    """Raises InputError, with the option and its range, if a value cannot be used."""
+    """Raises InputError, which names the option and the range, if a value cannot be used."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         choices = field.metadata['choices']
@@ -54,22 +54,22 @@ def check(settings):
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f'{flag(name)} must be finite and not negative, not {value}')
     if settings.eps == 0:  # a gradient of exactly 0 would be 0 / 0
-        raise InputError('--eps must be above 0')
+        raise InputError('--eps must be above 0, not 0')
     for name in ('mu1', 'mu2'):
         if getattr(settings, name) >= 1:
             raise InputError(f'{flag(name)} must be below 1, not {getattr(settings, name)}')
     if not 0 <= settings.bn_decay < 1:
-        raise InputError(f'--bn-decay must be in [0, 1), not {settings.bn_decay}')
+        raise InputError(f'--bn-decay must be at least 0 and below 1, not {settings.bn_decay}')
     if settings.bn_decay and settings.pooled_variance:
         raise InputError(
-            '--bn-decay and --pooled-variance exclude each other: there are no moving averages '
-            'of a pooled variance'
+            '--bn-decay and --pooled-variance exclude each other, because moving averages of a '
+            'pooled variance do not exist: give only one'
         )
     if settings.seed >= 2**32:
         raise InputError(f'--seed must be below 2**32, not {settings.seed}')
     if not (math.isfinite(settings.beta_center) and 0 < settings.beta_period < math.inf):
         raise InputError(
-            '--beta-center must be finite and --beta-period above 0, not '
+            '--beta-center must be finite, and --beta-period finite and above 0, not '
             f'{settings.beta_center} and {settings.beta_period}'
         )
     try:
@@ -81,11 +81,13 @@ def check(settings):
     except ValueError as error:
         raise InputError(f'--loader is {error}') from error
     if not 0 < settings.min_crop_area <= 1:
-        raise InputError(f'--min-crop-area must be in (0, 1], not {settings.min_crop_area}')
+        raise InputError(
+            f'--min-crop-area must be above 0 and at most 1, not {settings.min_crop_area}'
+        )
     if settings.resize < settings.image_size:
         raise InputError(
             f'--resize {settings.resize} is smaller than --image-size {settings.image_size}: '
-            'the centre crop does not fit'
+            'the centre crop does not fit; choose a larger --resize'
         )
 
 
@@ -95,13 +97,15 @@ class _SettingsParser(Parser):
 
 
 def flag(name: str) -> str:
+    """Returns the option of a setting."""
     return '--' + name.replace('_', '-')
 
 
 def _help(field, default) -> str:
-    """With the default, unless that is described in it."""
+    """Returns the help of an option, with its default unless that is None or in the text."""
     text = field.metadata['help']
-    return (text if ']' in text else f'{text} [{default}]').replace('%', '%%')
+    without = default is None or ']' in text
+    return (text if without else f'{text} [{default}]').replace('%', '%%')
 
 
 def _wrapped(items) -> str:
@@ -117,12 +121,13 @@ def _wrapped(items) -> str:
 
 
 def parser_of(preset: Settings, description: str | None = None) -> argparse.ArgumentParser:
-    """The options, whose defaults are the preset's."""
+    """Returns the parser of all options. The help shows the preset's values as defaults."""
     presets = _wrapped((name, function.__doc__ or '') for name, function in PRESETS.items())
     parser = _SettingsParser(
         prog='reproduce/train.py',
         description=description,
-        epilog=f'presets:\n{presets}\n\nsources of the numbers:\n{_wrapped(SOURCES.items())}',
+        epilog='[X] is the default, (X) the source of a number.\n\n'
+        f'presets:\n{presets}\n\nsources of the numbers:\n{_wrapped(SOURCES.items())}',
         argument_default=argparse.SUPPRESS,
     )
     for field in dataclasses.fields(Settings):
@@ -138,25 +143,28 @@ def parser_of(preset: Settings, description: str | None = None) -> argparse.Argu
             options.update(choices=tuple(PRESETS), metavar=None)
         parser.add_argument(flag(field.name), **options)
     parser.add_argument(
-        '--dry-run', action='store_true', default=False, help='print the plan as a table and stop'
+        '--dry-run',
+        action='store_true',
+        default=False,
+        help='print learning rates and alphas of all epochs, and stop',
     )
     return parser
 
 
 def parse(argv, n_processes: int, description: str | None = None) -> tuple[Settings, bool]:
-    """Settings of a command line: a preset, and over it what was given explicitly.
+    """Reads a command line. Explicit options replace the preset's values.
 
     Args:
-        argv (list of str): Without the program's name.
-        n_processes (int): Workers where the preset has one a process.
-        description (str): For ``--help``.
+        argv (list of str): The words of the command line, without the program's name.
+        n_processes (int): Number of processes. A preset without a number of workers gets this one.
+        description (str): Text at the start of ``--help``.
 
     Returns:
-        tuple: The settings, and whether this is a dry run.
+        tuple: The settings (Settings), and whether to print the plan only (bool).
 
     Raises:
         InputError: An option is unknown or has an impossible value.
-        SystemExit: After ``--help``.
+        SystemExit: ``--help`` was given.
     """
     chooser = _SettingsParser(add_help=False)
     chooser.add_argument('--preset', choices=tuple(PRESETS), default='paper')

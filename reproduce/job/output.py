@@ -1,4 +1,4 @@
-"""The output folder: whose it is, and the checkpoint in it that a run goes on from."""
+"""The output folder: protects earlier runs in it, and finds the checkpoint to go on from."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from extensions import checkpoint
 from reproduce.dataset import InputError
 
 _OF_A_RUN = ('log', 'settings.json', 'summary.json', 'model.npz', 'curves.png', 'checkpoints')
-_locks = []  # open until the process ends, however it ends
+_locks = []  # stay open until the process ends, however it ends
 
 
 def checkpoints_of(out) -> Path:
+    """Returns the folder of checkpoints in the output folder ``out``."""
     return Path(out) / 'checkpoints'
 
 
 def prepare(settings):
-    """Makes the output folder and locks it against other runs; removes nothing but what
-    --overwrite asks for.
+    """Makes the output folder, and locks the folder against other runs.
+
+    Removes files only with --overwrite.
+
+    Args:
+        settings (Settings): Settings of the run.
 
     Raises:
-        InputError: It cannot be written, another run is using it, or it holds another run.
-        SystemExit: The run in it is finished, and was to be gone on with.
+        InputError: The folder cannot be written, is in use, or holds another run.
+        SystemExit: The folder holds a finished run, and --resume is auto.
     """
     out = Path(settings.out)
     if settings.overwrite and settings.resume:
-        raise InputError('--overwrite and --resume contradict each other: give one of them')
+        raise InputError('--overwrite and --resume contradict each other: give only one')
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / '.lock', 'w')  # noqa: SIM115  (the lock ends when it is closed)
@@ -55,31 +60,42 @@ def prepare(settings):
 
 
 def refuse_other_run(settings):
-    """Raises InputError if --out holds a run that is neither gone on with nor overwritten."""
+    """Raises InputError if --out holds a run that is to be neither resumed nor overwritten."""
     out = Path(settings.out)
     finished = (out / 'summary.json').exists()
     if settings.overwrite:
         return
     if finished or (checkpoint.checkpoints(checkpoints_of(out)) and settings.resume is None):
-        what = 'a finished run' if finished else 'checkpoints of a run, which --resume auto takes'
+        what = (
+            'a finished run'
+            if finished
+            else 'checkpoints of a run, which --resume auto goes on from'
+        )
         raise InputError(f'--out {out} holds {what}: choose another folder, or give --overwrite')
 
 
 def find_checkpoint(settings, identity):
-    """The entries of the checkpoint that --resume asks for; None to start from the beginning.
+    """Reads the checkpoint that --resume names.
+
+    Args:
+        settings (Settings): Settings of the run.
+        identity (dict): Settings and digests of images that the checkpoint must share.
+
+    Returns:
+        dict: The entries of the checkpoint; None to start from the beginning.
 
     Raises:
-        InputError: There is none, and --resume is not auto.
-        ~extensions.CheckpointError: None can be read, or the newest is of other settings.
+        InputError: There is no checkpoint, and --resume is not auto.
+        ~extensions.CheckpointError: No checkpoint can be read, or the newest has another identity.
     """
     if settings.resume is None:
         return None
     auto = settings.resume == 'auto'
     found = checkpoint.newest(checkpoints_of(settings.out) if auto else settings.resume, identity)
     if found is None and not auto:
-        raise InputError(f'--resume {settings.resume}: no checkpoint there')
+        raise InputError(f'--resume {settings.resume}: there is no checkpoint; give another path')
     if found is None:
-        print('no checkpoint yet: starts from the beginning', flush=True)
+        print('no checkpoint yet: the run starts from the beginning', flush=True)
         return None
     path, entries = found
     print(f'goes on from {path}', flush=True)

@@ -1,4 +1,4 @@
-"""The plot of a run, and the way every plot is written."""
+"""Draws the plot of a run, and writes every plot."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from matplotlib import pyplot as plt
 
 
 def curves(log: list, settings, out: str):
-    """Draws OUT/curves.png: loss and top-1 by epoch, the learning rate and alpha_SGD under them.
+    """Draws OUT/curves.png: loss and top-1 by epoch, and below them learning rate and alpha_SGD.
 
-    The two schedules are lines, what the last update of each epoch used is dots on them.
+    Lines show the two schedules. Dots show the values that each epoch's last update used.
 
     Args:
         log (list of dict): Entries of Chainer's ``log``.
-        settings (Settings): Of the run.
-        out (str): Folder; the file is replaced as a whole.
+        settings (Settings): Settings of the run.
+        out (str): The folder OUT. The file is replaced as a whole.
     """
     epochs = [entry['epoch'] for entry in log]
     top1 = [100 * entry['validation/main/accuracy'] for entry in log]
     fine = np.linspace(0, settings.epochs, 2000)
     of_90 = settings.epoch_of_90(fine)
 
-    # All ranks wait for this, and a layout found by drawing would double the time.
+    # Fixed borders, because all ranks wait for the plot. An automatic layout would double the time.
     borders = {'left': 0.07, 'right': 0.98, 'bottom': 0.08, 'top': 0.94, 'hspace': 0.16}
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, gridspec_kw=borders)
     axes[0, 0].plot(epochs, [entry['main/loss'] for entry in log], 'k-', label='training')
@@ -56,7 +56,7 @@ def curves(log: list, settings, out: str):
 
 
 def save(figure, path):
-    """Writes a PNG file, which is replaced as a whole, and closes the figure."""
+    """Writes a figure as a PNG file, and closes the figure. The file is replaced as a whole."""
     figure.savefig(path + '.tmp', format='png', dpi=150)
     plt.close(figure)
     os.replace(path + '.tmp', path)

@@ -1,8 +1,8 @@
-"""Checks, before anybody books a cluster, that every host is ready for a run.
+"""Checks that every host is ready for a run, before anybody books a cluster.
 
-Its options are those of reproduce/train.py. Every rank looks at its host, all of them all-reduce
-gradients of the model's size and time a minibatch; nothing is trained, and nothing is written but a
-file in --out's place that is removed again. The exit status is 0 if all is well, else 1.
+The options are those of reproduce/train.py. Every rank inspects its host. All ranks together
+all-reduce gradients of the model's size, and time a minibatch. Nothing is trained. The only file
+written is a temporary one where --out is or will be. The exit status is 0 without problems, else 1.
 
     ./run_mpi.sh preflight --hostfile hostfiles/mn1 -n 1024 -- --train-root TRAIN --val-root VAL
 """
@@ -37,10 +37,10 @@ from reproduce.listing import DataError, ImageFolder
 from reproduce.resnet50 import ResNet50
 
 _MIB, _GIB = 2**20, 2**30
-_NCCL_SHARED_MEMORY = 10 * _MIB  # of a rank, roughly (P)
-_MARGIN = 1.5  # of memory: validation, and what the loader has ahead (P)
-_CLOCK_SKEW = 1.0  # seconds; beyond it, the logs of several hosts mislead (P)
-_COLUMNS = (  # of the table: key, head, format
+_NCCL_SHARED_MEMORY = 10 * _MIB  # bytes per rank, roughly (P)
+_MARGIN = 1.5  # factor on memory, for validation and prefetched minibatches (P)
+_CLOCK_SKEW = 1.0  # seconds; beyond that, logs of several hosts mislead (P)
+_COLUMNS = (  # the columns of the table: key, head, format
     ('ranks', 'ranks', '{:d}'),
     ('cores', 'cores', '{:d}'),
     ('gpus', 'GPUs', '{:d}'),
@@ -48,9 +48,9 @@ _COLUMNS = (  # of the table: key, head, format
     ('mpi', 'MPI', '{}'),
     ('nccl', 'NCCL', '{}'),
     ('memory', 'GiB needed', '{:.1f}'),
-    ('available', 'of', '{:.1f}'),
+    ('available', 'GiB free', '{:.1f}'),
     ('shared', 'shm MiB needed', '{:.0f}'),
-    ('shared_free', 'of', '{:.0f}'),
+    ('shared_free', 'shm MiB free', '{:.0f}'),
     ('clock', 'clock s', '{:+.3f}'),
     ('minibatch', 'minibatch s', '{:.3f}'),
     ('loading', 'loading s', '{:.3f}'),
@@ -58,6 +58,7 @@ _COLUMNS = (  # of the table: key, head, format
 
 
 def main(argv=None):
+    """Runs all checks on all ranks. Exits with status 0 if there are no problems, else 1."""
     mpi = MPI.COMM_WORLD
     janitor.remove_those_of_open_mpi()
     arguments = sys.argv[1:] if argv is None else argv
@@ -73,7 +74,12 @@ def main(argv=None):
 
 
 class Preflight:
-    """The checks of one rank, all collective; they fill ``problems`` and the host's ``row``."""
+    """The checks of one rank, all of them collective.
+
+    Attributes:
+        problems (list of str): The problems that the rank has found.
+        row (dict): The rank's values for the table of hosts.
+    """
 
     def __init__(self, mpi, settings):
         self.problems = []
@@ -87,6 +93,7 @@ class Preflight:
         self._start = (_resident(), _available_memory())
 
     def run(self):
+        """Runs all checks. Without a communicator or enough memory, skips those that need it."""
         self._check('versions', self._versions)
         self._check('clocks', self._clocks)
         self._check('--out', self._output)
@@ -99,6 +106,7 @@ class Preflight:
                 self._check('a minibatch', self._minibatch)
 
     def position(self):
+        """Tells the Watchdog the number and the name of the current check."""
         return self._step, None, f'the check of {self._name}'
 
     def _check(self, name, function):
@@ -113,7 +121,7 @@ class Preflight:
         for name, first in self._mpi.bcast(own).items():
             if own.get(name) != first:
                 self.problems.append(
-                    f'{name} is {own.get(name)}, but {first} on rank 0: install the same everywhere'
+                    f'{name} is {own.get(name)}, but {first} on rank 0: use the same on every host'
                 )
         gpus = nccl.inspect(self._mpi.rank)
         hosts = self._mpi.allgather(MPI.Get_processor_name())
@@ -127,7 +135,7 @@ class Preflight:
         )
 
     def _clocks(self):
-        """How far each clock is ahead of rank 0's: of ten questions, the one answered soonest."""
+        """Measures the clocks against rank 0's, by the quickest of ten questions and answers."""
         mpi, quickest, ahead = self._mpi, np.inf, 0.0
         for rank in range(1, mpi.size):
             for _ in range(10):
@@ -144,11 +152,11 @@ class Preflight:
         self.row['clock'] = ahead
         if abs(ahead) > _CLOCK_SKEW:
             self.problems.append(
-                f"its clock is {ahead:+.1f} s off rank 0's: set the clocks, by NTP or chrony"
+                f"its clock is {ahead:+.1f} s off rank 0's: synchronize clocks, by NTP or chrony"
             )
 
     def _output(self):
-        """Rank 0 alone writes."""
+        """Writes a temporary file, on rank 0 alone, and measures the free space."""
         if self._mpi.rank:
             return
         out = Path(self._settings.out).absolute()
@@ -163,10 +171,12 @@ class Preflight:
         except InputError as error:
             self.problems.append(str(error))
         except OSError as error:
-            self.problems.append(f'--out {out} cannot be written: {error.strerror}')
+            self.problems.append(
+                f'--out {out} cannot be written: {error.strerror}; choose another folder'
+            )
 
     def _images(self):
-        """Rank 0 lists them; all read the same few, and decode some."""
+        """Lists the images on rank 0. Every rank compares the sizes of some, and decodes a few."""
         folders = None
         if self._mpi.rank == 0:
             try:
@@ -185,9 +195,9 @@ class Preflight:
         sample = agreement.sample(*folders)
         unreadable = sorted(path for path, size in sample.items() if size is None)
         if unreadable:
-            self.problems.append(f'{unreadable[0]} cannot be read: is the folder on every host?')
+            self.problems.append(f'{unreadable[0]} cannot be read: copy the folder to every host')
         elif self._mpi.bcast(sample) != sample:
-            self.problems.append("its images are of other sizes than rank 0's: copy them again")
+            self.problems.append("its images differ in size from rank 0's: copy the folder again")
         else:
             self._decode(list(sample))
 
@@ -210,7 +220,7 @@ class Preflight:
             self._comm = extensions.create_communicator(
                 mpi_comm=self._mpi, **s.communicator_options
             )
-        except (ValueError, extensions.CommunicatorError) as error:  # of all ranks alike
+        except (ValueError, extensions.CommunicatorError) as error:  # raised on all ranks
             self.problems += [str(error)] * (self._mpi.rank == 0)
             return
         model = ResNet50(self._n_classes, s.width, s.stem, s.seed)
@@ -219,7 +229,7 @@ class Preflight:
         self._optimizer = extensions.RMSpropWarmup(s.lr_base).setup(model)
 
     def _all_reduce(self, repeat=5):
-        """Of gradients whose sum float16 holds exactly, however it is ordered: zeros and ones."""
+        """All-reduces zeros and ones, whose sum float16 holds exactly in any order."""
         xp = extensions.device_of(self._comm).xp
         size, seconds = self._mpi.size, []
         for _ in range(1 + repeat):
@@ -234,15 +244,17 @@ class Preflight:
         self.row['all_reduce'] = float(np.median(seconds[1:]))
         for name, param in self._model.namedparams():
             ramp = xp.arange(param.size).reshape(param.shape)
-            # Ranks r below the size with (ramp + r) % 3 == 0.
+            # The share of ranks r with (ramp + r) % 3 == 0.
             expected = (size + 2 - (-ramp) % 3) // 3 / size
             error = float(abs(param.grad - expected).max())
             if not error < 2e-3:  # float16 rounds 1 / size and the mean
-                self.problems.append(f'the all-reduce is wrong: {name} is {error:.3g} off')
+                self.problems.append(
+                    f'the all-reduce is wrong: {name} is {error:.3g} off; check MPI and the network'
+                )
                 return
 
     def _memory(self):
-        """Two and three images tell what one needs."""
+        """Estimates the memory of a run, from the peaks of memory for two and for three images."""
         s = self._settings
         peaks = []
         tracemalloc.start()
@@ -263,8 +275,8 @@ class Preflight:
         if self.row['memory'] > self.row['available']:
             self._fits = False
             self.problems.append(
-                'not enough memory (see the table): fewer ranks a host, a smaller '
-                '--local-batch-size or fewer processes in --loader'
+                'not enough memory (see the table): use fewer ranks per host, a smaller '
+                '--local-batch-size, or fewer processes in --loader'
             )
         self._device_memory()
         on_gpus = extensions.device_of(self._comm).xp is not np
@@ -272,16 +284,18 @@ class Preflight:
         free = shutil.disk_usage('/dev/shm').free
         self.row.update(shared=shared / _MIB, shared_free=free / _MIB)
         if shared > free:
-            self.problems.append('/dev/shm is too small (see the table): docker run --shm-size')
+            self.problems.append(
+                '/dev/shm is too small (see the table): enlarge it; docker run has --shm-size'
+            )
         checkpoints = (s.keep_checkpoints + 2) * 12 * self._model.count_params()
         if self._free_disk is not None and self._free_disk < checkpoints:
             self.problems.append(
-                f'--out {s.out} has {self._free_disk / _GIB:.1f} GiB left, and checkpoints take '
-                f'{checkpoints / _GIB:.1f}'
+                f'--out {s.out} has {self._free_disk / _GIB:.1f} GiB left, but checkpoints take '
+                f'{checkpoints / _GIB:.1f} GiB: choose another folder, or free space'
             )
 
     def _device_memory(self):
-        """On GPUs: what the pool took for three images, and how it grew."""
+        """Estimates the memory of a GPU in the same way, from the size of CuPy's memory pool."""
         if extensions.device_of(self._comm).xp is np:
             return
         pool, taken = cuda.cupy.get_default_memory_pool(), []
@@ -294,12 +308,12 @@ class Preflight:
         if _MARGIN * need > total:
             self._fits = False
             self.problems.append(
-                f'the GPU has {total / _GIB:.1f} GiB, and a minibatch needs about '
-                f'{_MARGIN * need / _GIB:.1f}: choose a smaller --local-batch-size'
+                f'the GPU has {total / _GIB:.1f} GiB, but a minibatch needs about '
+                f'{_MARGIN * need / _GIB:.1f} GiB: choose a smaller --local-batch-size'
             )
 
     def _minibatch(self):
-        """Forward, backward and update, on all ranks at once."""
+        """Times forward, backward and update, on all ranks at once."""
         self._step_of(self._settings.local_batch_size)
         seconds = []
         while len(seconds) < 3 and sum(seconds) < 10:
@@ -324,14 +338,14 @@ class Preflight:
 
 
 def verdict(settings, everyone) -> bool:
-    """Prints the table, the problems and the estimate.
+    """Prints the table of hosts, the predicted time and the problems.
 
     Args:
-        settings (~reproduce.settings.Settings): Of the run.
-        everyone (list): Host, problems and row of each rank.
+        settings (~reproduce.settings.Settings): Settings of the run.
+        everyone (list): For each rank, its host, problems and row.
 
     Returns:
-        bool: No rank has a problem.
+        bool: Whether no rank has a problem.
     """
     hosts, who = defaultdict(list), defaultdict(list)
     for rank, (host, problems, row) in enumerate(everyone):
@@ -354,7 +368,7 @@ def verdict(settings, everyone) -> bool:
 
 
 def _cells(rows):
-    """Of a host, the worst of its ranks."""
+    """Yields the cells of a host: for each column, the worst value of its ranks."""
     for key, _, form in _COLUMNS:
         values = [row[key] for row in rows if key in row]
         yield form.format(max(values, key=abs if key == 'clock' else None)) if values else '-'
@@ -366,7 +380,7 @@ def _estimate(settings, rows) -> str:
         key: max(row.get(key, 0) for row in rows)
         for key in ('minibatch', 'loading', 'all_reduce', 'update')
     }
-    # Where there is a core for each loader process, loading goes on beside the computation.
+    # With a core for every loader process, loading runs beside the computation.
     beside = all(r['cores'] >= r['ranks'] * (1 + loader.parse(settings.loader)[1]) for r in rows)
     both = slowest['minibatch'], slowest['loading']
     seconds = each * (max(both) if beside else sum(both))
@@ -375,10 +389,10 @@ def _estimate(settings, rows) -> str:
     return (
         f'all-reduce in {settings.allreduce_grad_dtype}: right, {slowest["all_reduce"]:.3f} s; '
         f'update {slowest["update"]:.3f} s\n'
-        f'predicted: {seconds:.3g} s an iteration of {each:,} minibatches a rank; '
+        f'predicted: {seconds:.3g} s per iteration of {each:,} minibatches per rank; '
         f'{n_iterations:,} iterations in {report.duration(n_iterations * seconds)}, without '
-        'validation, of which loading is '
-        + ('measured' if slowest['loading'] else 'not counted: no folder of images')
+        'validation; loading is '
+        + ('measured' if slowest['loading'] else 'not counted, for want of image folders')
     )
 
 
@@ -388,7 +402,7 @@ def _synchronize(xp):
 
 
 def _status(path, key) -> int:
-    """Bytes that a file of /proc tells in kB."""
+    """Returns a value from a file of /proc, which has kB, in bytes."""
     for line in Path(path).read_text().splitlines():
         name, _, value = line.partition(':')
         if name == key:
@@ -397,15 +411,17 @@ def _status(path, key) -> int:
 
 
 def _resident() -> int:
+    """Returns the memory that this process has now, in bytes."""
     return _status('/proc/self/status', 'VmRSS')
 
 
 def _peak_memory() -> int:
+    """Returns the most memory that this process has had, in bytes."""
     return _status('/proc/self/status', 'VmHWM')
 
 
 def _available_memory() -> int:
-    """Of the host, or of the control group that holds this process to less."""
+    """Returns the free memory of the host, or of this process's control group if less, in bytes."""
     available = _status('/proc/meminfo', 'MemAvailable')
     group = Path('/sys/fs/cgroup')
     try:
@@ -417,8 +433,10 @@ def _available_memory() -> int:
 
 
 def _shared_memory_to_come() -> int:
-    """Bytes that this user's files in /dev/shm may still take: MPI's are as large as they will be,
-    but get their memory when they are written to."""
+    """Returns the bytes that this user's files in /dev/shm may still take.
+
+    MPI's files have their final size at once, but get memory only when MPI writes to them.
+    """
     promised = 0
     for path in Path('/dev/shm').iterdir():
         try:

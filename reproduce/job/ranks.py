@@ -1,4 +1,4 @@
-"""What makes many ranks one job: they agree on errors before the start, and fall together."""
+"""Makes many ranks one job: they agree on errors before training starts, and stop together."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ _USER_ERRORS = (InputError, DataError, CommunicatorError, CheckpointError)
 
 
 class AgreedExit(SystemExit):
-    """All ranks leave together, so that nobody waits for anybody."""
+    """An exit that all ranks take together, so that no rank waits for another."""
 
     agreed = True
 
 
 def on_every_rank(mpi_comm, function):
-    """Runs ``function`` on every rank. What it raises on any of them ends all: one line on the
-    terminal, exit status 2.
+    """Runs ``function`` on every rank. An error on any rank ends all ranks.
+
+    One line on the terminal names the error. The exit status is 2.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
-        function (callable): If it communicates, it must raise on all ranks or on none.
+        function (callable): Takes no arguments. A function that communicates must raise on all
+            ranks or on none.
 
     Returns:
-        What ``function`` returned on this rank.
+        The result of ``function`` on this rank.
 
     Raises:
-        AgreedExit: On every rank, if it raised an error of the user's, or SystemExit, on any.
+        AgreedExit: On every rank, if ``function`` raised InputError, DataError, CommunicatorError,
+            CheckpointError or SystemExit on any rank. SystemExit keeps its own exit status.
     """
     result, ending = None, None
     try:
@@ -52,24 +55,27 @@ def on_every_rank(mpi_comm, function):
 
 
 def on_rank_zero(mpi_comm, function):
-    """Runs ``function`` on rank 0 alone; its result and its errors are every rank's."""
+    """Runs ``function`` on rank 0 alone. Every rank gets the result, or AgreedExit."""
     result = on_every_rank(mpi_comm, function if mpi_comm.rank == 0 else lambda: None)
     return mpi_comm.bcast(result)
 
 
 def run(main):
-    """Runs ``main()``. Whatever ends it early on any rank prints rank, host and traceback, and ends
-    all ranks at once.
+    """Runs ``main()``. An exception on any rank ends all ranks at once.
 
-    Without it the other ranks would wait in their next collective for ever; also after a
-    ``sys.exit`` on one rank, which would itself wait for them in MPI's finalization.
+    The rank that fails prints its traceback, its rank and its host. Without this function, the
+    other ranks would wait in their next collective for ever. This also holds for a ``sys.exit`` on
+    one rank, which would wait for the others in MPI's finalization.
+
+    Args:
+        main (callable): The program of a rank, without arguments.
     """
     print_any_name()
     try:
         main()
     except AgreedExit:
         raise
-    except (NonFiniteGradients, Stopped) as error:  # which all ranks raise together
+    except (NonFiniteGradients, Stopped) as error:  # all ranks raise these together
         if MPI.COMM_WORLD.rank == 0:
             print(f'error: {error}', file=sys.stderr, flush=True)
         raise AgreedExit(128 + error.signum if isinstance(error, Stopped) else 1) from None

@@ -1,4 +1,4 @@
-"""What a person sees: the plan, the header, progress, a table of epochs, the files of a run."""
+"""Everything that a person sees of a run: plan, header, progress, table of epochs, files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COLUMNS = (  # title, key in the log, format
 
 
 def versions() -> dict:
-    """Versions of everything that the numbers depend on."""
+    """Returns the versions of all software that the results depend on, as {name: version}."""
     found = {
         'python': platform.python_version(),
         'chainer': chainer.__version__,
@@ -51,15 +51,18 @@ def versions() -> dict:
 
 
 def plan(settings, n_images: int) -> str:
-    """The run as a table: n, b_local, the total batch and eta_base, then eta and the alphas at the
-    start of each epoch.
+    """Returns the plan of a run, a table.
 
-    Between the whole epochs stand the moments of the transition at which the printed form crosses 1
-    and jumps.
+    The table begins with n, b, the total batch and eta_base. Then a row for the start of each epoch
+    has eta and the alphas. More rows show the moments of the transition at which the printed form
+    crosses 1 and jumps.
 
     Args:
-        settings (Settings): With ``workers`` known.
-        n_images (int): Images of the training set.
+        settings (Settings): Settings of the run. ``workers`` must not be None.
+        n_images (int): Number of training images.
+
+    Returns:
+        str: The lines of the table.
     """
     s = settings
     per_epoch = n_images / s.total_batch_size
@@ -92,7 +95,17 @@ def plan(settings, n_images: int) -> str:
 
 
 def header(settings, comm, train, val, n_parameters: int) -> str:
-    """Who computes what, on what; printed before the first iteration."""
+    """Returns the header, which is printed before the first iteration.
+
+    Args:
+        settings (Settings): Settings of the run.
+        comm (~chainermn.CommunicatorBase): The processes.
+        train, val (ImageFolder): Training and validation images.
+        n_parameters (int): Number of the model's parameters.
+
+    Returns:
+        str: A line for each property of the run.
+    """
     s = settings
     device = device_of(comm)
     device_name = 'CPU'
@@ -119,23 +132,31 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
 
 
 def all_reduce_of(comm, settings) -> str:
+    """Describes the all-reduce: type, kind of sum, gradient scale."""
     sum_ = f'{comm.accumulate} sum' if hasattr(comm, 'accumulate') else "the library's sum"
     scale = f', gradient scale {settings.gradient_scale:g}' if settings.gradient_scale != 1 else ''
     return f'{settings.allreduce_grad_dtype}, {sum_}{scale}'
 
 
 def arithmetic_of(device) -> str:
+    """Describes the implementation that updates parameters on a device."""
     if device.xp is not np:
         return 'CUDA'
-    return 'compiled C' if kernels.compiled else 'NumPy (no C compiler when it was installed)'
+    return 'compiled C' if kernels.compiled else 'NumPy (no C compiler at the installation)'
 
 
 class Progress(training.Extension):
-    """Prints a line with images/s and the time left, at most one in ``seconds``, also within an
-    iteration, between the workers that a process plays, and within a validation.
+    """Prints images/s and the time left, at most one line per ``seconds``.
 
-    Always whole lines, never a line drawn over: what mpiexec gives a rank looks like a terminal
-    even where it ends in a file.
+    Lines also come within a long iteration, between the workers of a process, and within a
+    validation. They are whole lines and never overwrite each other: standard output under mpiexec
+    looks like a terminal even if it ends in a file.
+
+    Args:
+        total_batch_size (int): Images of all workers together in one iteration.
+        n_iterations (int): Number of iterations of the run.
+        evaluator (~extensions.ExactEvaluator): The validation.
+        seconds (float): Least time between two lines, in seconds.
     """
 
     trigger = (1, 'iteration')
@@ -146,7 +167,7 @@ class Progress(training.Extension):
         self._n_iterations = n_iterations
         self._evaluator = evaluator
         self._seconds = seconds
-        self._validation = None  # its start, the minibatches then left, the time of the last line
+        self._validation = None  # start, minibatches left at the start, time of the last line
         self._last = None
 
     def initialize(self, trainer):
@@ -182,11 +203,19 @@ class Progress(training.Extension):
         if left == 0:
             self._validation = None
             then, images = self._last
-            self._last = then + now - start, images  # it does not count as training
+            self._last = then + now - start, images  # a validation does not count as training
 
 
 def position_of(updater, evaluator):
-    """For the :class:`~reproduce.job.watchdog.Watchdog`: where this rank is, at any moment."""
+    """Returns a function that tells where this rank is, for the Watchdog.
+
+    Args:
+        updater (~extensions.VirtualWorkersUpdater): The training.
+        evaluator (~extensions.ExactEvaluator): The validation.
+
+    Returns:
+        callable: The argument ``position`` of :class:`~reproduce.job.watchdog.Watchdog`.
+    """
 
     def position():
         done, left, iteration = updater.images_done, evaluator.minibatches_left, updater.iteration
@@ -198,10 +227,11 @@ def position_of(updater, evaluator):
 
 
 class EpochTable(training.Extension):
-    """Prints a row for each entry of the log, under one head.
+    """Prints a table with a row for each entry of the log.
 
     Args:
-        log_report (~chainer.training.extensions.LogReport): It runs before this extension.
+        log_report (~chainer.training.extensions.LogReport): The log. LogReport must run before this
+            extension.
     """
 
     trigger = (1, 'epoch')
@@ -224,13 +254,18 @@ class EpochTable(training.Extension):
 
 
 class Curves(training.Extension):
-    """Draws ``curves.png`` once a minute at most, so that a long run can be watched."""
+    """Draws ``curves.png`` at most once per minute, so that a long run can be watched.
+
+    Args:
+        settings (Settings): Settings of the run.
+        log_report (~chainer.training.extensions.LogReport): The log.
+    """
 
     trigger = triggers.TimeTrigger(60)  # type: ignore[assignment]
     priority = extension.PRIORITY_READER - 1
 
     def __init__(self, settings, log_report):
-        from reproduce.job import plots  # here: matplotlib takes a fifth of a rank's start
+        from reproduce.job import plots  # here, because matplotlib takes a fifth of a rank's start
 
         self._plots = plots
         self._settings = settings
@@ -242,7 +277,7 @@ class Curves(training.Extension):
 
 
 def duration(seconds: float) -> str:
-    """Two units of time: 1 h 02 min, 3 min 20 s, 12 s."""
+    """Formats a time in seconds: 1 h 02 min, 3 min 20 s, 12 s."""
     seconds = round(seconds)
     if seconds < 60:
         return f'{seconds} s'
@@ -252,25 +287,25 @@ def duration(seconds: float) -> str:
 
 
 def write_settings(settings, out: str):
-    """Writes ``settings.json``."""
+    """Writes ``settings.json`` into the folder ``out``."""
     _write_json(dataclasses.asdict(settings), os.path.join(out, 'settings.json'))
 
 
 def peak_memory(comm) -> int:
-    """Most memory that a process of the job has had, in bytes. Collective."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux
+    """Returns the most memory that any process of the job has had, in bytes. Collective."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux
     return 1024 * comm.mpi_comm.allreduce(kilobytes, MPI.MAX)
 
 
 def bad_images(comm, batches) -> dict:
-    """Path to message of the images that the job has skipped, this time. Collective."""
+    """Returns the images skipped since the job's start, as {path: message}. Collective."""
     return dict(
         sorted(item for bad in comm.mpi_comm.allgather(batches.bad) for item in bad.items())
     )
 
 
 def parts(timing: dict) -> str:
-    """One line: the mean iteration and its parts."""
+    """Returns one line with the mean iteration and its parts, from TimeReport's summary."""
     if not timing['iterations']:
         return 'no timing: too few iterations'
     text = ', '.join(f'{name} {1000 * timing[name]:,.1f}' for name in PARTS)
@@ -282,16 +317,16 @@ def summarize(settings, comm, trainer, log, peak_memory, bad_images, timing) -> 
     """Writes ``summary.json`` and the final ``curves.png``.
 
     Args:
-        settings (Settings): Of the run.
-        comm (~chainermn.CommunicatorBase): Its processes.
-        trainer (~chainer.training.Trainer): After its run.
-        log (list of dict): Of the LogReport.
-        peak_memory (int): From :func:`peak_memory`.
-        bad_images (dict): From :func:`bad_images`.
-        timing (dict): Of the TimeReport.
+        settings (Settings): Settings of the run.
+        comm (~chainermn.CommunicatorBase): The processes.
+        trainer (~chainer.training.Trainer): The trainer, after its run.
+        log (list of dict): Entries of the LogReport.
+        peak_memory (int): Result of :func:`peak_memory`, in bytes.
+        bad_images (dict): Result of :func:`bad_images`.
+        timing (dict): Summary of the TimeReport, in seconds.
 
     Returns:
-        dict: The summary. ``top1`` is a fraction of ``validation_images``, ``seconds`` include the
+        dict: The summary. ``top1`` is a fraction of ``validation_images``. ``seconds`` includes the
             validations.
     """
     iterations = trainer.updater.iteration

@@ -1,4 +1,4 @@
-"""Makes a job of a training: it reports, keeps its results, and never waits for ever."""
+"""Runs a training as a job, which reports, saves its results, and never waits for ever."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from reproduce.listing import ImageFolder
 
 
 def read_settings(mpi, argv, description):
-    """Rank 0 reads the command line, and tells the others.
+    """Reads the command line on rank 0, and sends the settings to all ranks.
+
+    Args:
+        mpi (mpi4py.MPI.Comm): The ranks.
+        argv (list of str): The words of the command line, without the program's name.
+        description (str): Text at the start of ``--help``.
 
     Returns:
-        Settings: Of all ranks; None after ``--dry-run``, which prints the plan.
+        Settings: The settings, the same on all ranks; None after ``--dry-run``, which prints the
+            plan.
     """
     janitor.remove_those_of_open_mpi()
     settings, dry_run = ranks.on_rank_zero(mpi, lambda: options.parse(argv, mpi.size, description))
@@ -35,7 +41,11 @@ def _print_plan(settings):
 
 
 def find_images(mpi, settings):
-    """Rank 0 lists the images and makes the output folder, and tells the others.
+    """Lists the images and makes the output folder on rank 0, and sends the lists to all ranks.
+
+    Args:
+        mpi (mpi4py.MPI.Comm): The ranks.
+        settings (Settings): Settings of the run.
 
     Returns:
         tuple of ImageFolder: Training and validation images.
@@ -50,13 +60,15 @@ def find_images(mpi, settings):
 
 
 def run(mpi, comm, settings, argv, trainer, batches):
-    """Runs a training, from its last checkpoint on if there is one.
+    """Runs a training, from the checkpoint that --resume names, if any.
 
     Args:
-        mpi (mpi4py.MPI.Comm), comm (~chainermn.CommunicatorBase): The processes.
-        settings (Settings): Of the run.
+        mpi (mpi4py.MPI.Comm): The ranks.
+        comm (~chainermn.CommunicatorBase): The communicator of the same ranks.
+        settings (Settings): Settings of the run.
         argv (list of str): This rank's own command line.
-        trainer (~chainer.training.Trainer), batches (ImageLoader): From ``experiment()``.
+        trainer (~chainer.training.Trainer): The trainer that ``experiment()`` returned.
+        batches (ImageLoader): The loader that ``experiment()`` returned.
     """
     train, val = batches.train, batches.val
     updater, evaluator = trainer.updater, trainer.get_extension('validation')
@@ -68,7 +80,7 @@ def run(mpi, comm, settings, argv, trainer, batches):
         print(report.header(settings, comm, train, val, model.count_params()), flush=True)
         report.write_settings(settings, settings.out)
 
-    # Whatever ends the run, it goes on from the last checkpoint to the same bits.
+    # However a run ends, going on from the last checkpoint gives the same bits.
     folder = output.checkpoints_of(settings.out)
     trainer.extend(
         extensions.Checkpointer(
@@ -78,7 +90,7 @@ def run(mpi, comm, settings, argv, trainer, batches):
     if checkpoint:
         extensions.checkpoint.resume(trainer, checkpoint)
 
-    # Before the first iteration: the same program and the same numbers on all ranks.
+    # Before the first iteration, check that all ranks have the same program and numbers.
     sample = agreement.sample(train, val)
     own = agreement.items(model, settings, argv, sample)
     ranks.on_every_rank(mpi, lambda: agreement.check(mpi, own, sample))
@@ -89,7 +101,7 @@ def run(mpi, comm, settings, argv, trainer, batches):
 
 
 def _extend(settings, comm, trainer, batches):
-    """Adds what a person sees of a run."""
+    """Adds the extensions that log, print and plot."""
     updater, evaluator = trainer.updater, trainer.get_extension('validation')
     if hasattr(comm, 'cast_counts'):
         trainer.extend(extensions.CastReport(comm))
@@ -108,7 +120,7 @@ def _extend(settings, comm, trainer, batches):
 
 
 def _last_hyperparameters(optimizer):
-    """The log's entries would be means over an epoch: here they are what the last update used."""
+    """Makes the log show the values that the last update used, not means over an epoch."""
 
     def postprocess(entry):
         for name in ('lr', 'alpha_sgd', 'alpha_rmsprop'):
@@ -118,7 +130,7 @@ def _last_hyperparameters(optimizer):
 
 
 def _conclude(settings, comm, trainer, batches, time_report, log_report):
-    """Writes the model and the summary; collective."""
+    """Writes the model and the summary. Collective."""
     peak_memory, bad_images = report.peak_memory(comm), report.bad_images(comm, batches)
     if comm.rank > 0:
         return

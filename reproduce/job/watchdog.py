@@ -1,4 +1,4 @@
-"""Ends a job in which nothing moves any more, and says which ranks the others wait for."""
+"""Ends a job that no longer makes progress, and names the ranks that the others wait for."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ done"""
 
 
 class Watchdog:
-    """A thread on every rank that tells rank 0 where the rank is, and ends the job when for
-    ``seconds`` no rank has got anywhere, or one of them has given no sign of life.
+    """A thread on every rank that ends a job without progress.
 
-    As long as any rank finishes a minibatch in that time, an iteration may take as long as it
-    likes. What is exchanged is one message and its answer per rank every few seconds, on a
-    communicator of its own. Time in which the process itself is stopped, as a batch system's
-    "suspend" does with all of them, does not count.
+    Each thread tells rank 0 where its rank is. The job ends in two cases: no rank has made progress
+    for ``seconds``, or one rank has given no sign of life for so long. An iteration may take any
+    time, as long as all ranks live and any of them finishes a minibatch.
 
-    To be used as a context manager, by all ranks together.
+    Every few seconds, each rank sends one message to rank 0 and gets one answer. The messages use a
+    communicator of their own. Time in which the process itself is stopped does not count: a batch
+    system's "suspend" stops all processes.
+
+    All ranks together use this class as a context manager.
 
     Args:
-        mpi_comm (mpi4py.MPI.Comm): The ranks; collective.
-        seconds (float): Above 0; with 0 there is no watchdog.
-        position (callable): Called in the thread; returns how far this rank has come (a number that
-            grows), the minibatches left until it waits for the others (None where nobody counts
-            them), and the same in words.
+        mpi_comm (mpi4py.MPI.Comm): The ranks. The constructor is collective.
+        seconds (float): Time limit in seconds. 0 means no watchdog.
+        position (callable): Called in the thread, without arguments. Returns three values: the
+            progress of this rank (a number that grows), the minibatches left until this rank waits
+            for the others (None if nobody counts them), and the position in words.
     """
 
     def __init__(self, mpi_comm, seconds, position):
@@ -50,7 +52,7 @@ class Watchdog:
             return
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             if mpi_comm.rank == 0:
-                print('note: no watchdog: this MPI has no MPI_THREAD_MULTIPLE', flush=True)
+                print('note: the watchdog is off: this MPI has no MPI_THREAD_MULTIPLE', flush=True)
             return
         self._comm = mpi_comm.Dup()
         self._hosts = mpi_comm.allgather(MPI.Get_processor_name())
@@ -63,14 +65,14 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, error, trace):
-        # After an error of this rank alone, which ends all, the others would not answer.
+        # An error of this rank alone ends all ranks. Do not wait: the others would not answer.
         if self._thread and (error is None or getattr(error, 'agreed', False)):
             self._closing.set()
             self._thread.join()
             self._comm.Free()
 
     def _report(self):
-        """On all ranks but 0: reports, and waits for the answer."""
+        """Reports and waits for the answer, on all ranks except 0."""
         clock = _Clock(self._seconds)
         while True:
             last = self._closing.is_set()
@@ -80,8 +82,8 @@ class Watchdog:
                 self._pause()
                 if clock.now() - sent > self._seconds:
                     self._end(
-                        f'no sign of life from {self._name(0)} for {self._seconds:g} s: is it '
-                        'stopped, is its host cut off?'
+                        f'no sign of life from {self._name(0)} for {self._seconds:g} s '
+                        '(--watchdog): is it stopped, or its host cut off?'
                     )
             self._comm.recv(source=0)
             request.wait()
@@ -90,11 +92,11 @@ class Watchdog:
             self._closing.wait(self._interval)
 
     def _collect(self):
-        """On rank 0: answers, until all ranks have closed."""
+        """Answers the other ranks, on rank 0, until all ranks have closed."""
         clock = _Clock(self._seconds)
         moved = clock.now()
         last_sign = dict.fromkeys(range(1, self._comm.size), moved)
-        places = {r: ((0, None, 'not heard of yet'), '') for r in range(self._comm.size)}
+        places = {r: ((0, None, 'a place not yet reported'), '') for r in range(self._comm.size)}
         answers = []
         while last_sign or not self._closing.is_set():
             now = clock.now()
@@ -114,7 +116,7 @@ class Watchdog:
             places.update(received)
             silent = [r for r, then in last_sign.items() if now - then > self._seconds]
             if silent or now - moved > self._seconds:
-                # Who is silent now has mostly been so for as long as nothing moved.
+                # Mostly, a rank that is silent now was silent for as long as nothing moved.
                 silent = [r for r, t in last_sign.items() if now - t > 3 * self._interval]
                 self._end(self._diagnosis(places, silent))
             self._pause()
@@ -122,7 +124,7 @@ class Watchdog:
             request.wait()
 
     def _pause(self):
-        """Between two looks for messages: short once this rank has nothing else to do."""
+        """Waits between two looks for messages, only briefly once this rank is done."""
         if self._closing.wait(self._interval / 10):
             time.sleep(0.01)
 
@@ -152,7 +154,7 @@ class Watchdog:
 
 
 class _Clock:
-    """Seconds, without those in which this process could not look at it."""
+    """A clock in seconds that leaves out times when this process was stopped."""
 
     def __init__(self, seconds):
         self._longest = seconds / 4
@@ -166,7 +168,7 @@ class _Clock:
 
 
 def _where() -> str:
-    """The innermost line of this project that the main thread is in."""
+    """Returns the innermost line of this project that the main thread executes."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame:
         path = Path(frame.f_code.co_filename)
@@ -178,9 +180,9 @@ def _where() -> str:
 
 
 def _kill_later():
-    """Kills the launcher on this host and this process in five seconds, if they are still there.
+    """Kills this process and the launcher on this host in five seconds, if they still exist.
 
-    Open MPI's abort waits for all hosts, one that is cut off too.
+    Open MPI's abort waits for all hosts, even for a host that is cut off.
     """
     me, launcher = _process('self'), _process(os.getppid())
     victims = [launcher[:2], me[:2]] if launcher[2] in _LAUNCHERS else [me[:2]]
@@ -194,7 +196,7 @@ def _kill_later():
 
 
 def _process(number) -> tuple[str, str, str]:
-    """Number, time of start and name of a process: the first two are of no other process."""
+    """Returns number, start time and name of a process. The first two identify the process."""
     before, _, after = Path(f'/proc/{number}/stat').read_text().rpartition(')')
     number, _, name = before.partition(' (')
     return number, after.split()[19], name

@@ -1,10 +1,10 @@
-"""Plots of the paper's schedules, of published results, and of runs side by side.
+"""How do the schedules, the published results and several runs look, side by side?
 
-./run_mpi.sh figures schedules         alpha_SGD, both forms, and the learning rates
-./run_mpi.sh figures comparison        published results: training time against top-1
-./run_mpi.sh figures runs RUN ...      loss and top-1 of runs of train.py, by epoch
+./run_mpi.sh figures schedules       draws both forms of alpha_SGD, and the learning rates
+./run_mpi.sh figures comparison      draws published results: training time against top-1
+./run_mpi.sh figures runs RUN ...    draws loss and top-1 of runs of train.py, by epoch
 
-A training and each study draw their own.
+A training draws its own curves, and a study draws its own plot.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 
 from extensions import schedules
 from reproduce.baselines import LR_SCHEDULES
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
 
 _STYLES = ('k-', 'k--', 'k:', 'k-.')
 _MARKERS = 'os^Dvx+*'
 
-# Team, batch, hardware, hours, top-1 in per cent, and the letter of the source.
+# Team, total batch, hardware, hours, top-1 in per cent, and the letter of the source.
 PUBLISHED = (
     ('He et al.', 256, 'P100 x 8', 29, 75.3, 'A'),
     ('Goyal et al.', 8192, 'P100 x 256', 1, 76.3, 'A'),
@@ -37,9 +37,9 @@ def runs(logs: dict, out: str):
     """Draws OUT/runs.png: training loss and validation top-1 of several runs by epoch.
 
     Args:
-        logs (dict): Title to a list of Chainer's ``log``s, which are drawn as their mean, with a
-            band from the lowest to the highest.
-        out (str): Folder; the file is replaced as a whole.
+        logs (dict): Title to a list of Chainer's logs. The list is drawn as its mean, with a band
+            from the lowest to the highest value.
+        out (str): The folder. The file is replaced as a whole.
     """
     quantities = (('main/loss', 1, 'training loss'), ('validation/main/accuracy', 100, 'top-1 (%)'))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
@@ -67,8 +67,13 @@ def runs(logs: dict, out: str):
 
 
 def paper_schedules(out: str):
-    """Draws OUT/schedules.png: alpha_SGD in both forms, alpha_RMSprop, and the learning rates over
-    the paper's 90 epochs with its total batch of 32,768."""
+    """Draws OUT/schedules.png: both forms of alpha_SGD, alpha_RMSprop, and the learning rates.
+
+    All curves are for the paper's 90 epochs and total batch of 32,768.
+
+    Args:
+        out (str): The folder. The file is replaced as a whole.
+    """
     batch = 32768
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), constrained_layout=True)
     early = np.linspace(0, 15, 3001)
@@ -98,7 +103,11 @@ def paper_schedules(out: str):
 
 
 def comparison(out: str):
-    """Draws OUT/comparison.png: what others published, training time against top-1."""
+    """Draws OUT/comparison.png: published training times against published top-1.
+
+    Args:
+        out (str): The folder. The file is replaced as a whole.
+    """
     figure, axis = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
     for team, batch, hardware, hours, top1, source in PUBLISHED:
         ours = team.startswith('Akiba')
@@ -131,28 +140,75 @@ def comparison(out: str):
     save(figure, os.path.join(out, 'comparison.png'))
 
 
+def read_log(run: Path) -> list:
+    """Reads Chainer's log of a run.
+
+    Args:
+        run (Path): The folder of the run.
+
+    Returns:
+        list: An entry per epoch.
+
+    Raises:
+        OSError: The log cannot be read.
+        ValueError: The log has another content.
+    """
+    log = json.loads((run / 'log').read_text())
+    try:
+        complete = bool(log) and all(
+            key in entry
+            for entry in log
+            for key in ('epoch', 'main/loss', 'validation/main/accuracy')
+        )
+    except TypeError:
+        complete = False
+    if not complete:
+        raise ValueError('its log has no epoch, or an epoch without loss or validation')
+    return log
+
+
 def main():
     parser = Parser(prog='./run_mpi.sh figures', description=__doc__)
-    parser.add_argument('what', choices=('schedules', 'comparison', 'runs'), metavar='NAME')
-    parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='results of train.py')
-    parser.add_argument('--out', default='results/figures', metavar='FOLDER')
+    parser.add_argument(
+        'name',
+        choices=('schedules', 'comparison', 'runs'),
+        metavar='NAME',
+        help='plot to draw: schedules, comparison or runs',
+    )
+    parser.add_argument(
+        'runs',
+        nargs='*',
+        default=[],
+        type=Path,
+        metavar='RUN',
+        help='for runs: a folder that train.py wrote as its --out',
+    )
+    parser.add_argument(
+        '--out',
+        default='results/figures',
+        metavar='FOLDER',
+        help='write NAME.png to FOLDER [%(default)s]',
+    )
     options = parser.parse_args()
-    if bool(options.runs) != (options.what == 'runs'):
-        parser.error('"runs" needs folders, and only "runs" takes any')
+    if options.name == 'runs' and not options.runs:
+        parser.refuse('runs needs folders: ./run_mpi.sh figures runs RUN ...')
+    if options.name != 'runs' and options.runs:
+        parser.refuse(f'{options.name} takes no folder, but got {options.runs[0]}: leave it out')
     logs = {}
     for run in options.runs:
         try:
-            logs[str(run)] = [json.loads((run / 'log').read_text())]
+            logs[str(run)] = [read_log(run)]
         except (OSError, ValueError) as error:
-            parser.error(f'{run} is no folder of a run of train.py: {error}')
-        if 'validation/main/accuracy' not in logs[str(run)][0][-1]:
-            parser.error(f'{run / "log"} has no validation')
-    os.makedirs(options.out, exist_ok=True)
-    if options.what == 'runs':
-        runs(logs, options.out)
-    else:
-        {'schedules': paper_schedules, 'comparison': comparison}[options.what](options.out)
-    print(Path(options.out) / f'{options.what}.png')
+            parser.refuse(f'{run} is not the --out of a run of train.py: {reason(error)}')
+    try:
+        os.makedirs(options.out, exist_ok=True)
+        if options.name == 'runs':
+            runs(logs, options.out)
+        else:
+            {'schedules': paper_schedules, 'comparison': comparison}[options.name](options.out)
+    except OSError as error:
+        parser.refuse(f'--out {reason(error)}')
+    print(Path(options.out) / f'{options.name}.png')
 
 
 if __name__ == '__main__':

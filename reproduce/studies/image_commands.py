@@ -1,15 +1,20 @@
-"""Commands for folders of images: ./run_mpi.sh images COMMAND
+"""Are the images complete, and in class folders? Checks an image folder, or arranges flat images.
 
-check DIR               decodes every image of DIR/CLASS/FILE; names what is broken or odd, counts
-                        the classes, and ends with status 1 if anything is broken
-arrange FLAT LABELS DIR turns a flat folder of validation images and a file of their classes into
-                        DIR/CLASS/FILE; nothing is moved
+./run_mpi.sh images check DIR
+    Decodes every image DIR/CLASS/FILE, names broken and odd images, and counts the classes. The
+    exit status is 0 if no image is broken, 1 if one is, and 2 if DIR cannot be read.
+
+./run_mpi.sh images arrange FLAT LABELS DIR
+    Makes DIR/CLASS/FILE from a flat folder of validation images and a file of their classes. Files
+    are linked, or copied to another disk. Nothing is moved.
+
+./run_mpi.sh images check --help and ./run_mpi.sh images arrange --help list the options.
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import json
 import multiprocessing
 import os
@@ -22,9 +27,19 @@ import numpy as np
 from PIL import Image
 
 from reproduce import images
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, reason
 from reproduce.listing import SUFFIXES, DataError, list_images, print_any_name
 
+_CHECK = """Decodes every image DIR/CLASS/FILE as training does, and names broken and odd images.
+
+An image is odd if it has CMYK colours, a palette, alpha, 16 bits, one bit, a rotation by EXIF, a
+suffix that contradicts its format, or a side below 32 pixels. Training accepts odd images. The exit
+status is 0 if no image is broken, 1 if one is, and 2 if DIR cannot be read.
+"""
+_ARRANGE = """Makes DIR/CLASS/FILE from the images FLAT/FILE and their classes in LABELS.
+
+Files are linked, or copied to another disk. Nothing is moved. DIR appears complete or not at all.
+"""
 _FORMATS = {'.jpeg': 'JPEG', '.jpg': 'JPEG', '.png': 'PNG'}
 _MODES = {
     'CMYK': 'CMYK',
@@ -34,14 +49,17 @@ _MODES = {
     'LA': 'alpha',
     '1': 'one bit',
 }
-_FEW = 20  # classes that are all printed
+_FEW = 20  # classes; of more, only the smallest and the largest are printed
 
 
 def inspect(path: str) -> tuple[str | None, list]:
     """Decodes an image as training does.
 
+    Args:
+        path (str): The image.
+
     Returns:
-        tuple: Why it is broken, None if it is not; and in which ways it is odd.
+        tuple: Why the image is broken, or None, and a list of the ways in which it is odd.
     """
     try:
         images.decode(path)
@@ -62,13 +80,19 @@ def inspect(path: str) -> tuple[str | None, list]:
 
 
 def check(root, n_processes: int) -> dict:
-    """Looks at every image of ROOT/CLASS/FILE.
+    """Inspects every image ROOT/CLASS/FILE.
+
+    Args:
+        root (str): The folder.
+        n_processes (int): Processes that decode.
 
     Returns:
-        dict: ``classes``: counts; ``broken``: path to reason; ``odd``: kind to paths.
+        dict: ``classes``: class to number of images. ``broken``: path to reason. ``odd``: kind to
+            paths.
 
     Raises:
-        DataError: As :func:`~reproduce.listing.list_images`.
+        DataError: A folder cannot be used, as in :func:`~reproduce.listing.list_images`; or a
+            process died.
     """
     folder = list_images(root)
     paths = [folder.path(i) for i in range(len(folder))]
@@ -83,12 +107,16 @@ def check(root, n_processes: int) -> dict:
                 for kind in kinds:
                     odd[kind].append(path)
                 progress(len(broken))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise DataError(
+                'a decoding process died, perhaps for want of memory: lower --processes'
+            ) from error
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     ignored = sorted(str(path) for path in Path(root).glob('*/*') if _is_ignored(path))
     if ignored:
-        odd['no image by its suffix, ignored'] = ignored
+        odd['not an image by its suffix, ignored'] = ignored
     classes = dict(zip(folder.classes, map(int, folder.counts)))
     return {'classes': classes, 'broken': broken, 'odd': dict(odd)}
 
@@ -98,7 +126,7 @@ def _is_ignored(path) -> bool:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds."""
+    """Draws a bar on a terminal. Without a terminal, prints a line every ten seconds."""
 
     def __init__(self, n: int):
         self._n, self._done = n, 0
@@ -115,7 +143,7 @@ class _Progress:
         done = 30 * self._done // self._n
         text = (
             f'[{"#" * done}{"." * (30 - done)}] {self._done:,} of {self._n:,} images, '
-            f'{rate:,.0f} a second, {(self._n - self._done) / rate:,.0f} s left, {broken:,} broken'
+            f'{rate:,.0f}/s, {(self._n - self._done) / rate:,.0f} s left, {broken:,} broken'
         )
         end = '' if self._is_terminal and self._done < self._n else '\n'
         start = '\r' if self._is_terminal else ''
@@ -126,14 +154,14 @@ def _report(root, found: dict):
     counts = np.array(list(found['classes'].values()))
     print(
         f'{counts.sum():,} images of {len(counts):,} classes in {root}; '
-        f'{counts.min():,} to {counts.max():,} a class, {np.median(counts):,.0f} in the middle'
+        f'{counts.min():,} to {counts.max():,} per class, median {np.median(counts):,.0f}'
     )
     by_count = sorted(found['classes'].items(), key=lambda item: item[1])
     shown = by_count if len(by_count) <= _FEW else by_count[: _FEW // 2] + by_count[-_FEW // 2 :]
     for name, count in sorted(shown):
         print(f'  {count:9,}  {name}')
     if len(shown) < len(by_count):
-        print('  those are the smallest and the largest classes; --json FILE has all')
+        print('  these are the smallest and the largest classes; --json FILE writes all')
     for kind, paths in sorted(found['odd'].items()):
         print(f'odd, {kind}: {len(paths):,}')
         print(''.join(f'  {path}\n' for path in paths), end='')
@@ -142,18 +170,18 @@ def _report(root, found: dict):
 
 
 def arrange(flat, labels, target, classes=None) -> int:
-    """Makes TARGET/CLASS/FILE of a flat folder; a file is linked, or copied to another disk.
+    """Makes TARGET/CLASS/FILE from a flat folder. Files are linked, or copied to another disk.
 
     Args:
         flat (str): The folder of images, as the archive of the validation images has them.
-        labels (str): A file with a line for each image, of its name and its class, with a blank or
-            a comma between them (what follows is ignored); or, with ``classes``, of the number
-            of its class alone, in the order of the sorted names.
-        target (str): The folder to be made. It appears complete or not at all.
-        classes (str): A file with the class of number 1, 2, 3, ... in each line.
+        labels (str): A file with a line for each image. A line has the name and the class, with a
+            blank or a comma between them; the rest of the line is ignored. With ``classes``, a line
+            has only the number of the class, and the lines are in the order of the sorted names.
+        target (str): The folder that is made. It appears complete or not at all.
+        classes (str): A file with the names of class 1, 2, 3, ..., one per line.
 
     Returns:
-        int: Images.
+        int: Number of images.
 
     Raises:
         DataError: The files do not belong together, or cannot be read or written.
@@ -162,18 +190,20 @@ def arrange(flat, labels, target, classes=None) -> int:
         names = sorted(n for n in os.listdir(flat) if n.lower().endswith(SUFFIXES))
         class_of = _read_labels(labels, names, classes)
         if os.path.exists(target):
-            raise DataError(f'{target} is there already: choose another folder or remove it')
+            raise DataError(f'{target} exists: choose another folder or remove it')
         unlabelled = [name for name in names if name not in class_of]
         missing = sorted(set(class_of) - set(names))
         if unlabelled or missing or not names:
-            what, name = ('no class', unlabelled) if unlabelled else ('no image', missing or [flat])
+            problem = f'no class for {unlabelled[0]}' if unlabelled else 'no image'
+            if missing and not unlabelled:
+                problem += f' for {missing[0]}'
             raise DataError(
-                f'{labels} and {flat} do not belong together: {len(names):,} images, '
-                f'{len(class_of):,} classes of images; {what} for {name[0]}'
+                f'{labels} and {flat} do not belong together: {problem} '
+                f'({len(names):,} images, {len(class_of):,} lines with a class)'
             )
         for label in class_of.values():
             if os.path.basename(label) != label or label in ('.', '..'):
-                raise DataError(f'{labels}: {label} is not a name for a folder')
+                raise DataError(f'{labels}: {label} is not a name for a folder; correct that line')
         unfinished = f'{os.path.normpath(target)}.unfinished-{os.getpid()}'
         try:
             for name in names:
@@ -184,7 +214,7 @@ def arrange(flat, labels, target, classes=None) -> int:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        raise DataError(f'{error}') from error
+        raise DataError(reason(error)) from error
     return len(names)
 
 
@@ -193,24 +223,26 @@ def _read_labels(path, names, classes) -> dict:
     if classes is not None:
         by_number = [row[0] for row in _words(classes)]
         if len(rows) != len(names):
-            raise DataError(f'{path} has {len(rows):,} lines for {len(names):,} images')
+            raise DataError(
+                f'{path} has {len(rows):,} lines for {len(names):,} images: it needs one per image'
+            )
         return {name: _numbered(row, by_number, path, classes) for name, row in zip(names, rows)}
     if any(len(row) < 2 for row in rows):
         raise DataError(
-            f'{path} has one word a line: numbers of classes need --classes FILE, which names them'
+            f'{path} has a line of one word: numbers of classes need --classes FILE with the names'
         )
-    if rows and rows[0][0] == 'ImageId':  # the head of Kaggle's table
+    if rows and rows[0][0] == 'ImageId':  # the header of Kaggle's table
         rows = rows[1:]
     by_stem = {os.path.splitext(name)[0]: name for name in names}
     return {by_stem.get(os.path.splitext(name)[0], name): label for name, label, *_ in rows}
 
 
 def _words(path) -> list:
-    """Those of each line that has any."""
+    """Returns the words of each non-empty line."""
     try:
         lines = Path(path).read_text().splitlines()
     except UnicodeError as error:
-        raise DataError(f'{path} is no text ({error})') from error
+        raise DataError(f'{path} is not a text file: {error}') from error
     return [words for line in lines if (words := line.replace(',', ' ').split())]
 
 
@@ -218,7 +250,7 @@ def _numbered(row, by_number, path, classes) -> str:
     number = int(row[0]) if row[0].isdigit() else 0
     if not 1 <= number <= len(by_number):
         raise DataError(
-            f'{path}: {row[0]} is not a number from 1 to {len(by_number):,}, the lines of {classes}'
+            f'{path}: {row[0]} is not a number from 1 to {len(by_number):,}, a line of {classes}'
         )
     return by_number[number - 1]
 
@@ -233,17 +265,33 @@ def _link(source, target):
 def main(arguments=None):
     parser = Parser(prog='./run_mpi.sh images', description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    one = commands.add_parser('check', help='decode every image and name what is broken or odd')
-    one.add_argument('root', metavar='DIR', help='folder with a folder of images for each class')
-    one.add_argument(
-        '--processes', type=int, default=os.cpu_count(), metavar='N', help='[%(default)s]'
+    text = 'decode every image, and name broken and odd images'
+    checker = commands.add_parser('check', help=text, description=_CHECK)
+    checker.add_argument('root', metavar='DIR', help='folder with a folder of images per class')
+    checker.add_argument(
+        '--processes',
+        type=int,
+        default=os.cpu_count(),
+        metavar='N',
+        help='decode with N processes [one per core: %(default)s]',
     )
-    one.add_argument('--json', metavar='FILE', help='write all that was found there, too')
-    two = commands.add_parser('arrange', help='DIR/CLASS/FILE from a flat folder')
-    two.add_argument('flat', metavar='FLAT', help='folder with all images')
-    two.add_argument('labels', metavar='LABELS', help='lines of NAME CLASS, or of numbers')
-    two.add_argument('target', metavar='DIR', help='folder to be made')
-    two.add_argument('--classes', metavar='FILE', help='class of number 1, 2, ... in each line')
+    checker.add_argument(
+        '--json', metavar='FILE', help='write the report to FILE, too, as JSON [no file]'
+    )
+    text = 'make class folders from a flat folder'
+    arranger = commands.add_parser('arrange', help=text, description=_ARRANGE)
+    arranger.add_argument('flat', metavar='FLAT', help='folder with all images')
+    arranger.add_argument(
+        'labels',
+        metavar='LABELS',
+        help='file with a line NAME CLASS per image; with --classes, a line NUMBER per image',
+    )
+    arranger.add_argument('target', metavar='DIR', help='folder that is made; it must not exist')
+    arranger.add_argument(
+        '--classes',
+        metavar='FILE',
+        help='file with the names of class 1, 2, 3, ..., one per line [LABELS has the names]',
+    )
     options = parser.parse_args(arguments)
     print_any_name()
     try:
@@ -254,14 +302,13 @@ def main(arguments=None):
         if options.processes < 1:
             raise DataError(f'--processes must be at least 1, not {options.processes}')
         if options.json:
-            Path(options.json).touch()  # it fails before the work, not after it
+            Path(options.json).touch()  # so that it fails before the work, not after it
         found = check(options.root, options.processes)
         _report(options.root, found)
         if options.json:
             Path(options.json).write_text(json.dumps(found, indent=2) + '\n')
     except (DataError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        parser.refuse(reason(error))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(1 if found['broken'] else 0)

@@ -1,8 +1,9 @@
-"""Do the bits depend on who computes? Trains 8 workers on 1, 2, 4 and 8 processes.
+"""Does the result depend on the number of processes? Trains 8 workers on 1, 2, 4 and 8 processes.
 
-./run_mpi.sh invariance    prints a digest of each part of the result, a row for each layout
+./run_mpi.sh invariance
 
-Ends with status 0 if all rows are equal, else 1.
+It prints a row for each number of processes, with a digest of each part of the result. The exit
+status is 0 if all rows are equal, and 1 if they differ.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from reproduce.studies.speed.side_by_side import start_ranks
 
 
 def run(layouts=((1, 8), (2, 4), (4, 2), (8, 1))) -> bool:
-    """Trains with 8 workers on several numbers of processes, and prints digests of the results.
+    """Trains the same workers on several numbers of processes, and prints digests of the results.
 
-    Each run is 23 iterations of 128 digits, over the border of an epoch, augmented, with loader
-    processes.
+    Each run has 23 iterations of 128 digits. The runs cross the border of an epoch, augment the
+    images, and use loader processes.
 
     Args:
-        layouts (tuple): Pairs of processes and workers each.
+        layouts (tuple): Pairs of a number of processes and the workers per process.
 
     Returns:
         bool: Whether all runs gave the same bits.
+
+    Raises:
+        SystemExit: A run failed. The status is the run's.
     """
     found = []
     for processes, each in layouts:

@@ -1,7 +1,9 @@
-"""One set of bits, however n workers are spread over processes: a program of each rank.
+"""Which bits does a training end with? The program that invariance.py starts on each rank.
 
-python -m reproduce.studies.invariance_program OUT OPTIONS... trains as reproduce/train.py does with
-these options, and writes OUT/digests.json: SHA-256 over names and bytes of each part.
+python -m reproduce.studies.invariance_program OUT OPTIONS...
+
+It trains like reproduce/train.py with these options. Then it writes OUT/digests.json, with a
+SHA-256 over the names and bytes of each part of the result.
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ from reproduce.job import ranks
 
 
 def digests(trainer, log) -> dict:
-    """Digests of parameters, BN statistics, optimizer state, losses, and validation."""
+    """Returns the digest of each part of the result.
+
+    Args:
+        trainer (~chainer.training.Trainer): The trainer after the training.
+        log (list): Chainer's log.
+
+    Returns:
+        dict: ``parameters``, ``BN statistics``, ``optimizer``, ``training losses`` and
+            ``validation`` to a SHA-256 in hexadecimal digits.
+    """
     optimizer = trainer.updater.get_optimizer('main')
     params = dict(optimizer.target.namedparams())
     parts = {
@@ -52,7 +63,7 @@ def _digest(part) -> str:
         for name, array in sorted(part.items()):
             sha.update(f'{name} {array.dtype} {array.shape} '.encode() + array.tobytes())
     else:
-        sha.update(json.dumps(part).encode())  # floats in full, as repr writes them
+        sha.update(json.dumps(part).encode())  # floats have all their digits, as in repr
     return sha.hexdigest()
 
 

@@ -1,11 +1,13 @@
-"""The paper in miniature: which of its parts matters, by training a small network on CIFAR-10.
+"""Which parts of the paper's recipe matter? Trains a small network on CIFAR-10, part by part.
 
-    ./run_mpi.sh miniature --images CIFAR10
+./run_mpi.sh miniature --images CIFAR10
 
-CIFAR10 is a folder with train/CLASS/* and val/CLASS/*. The same network is trained for the same
-epochs on the same images in every variant, with several seeds: one process for each run, that plays
-all its workers in turn, as many runs at a time as there are cores. Stopped with Ctrl-C, the same
-command goes on. A table, a plot and the log of every run come to --out.
+CIFAR10 is a folder with train/CLASS/* and val/CLASS/*. Every variant trains the same network for
+the same epochs on the same images, with several seeds. A run is one process, which plays all
+workers of the variant one after the other. As many runs train at a time as there are cores.
+
+Ctrl-C stops the runs, each with a checkpoint. The same command continues them. The folder --out
+gets a table (table.md), a plot (runs.png) and the log of every run.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import time
 from pathlib import Path
 
 from reproduce.job import report
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, reason
 from reproduce.studies import figures
+from reproduce.studies.speed import THREADS
 
 N_EPOCHS = 10
 COMMON = (
@@ -44,16 +47,15 @@ VARIANTS = {
         f'{_LARGE} --alpha-form printed --allreduce-grad-dtype float32',
     ),
 }
-_THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
 
 
 def subset(images: Path, out: Path, per_class: dict):
-    """Makes OUT/{train,val}/CLASS of links to the first images of each class.
+    """Makes OUT/train/CLASS and OUT/val/CLASS, with links to the first images of each class.
 
     Args:
         images (Path): The folder with ``train`` and ``val``.
         out (Path): The folder that is made.
-        per_class (dict): ``train`` and ``val`` to a number of images.
+        per_class (dict): ``train`` and ``val`` to a number of images per class.
 
     Raises:
         SystemExit: There is no such folder, or a class has too few images.
@@ -66,7 +68,10 @@ def subset(images: Path, out: Path, per_class: dict):
         for source in classes:
             files = sorted(source.iterdir())[:n]
             if len(files) < n:
-                sys.exit(f'error: {source} has {len(files)} images, {n} are wanted of each class')
+                sys.exit(
+                    f'error: {source} has {len(files)} images, not {n}: '
+                    f'lower --{split}-per-class or add images'
+                )
             target = out / split / source.name
             target.mkdir(parents=True, exist_ok=True)
             for file in files:
@@ -77,7 +82,7 @@ def subset(images: Path, out: Path, per_class: dict):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A variant with a seed, in the folder OUT/VARIANT-seedSEED."""
+    """One training: a variant with a seed, in the folder OUT/VARIANT-seedSEED."""
 
     variant: str
     seed: int
@@ -97,7 +102,7 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """Goes on where it was stopped."""
+        """The words after ``python``. The command continues a run that was stopped."""
         data = self.out / 'images'
         where = {
             '--train-root': data / 'train',
@@ -110,7 +115,7 @@ class Run:
         return [program, *options.split(), *(str(s) for item in where.items() for s in item)]
 
     def log(self) -> list:
-        """Chainer's log, an entry per epoch; empty before the first."""
+        """Returns Chainer's log, an entry per epoch. It is empty before the first epoch ends."""
         try:
             return json.loads((self.folder / 'log').read_text())
         except (OSError, ValueError):
@@ -118,7 +123,7 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         self.folder.mkdir(parents=True, exist_ok=True)
-        environment = {**dict.fromkeys(_THREADS, '1'), **os.environ}
+        environment = {**dict.fromkeys(THREADS, '1'), **os.environ}
         with open(self.folder / 'output.txt', 'a') as output:
             return subprocess.Popen(
                 [sys.executable, *self.command],
@@ -130,10 +135,14 @@ class Run:
 
 
 def train_all(runs: list[Run], n_at_a_time: int):
-    """Trains what is not finished; prints a line when a run ends, and every minute.
+    """Trains the runs that are not finished. Prints a line when a run ends, and every minute.
+
+    Args:
+        runs (list of Run): All runs.
+        n_at_a_time (int): Runs that train at the same time.
 
     Raises:
-        SystemExit: A run failed; its output is named.
+        SystemExit: A run failed. The message names the file with its output.
     """
     waiting = [run for run in runs if not run.is_finished]
     progress = _Progress(runs)
@@ -148,11 +157,11 @@ def train_all(runs: list[Run], n_at_a_time: int):
             for run in ended:
                 status = running.pop(run).returncode
                 if status:
-                    sys.exit(f'error: {run.folder / "output.txt"} says why {run.name} failed')
+                    sys.exit(f'error: {run.name} failed; {run.folder / "output.txt"} says why')
             progress(ended)
     finally:
         for process in running.values():
-            process.send_signal(signal.SIGUSR1)  # a checkpoint, and the end
+            process.send_signal(signal.SIGUSR1)  # makes a checkpoint and ends
         for process in running.values():
             process.wait()
 
@@ -183,7 +192,11 @@ class _Progress:
 
 
 def collect(out: Path) -> dict:
-    """Variant to the logs of its finished runs, by seed; from the folders in ``out``."""
+    """Reads the logs of all finished runs in the folder ``out``.
+
+    Returns:
+        dict: Variant, then seed, to Chainer's log.
+    """
     found: dict = {}
     for variant in VARIANTS:
         for folder in sorted(out.glob(f'{variant}-seed*')):
@@ -194,7 +207,13 @@ def collect(out: Path) -> dict:
 
 
 def table(found: dict) -> str:
-    """Means and standard deviations (n - 1) over the seeds, of the last epoch, in Markdown."""
+    """Returns the results of the last epoch as a Markdown table.
+
+    A cell has the mean and the standard deviation (n - 1) over the seeds.
+
+    Args:
+        found (dict): Of :func:`collect`.
+    """
     lines = [
         '| | variant | seeds | top-1, % | training loss | validation loss |',
         '|---|---|---|---|---|---|',
@@ -222,24 +241,70 @@ def main():
         description=__doc__,
         epilog='variants:\n' + '\n'.join(f'  {n:3} {t}: {o}' for n, (t, o) in VARIANTS.items()),
     )
-    parser.add_argument('--images', type=Path, metavar='FOLDER', help='CIFAR-10, as a folder')
-    parser.add_argument('--out', type=Path, default=Path('results/miniature'), metavar='FOLDER')
-    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='how many [3]')
-    parser.add_argument('--train-per-class', type=int, default=1000, metavar='N', help='[1000]')
-    parser.add_argument('--val-per-class', type=int, default=400, metavar='N', help='[400]')
-    parser.add_argument(
-        '--at-a-time', type=int, default=os.cpu_count(), metavar='N', help='runs [one a core]'
+    add = parser.add_argument
+    add(
+        '--images',
+        type=Path,
+        metavar='FOLDER',
+        help='CIFAR-10 as FOLDER/train/CLASS/* and FOLDER/val/CLASS/*; needed unless --table-only',
     )
-    parser.add_argument(
-        '--table-only', action='store_true', help='table and plot of the finished runs in --out'
+    add(
+        '--out',
+        type=Path,
+        default=Path('results/miniature'),
+        metavar='FOLDER',
+        help='write the runs, the table and the plot to FOLDER [%(default)s]',
+    )
+    add(
+        '--seeds',
+        type=int,
+        default=3,
+        metavar='N',
+        help='train each variant N times, with the seeds 0 to N - 1 [%(default)s]',
+    )
+    add(
+        '--train-per-class',
+        type=int,
+        default=1000,
+        metavar='N',
+        help='train on the first N images of each class [%(default)s]',
+    )
+    add(
+        '--val-per-class',
+        type=int,
+        default=400,
+        metavar='N',
+        help='validate on the first N images of each class [%(default)s]',
+    )
+    add(
+        '--at-a-time',
+        type=int,
+        default=os.cpu_count(),
+        metavar='N',
+        help='train N runs at the same time [one per core: %(default)s]',
+    )
+    add(
+        '--table-only',
+        action='store_true',
+        help='train nothing; make the table and the plot from the finished runs in --out',
     )
     options = parser.parse_args()
+    try:
+        study(parser, options)
+    except OSError as error:
+        parser.refuse(reason(error))
+
+
+def study(parser, options):
+    """Trains all variants, unless ``--table-only`` is given. Writes and prints their results."""
     out = options.out
     if not options.table_only:
         if options.images is None:
-            parser.error('--images FOLDER is needed: CIFAR-10 as train/CLASS/* and val/CLASS/*')
-        if min(options.seeds, options.train_per_class, options.val_per_class) < 1:
-            parser.error('--seeds, --train-per-class and --val-per-class must be at least 1')
+            parser.refuse('--images FOLDER is needed: CIFAR-10 as train/CLASS/* and val/CLASS/*')
+        for name in ('seeds', 'train_per_class', 'val_per_class', 'at_a_time'):
+            value = getattr(options, name)
+            if value < 1:
+                parser.refuse(f'--{name.replace("_", "-")} must be at least 1, not {value}')
         subset(
             options.images,
             out / 'images',
@@ -249,12 +314,12 @@ def main():
         commands = [shlex.join(['python', *run.command]) for run in runs]
         (out / 'commands.txt').write_text('\n'.join(commands) + '\n')
         try:
-            train_all(runs, max(1, options.at_a_time))
+            train_all(runs, options.at_a_time)
         except KeyboardInterrupt:
-            sys.exit('stopped; the same command goes on')
+            sys.exit('stopped: the same command continues')
     found = collect(out)
     if not found:
-        sys.exit(f'error: {out} has no finished run')
+        sys.exit(f'error: {out} has no finished run: train first, or name another --out')
     (out / 'table.md').write_text(table(found) + '\n')
     figures.runs({VARIANTS[n][0]: list(logs.values()) for n, logs in found.items()}, str(out))
     print(table(found))

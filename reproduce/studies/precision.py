@@ -1,4 +1,13 @@
-"""What float16 on the wire costs the mean gradient; the paper reports a small effect (S)."""
+"""What does half precision cost the gradient, and are there other ways to a total batch?
+
+./run_mpi.sh benchmark precision      How large is the error that a float16 all-reduce adds to the
+                                      mean gradient? The paper reports a small effect (source S of
+                                      extensions/README.md).
+./run_mpi.sh benchmark accumulation   How far is a step of n workers from gradient accumulation, and
+                                      from one large batch?
+
+One process plays all workers. The model is ResNet-50.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +26,7 @@ import numpy as np
 from reproduce import images
 from reproduce.dataset import write_digits
 from reproduce.job import report
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
 from reproduce.listing import DataError, list_images
 from reproduce.loader import ImageLoader
@@ -38,16 +47,17 @@ REDUCERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What to measure.
+    """The numbers of a study.
 
     Attributes:
         workers (tuple of int): Numbers of workers n, ascending.
-        local_batch_size (int): Images of a worker.
-        image_size (int): Pixels of their side.
-        image_root (str): Folder CLASS/FILE; None: the digits that come with the program.
-        steps (int): Updates of momentum SGD before the gradients are taken, each with one worker's
-            images: at the very start most gradients are zero, because each block's last gamma is.
-        seed (int): Of the initial values, the order of images and their augmentation.
+        local_batch_size (int): Images per worker.
+        image_size (int): Image side, in pixels.
+        image_root (str): Folder with CLASS/FILE; None: the digits that come with the program.
+        steps (int): Updates of momentum SGD before the gradients are taken. Each update uses one
+            worker's images. Before the first update most gradients are zero, because the last gamma
+            of each block is zero.
+        seed (int): Seed of the initial values, the order of images and the augmentation.
     """
 
     workers: tuple = (8, 64, 1024)
@@ -59,20 +69,29 @@ class Study:
 
 
 def run(study: Study, out: str) -> dict:
-    """Measures, prints the table, writes OUT/precision.json and OUT/precision.png.
+    """Measures the error, prints the table, and writes OUT/precision.json and OUT/precision.png.
 
-    The error of a mean is its distance from the mean of the float32 gradients in float64, relative
-    to the latter's norm, over all parameters of a kind of layer::
+    The error of a mean gradient g is relative to g_64, the mean of the float32 gradients in
+    float64. The norms run over all parameters of a kind of layer::
 
         || g - g_64 || / || g_64 ||
 
-    Each worker's gradient is that of its own minibatch at the same parameters, which its own
-    minibatch normalized. All are played by this process, through the same
-    :class:`~extensions.half_precision.HalfPrecisionMpiCommunicator` that training uses.
+    All workers have the same parameters. Each worker has its own minibatch, and normalizes by its
+    own statistics. Training uses the same
+    :class:`~extensions.exact_mpi.HalfPrecisionMpiCommunicator`.
+
+    Args:
+        study (Study): The numbers.
+        out (str): The folder, which is made.
 
     Returns:
-        dict: ``errors``: the number of workers, kind and sum to the error; ``cast``: the number of
-            workers to what the cast to float16 did.
+        dict: ``errors``: number of workers, then kind of layer, then name of the sum, to the error.
+            ``cast``: number of workers to the effects of the cast to float16.
+
+    Raises:
+        DataError: The images cannot be used.
+        OSError: The folder cannot be made.
+        ValueError: There are fewer images than a minibatch has.
     """
     with tempfile.TemporaryDirectory() as folder:
         if study.image_root is None:
@@ -94,7 +113,15 @@ def run(study: Study, out: str) -> dict:
 
 
 class Gradients:
-    """Calling it with a worker's number leaves that worker's gradients in ``model``."""
+    """Computes gradients: a call with a worker's number puts that worker's gradients in ``model``.
+
+    Args:
+        study (Study): The numbers.
+        listing (ImageFolder): The images.
+
+    Attributes:
+        model (ResNet50): The model.
+    """
 
     def __init__(self, study, listing):
         b, size = study.local_batch_size, study.image_size
@@ -108,7 +135,7 @@ class Gradients:
                 size,
                 size,
                 horizontal_flip=study.image_root is not None,
-                resize_filter='pillow',  # as in the figures that README has
+                resize_filter='pillow',  # as in the numbers of reproduce/results/README.md
             ),
             study.seed,
             range(1),
@@ -140,20 +167,31 @@ class Gradients:
 
 
 def accumulation(study: Study) -> dict:
-    """What other ways to a total batch make of the same images: prints a table.
+    """Compares the paper's step with other ways to the same total batch, and prints a table.
 
-    The step of n workers of the paper (each its own batch statistics, float16 on the wire, the
-    workers' statistics averaged for the validation) against gradient accumulation in float32, which
-    keeps the last minibatch's statistics, and against one large batch that is normalized as a
-    whole. Differences are relative L2 norms, as in :func:`run`.
+    In the paper's step, each of n workers has its own batch statistics. The gradients are summed in
+    float16, and the validation uses the average of the workers' statistics. The other ways are:
+
+    - gradient accumulation in float32, which keeps the last minibatch's statistics;
+    - one large batch, which is normalized as a whole.
+
+    A difference is a relative L2 norm, as in :func:`run`.
+
+    Args:
+        study (Study): The numbers. Of ``workers``, only the first is used.
 
     Returns:
-        dict: Name of the other way to the differences of gradients, and of the means and variances
-            of BN that the validation would use.
+        dict: Name of the other way to its three differences: gradient, BN mean and BN variance. The
+            means and variances are those that the validation would use.
+
+    Raises:
+        DataError: The images cannot be used.
+        ValueError: There are fewer images than a minibatch has.
     """
     n = study.workers[0]
     with tempfile.TemporaryDirectory() as folder:
-        write_digits(Path(folder) / 'digits')
+        if study.image_root is None:
+            write_digits(Path(folder) / 'digits')
         root = study.image_root or Path(folder) / 'digits' / 'train'
         gradient_of = Gradients(study, list_images(root))
         gradient_of.train()
@@ -202,7 +240,7 @@ def _distances(arrays, references):
 
 
 def _measure(gradient_of, n, progress):
-    """The errors of n workers' mean, by kind and sum, and what the cast to float16 did."""
+    """Returns the errors of n workers' mean by kind and sum, and the effects of the cast."""
     model = gradient_of.model
     comms = {
         name: extensions.create_communicator(
@@ -241,16 +279,18 @@ def _relative_error(model, reference, type_):
 
 
 def table(result) -> str:
-    """The errors as a table, a row for each kind of layer and number of workers."""
-    lines = [f'{"relative error of the mean":30}' + ''.join(f'{name:>24}' for name in REDUCERS)]
+    """Returns the errors as text: a row for each kind of layer and number of workers."""
+    lines = [
+        f'{"error of the mean":20}{"workers":>10}' + ''.join(f'{name:>24}' for name in REDUCERS)
+    ]
     for kind in KINDS:
         for n, errors in result['errors'].items():
             row = ''.join(f'{errors[kind][name]:>24.2e}' for name in REDUCERS)
-            lines.append(f'{kind:20}{n:>6,} w. {row}')
+            lines.append(f'{kind:20}{n:>10,}{row}')
     for n, cast in result['cast'].items():
         lines.append(
-            f'{n:,} workers: the cast made {cast["flushed"]:.2%} of the non-zero gradients zero, '
-            f'{cast["inf"]} infinite, {cast["nan"]} NaN'
+            f'{n:,} workers: the cast flushed {cast["flushed"]:.2%} of the nonzero gradients to '
+            f'zero, and made {cast["inf"]} infinite and {cast["nan"]} NaN'
         )
     return '\n'.join(lines)
 
@@ -259,8 +299,9 @@ def plot(errors: dict, out: str):
     """Draws OUT/precision.png: the error of the mean gradient by number of workers.
 
     Args:
-        errors (dict): Number of workers, kind of layer, name of the sum to the relative error.
-        out (str): Folder; the file is replaced as a whole.
+        errors (dict): Number of workers, then kind of layer, then name of the sum, to the relative
+            error.
+        out (str): The folder. The file is replaced as a whole.
     """
     workers = list(errors)
     kinds = list(errors[workers[0]])
@@ -281,7 +322,7 @@ def plot(errors: dict, out: str):
 
 
 class _Progress:
-    """A line with the time left, every ten seconds."""
+    """Prints a line with the time left, every ten seconds."""
 
     def __init__(self, total):
         self._total, self._done = total, 0
@@ -301,28 +342,58 @@ class _Progress:
 
 
 def main(argv):
-    """``precision`` or ``accumulation``, then options."""
-    parser = Parser(prog=f'./run_mpi.sh benchmark {argv[0]}', description=__doc__)
+    """Runs a study.
+
+    Args:
+        argv (list of str): ``precision`` or ``accumulation``, then the options.
+    """
+    name, *words = argv
+    is_precision = name == 'precision'
+    parser = Parser(prog=f'./run_mpi.sh benchmark {name}', description=__doc__)
     add = parser.add_argument
-    add('name', choices=('precision', 'accumulation'))
-    add('--workers', default='8,64,1024', help='numbers of workers [8,64,1024]')
-    add('--image-root', metavar='FOLDER', help='CLASS/FILE [the digits that come along]')
-    add('--image-size', type=int, default=32, help='pixels [32]')
-    add('--local-batch-size', type=int, default=32, help='images per worker [32]')
-    add('--out', default='results/precision', help='folder [results/precision]')
-    options = parser.parse_args(argv)
+    if is_precision:
+        text = 'measure each of these numbers of workers [%(default)s]'
+        add('--workers', default='8,64,1024', metavar='N,N', help=text)
+    else:
+        text = 'compare a step of N workers [%(default)s]'
+        add('--workers', default='8', metavar='N', help=text)
+    add(
+        '--image-root',
+        metavar='FOLDER',
+        help='use the images FOLDER/CLASS/FILE [1,437 digits that come along]',
+    )
+    add('--image-size', type=int, default=32, metavar='N', help='side, in pixels [%(default)s]')
+    add(
+        '--local-batch-size',
+        type=int,
+        default=32,
+        metavar='N',
+        help='images per worker [%(default)s]',
+    )
+    if is_precision:
+        text = 'write precision.json and precision.png to FOLDER [%(default)s]'
+        add('--out', default='results/precision', metavar='FOLDER', help=text)
+    options = parser.parse_args(words)
     try:
-        workers = tuple(sorted(int(n) for n in options.workers.split(',')))
+        workers = tuple(sorted({int(n) for n in options.workers.split(',')}))
     except ValueError:
-        workers = (0,)
-    if min(*workers, options.image_size, options.local_batch_size, 1) < 1:
-        parser.error('--workers, --image-size and --local-batch-size must be integers above 0')
+        parser.refuse(f'--workers must be integers, as in 8,64, not {options.workers}')
+    if len(workers) > 1 and not is_precision:
+        parser.refuse(f'--workers must be one number for {name}, not {options.workers}')
+    numbers = {
+        '--workers': workers[0],
+        '--image-size': options.image_size,
+        '--local-batch-size': options.local_batch_size,
+    }
+    for option, value in numbers.items():
+        if value < 1:
+            parser.refuse(f'{option} must be above 0, not {value}')
     study = Study(workers, options.local_batch_size, options.image_size, options.image_root)
     try:
-        if options.name == 'accumulation':
+        if is_precision:
+            run(study, options.out)
+            print(f'results in {options.out}')
+        else:
             accumulation(study)
-            return
-        run(study, options.out)
     except (DataError, OSError, ValueError) as error:
-        parser.error(str(error))
-    print(f'results in {options.out}')
+        parser.refuse(reason(error))

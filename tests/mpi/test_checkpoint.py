@@ -160,10 +160,10 @@ def test_a_folder_belongs_to_one_run(start, uninterrupted, tmp_path):
     job.send_signal(signal.SIGUSR1)
     job.wait(20)
     for options, message in (
-        ((), 'holds checkpoints of a run, which --resume auto takes'),
-        (('--resume', 'auto', '--seed', '1'), 'was made with seed 0 and now 1'),
-        (('--resume', 'auto', '--epochs', '3'), 'was made with epochs 2 and now 3'),
-        (('--resume', 'auto', '--width', '8'), 'was made with width 4 and now 8'),
+        ((), 'holds checkpoints of a run, which --resume auto goes on from'),
+        (('--resume', 'auto', '--seed', '1'), 'was made with seed 0 (now 1)'),
+        (('--resume', 'auto', '--epochs', '3'), 'was made with epochs 2 (now 3)'),
+        (('--resume', 'auto', '--width', '8'), 'was made with width 4 (now 8)'),
         (('--resume', str(tmp_path / 'nowhere')), 'nowhere'),
     ):
         assert start(1, out, *options).wait(30) == 2

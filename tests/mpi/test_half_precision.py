@@ -222,8 +222,8 @@ def test_memory_is_at_most_three_float16_copies(mpirun):
 @pytest.mark.parametrize(
     'what, message',
     [
-        ('missing', 'ranks 0 and 1 differ in which gradients they have: /scalar;'),
-        ('workers', 'gradients they have: none; and have 1 and 2 workers'),
+        ('missing', 'ranks 0 and 1 must have gradients of the same parameters (different: /scalar'),
+        ('workers', '(different: none) and the same number of workers (1 and 2)'),
     ],
 )
 def test_ranks_that_do_not_fit_together_are_named_on_every_rank(mpirun, what, message):
@@ -257,7 +257,7 @@ def test_workers_of_one_process_with_different_gradients_are_an_error():
 
 
 def test_a_mean_without_workers_is_an_error():
-    with pytest.raises(RuntimeError, match='add_grad before it'):
+    with pytest.raises(RuntimeError, match='call of add_grad before it'):
         create_communicator('mpi').mean_grad(model_of(gradients(0)))
 
 

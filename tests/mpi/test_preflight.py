@@ -36,7 +36,7 @@ def test_all_is_well(preflight, tmp_path):
     assert cells['ranks'] == '3' and cells['GPUs'] == '0' and cells['MPI'].startswith('v')
     assert 0 < float(cells['GiB needed']) < 3 and float(cells['loading s']) > 0
     assert rest[0].startswith('all-reduce in float16: right, ')
-    assert ' of 2 minibatches a rank; 18 iterations in ' in rest[1] and 'measured' in rest[1]
+    assert ' of 2 minibatches per rank; 18 iterations in ' in rest[1] and 'measured' in rest[1]
     assert rest[2] == 'ready' and not problems_of(done)
     assert not (tmp_path / 'out').exists()
 

@@ -63,7 +63,7 @@ def test_smoke_run_reaches_95_percent(train, tmp_path):
     mebibytes = summary['peak_memory_bytes'] / 2**20
     assert 100 < mebibytes < 1000
     assert last_line == (
-        f'top-1 {summary["top1"]:.2%}; at most {mebibytes:,.0f} MiB a process; results in {out}'
+        f'top-1 {summary["top1"]:.2%}; at most {mebibytes:,.0f} MiB per process; results in {out}'
     )
     assert (
         done.stdout.count('alpha_rmsprop') == done.stdout.count('total batch') == 1
@@ -213,16 +213,16 @@ BAD = {
         [*SMOKE, '--local-batch-size', '719'],
         '1438 is larger than the training set of 1437',
     ),
-    'preset': (2, ['--preset', 'imagenet'], "'imagenet'"),
+    'preset': (2, ['--preset', 'imagenet'], 'imagenet is not one of'),
     'option': (2, [*SMOKE, '--batchsize', '3'], '--batchsize'),
     'number': (2, [*SMOKE, '--epochs', 'ten'], "'ten'"),
     'mu1': (2, [*SMOKE, '--mu1', '1.5'], '--mu1 must be below 1, not 1.5'),
     'nan': (2, [*SMOKE, '--weight-decay', 'nan'], '--weight-decay'),
-    'form': (2, [*SMOKE, '--alpha-form', 'smooth'], "'smooth'"),
+    'form': (2, [*SMOKE, '--alpha-form', 'smooth'], 'smooth is not one of'),
     'communicator': (2, [*SMOKE, '--communicator', 'pure_nccl'], 'needs a GPU'),
     'dtype': (2, [*SMOKE, '--communicator', 'naive'], 'naive all-reduces in float32 only'),
     'resume': (2, [*SMOKE, '--resume', 'auto', '--overwrite'], 'contradict each other'),
-    'every': (2, [*SMOKE, '--checkpoint-every', '3h'], "as 10m: '3h'"),
+    'every': (2, [*SMOKE, '--checkpoint-every', '3h'], "(10m): '3h'"),
     'scale': (2, [*SMOKE, '--gradient-scale', '1000'], 'must be a power of two'),
 }
 

@@ -188,7 +188,7 @@ def test_a_gradient_that_one_worker_lacks_is_named(name, dtype):
         return chainer.functions.sum(model.a(x) + (model.b(x) if worker == 0 else 0))
 
     updater = updater_of(model, create_communicator(name, dtype), loss=loss)
-    with pytest.raises(ValueError, match='differ in which gradients they have: /b/W, /b/b'):
+    with pytest.raises(ValueError, match='gradients of different parameters: /b/W, /b/b'):
         updater.update()
 
 

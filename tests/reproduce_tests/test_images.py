@@ -438,7 +438,7 @@ def test_what_pillow_decodes_is_not_broken(tmp_path):
     'content, reason',
     [
         ('empty', 'empty'),
-        ('text', 'no image that Pillow knows'),
+        ('text', 'not an image that Pillow knows'),
         ('truncated', 'image file is truncated'),
         ('truncated png', 'truncated'),
         ('no permission', 'Permission denied'),

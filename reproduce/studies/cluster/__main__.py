@@ -1,11 +1,13 @@
-"""Predicts the paper's run on a cluster: the time of an iteration, an all-reduce, 90 epochs.
+"""How long does the paper's run take on a cluster? Predicts an iteration and 90 epochs.
 
-./run_mpi.sh cluster                       MN-1, the paper's cluster
-./run_mpi.sh cluster --cluster dgx-h100    a cluster of today
-./run_mpi.sh cluster --cluster FILE.json   another: copy reproduce/studies/cluster/mn1.json, in
-                                           which every number stands with its source
+./run_mpi.sh cluster                        predicts MN-1, the paper's cluster
+./run_mpi.sh cluster --cluster dgx-h100     predicts 1,024 H100 GPUs
+./run_mpi.sh cluster --cluster FILE.json    predicts a cluster of your own
 
-All results are predictions; nothing is fitted to the published time.
+To describe your own cluster, copy reproduce/studies/cluster/mn1.json and change its numbers. Each
+number in the file has its source.
+
+All results are predictions. Nothing is fitted to the published time.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from extensions import SOURCES
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
 from reproduce.studies.cluster.description import ClusterError, read, value_at
 from reproduce.studies.cluster.model import (
@@ -50,9 +52,9 @@ def _minutes(seconds) -> str:
 
 
 def print_table(dtype, rows):
-    print(f'\n{dtype} on the wire; a prediction')
-    print('            ms of an       all-   efficiency against   90 epochs,')
-    print(' GPUs      iteration     reduce     1 GPU     1 host      minutes')
+    print(f'\nprediction for gradients in {dtype}')
+    print('          iteration, all-reduce,   efficiency against   90 epochs,')
+    print(' GPUs             ms         ms     1 GPU     1 host      minutes')
     for row in rows:
         milliseconds = f'{1000 * row["iteration"]:15.1f}{1000 * row["allreduce"]:11.2f}'
         host = f'{row["efficiency_to_one_host"]:.1%}' if 'efficiency_to_one_host' in row else '-'
@@ -63,11 +65,11 @@ def print_table(dtype, rows):
 def print_sensitivity(cluster, found):
     base = found['as described']
     print(
-        f'\nminutes on {cluster.gpus:,} GPUs: {_minutes(base)} as described; one thing otherwise:'
+        f'\n{_minutes(base)} minutes on {cluster.gpus:,} GPUs as described. If one thing differs:'
     )
     for label, seconds in found['what if'].items():
         print(f'  {label:32}{_minutes(seconds):>8}  {seconds / base - 1:+7.1%}')
-    print(f'  {"":32}{"half of it":>17}  {"twice":>15}')
+    print(f'  {"":32}{"half":>17}  {"twice":>15}')
     for path, pair in sorted(found['inputs'].items(), key=lambda item: -_swing(item[1])):
         kind = 'assumption' if 'assumption' in cluster.sources[path] else ''
         cells = ''.join(f'{_minutes(s):>8}  {s / base - 1:+7.1%}' for s in pair)
@@ -79,20 +81,35 @@ def _swing(pair) -> float:
 
 
 def print_account(cluster, row):
-    """What the published time would take, all else as described. It is said, and used nowhere."""
+    """Prints the published time beside the prediction, which does not depend on it."""
     published, total = cluster.published['seconds'], row['total']
     print(
         f'\npublished: {published / 60:.1f} minutes ({cluster.sources["published.seconds"]}); '
         f'predicted: {total / 60:.1f}, {total / published - 1:+.1%}'
     )
     missing = 1000 * (published - total) / row['iterations']
-    print(f'missing: {missing:+.0f} ms an iteration, beside its {1000 * row["iteration"]:.0f} ms')
+    print(f'not explained: {missing:+.0f} ms per iteration of {1000 * row["iteration"]:.0f} ms')
 
 
 def report(cluster, dtypes, numbers, out) -> dict:
-    """Prints everything, draws the plots, writes OUT/NAME.json, and returns its content."""
+    """Prints all tables, draws the plots, and writes OUT/cluster.json.
+
+    Args:
+        cluster (Cluster): The cluster.
+        dtypes (list of str): Types of the gradients in the all-reduce.
+        numbers (list of int): Numbers of GPUs.
+        out (str): The folder, which is made.
+
+    Returns:
+        dict: The content of OUT/cluster.json.
+
+    Raises:
+        ClusterError: The cluster cannot run the job.
+        OSError: The folder cannot be made.
+    """
     tables = {dtype: table(cluster, Job(dtype=dtype), numbers) for dtype in dtypes}
     found = sensitivity(cluster, Job(dtype=dtypes[0]))
+    Path(out).mkdir(parents=True, exist_ok=True)
     print_inputs(cluster, Job(dtype=dtypes[0]))
     for dtype, rows in tables.items():
         print_table(dtype, rows)
@@ -105,7 +122,6 @@ def report(cluster, dtypes, numbers, out) -> dict:
         'predictions': tables,
         'sensitivity': found,
     }
-    Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / 'cluster.json').write_text(json.dumps(content, indent=2) + '\n')
     plot(tables, cluster.name, cluster.published, out)
     plot_sensitivity(found, cluster.name, cluster.published, out)
@@ -115,17 +131,33 @@ def report(cluster, dtypes, numbers, out) -> dict:
 
 def main():
     parser = Parser(prog='./run_mpi.sh cluster', description=__doc__)
-    parser.add_argument('--cluster', default='mn1', help='mn1, dgx-h100, or a file [mn1]')
-    parser.add_argument('--processes', help='numbers of GPUs, as 8,1024 [1,2,4,... to all]')
-    parser.add_argument('--dtype', choices=BYTES, help='on the wire [both]')
-    parser.add_argument('--out', default='results/cluster', help='folder [results/cluster]')
+    parser.add_argument(
+        '--cluster',
+        default='mn1',
+        metavar='NAME',
+        help='predict mn1, dgx-h100, or the cluster that a JSON file describes [%(default)s]',
+    )
+    parser.add_argument(
+        '--processes',
+        metavar='N,N',
+        help='predict for each of these numbers of GPUs [1,2,4,... to all GPUs]',
+    )
+    parser.add_argument(
+        '--dtype', choices=BYTES, help='type of the gradients in the all-reduce [both]'
+    )
+    parser.add_argument(
+        '--out',
+        default='results/cluster',
+        metavar='FOLDER',
+        help='write cluster.json, cluster.png and sensitivity.png to FOLDER [%(default)s]',
+    )
     options = parser.parse_args()
     try:
         cluster = read(options.cluster)
         numbers = _numbers(options.processes, cluster)
         report(cluster, [options.dtype] if options.dtype else list(BYTES), numbers, options.out)
     except (ClusterError, OSError) as error:
-        parser.error(str(error))
+        parser.refuse(reason(error))
 
 
 def _numbers(text, cluster) -> list[int]:
@@ -135,21 +167,21 @@ def _numbers(text, cluster) -> list[int]:
     try:
         numbers = sorted({int(n) for n in text.split(',')})
     except ValueError as error:
-        raise ClusterError('--processes takes integers, as 8,1024') from error
+        raise ClusterError(f'--processes takes integers, as in 8,1024, not {text}') from error
     for n in numbers:
         layout(cluster, Job(), n)
     return numbers
 
 
 def plot(tables: dict, name: str, published: dict, out: str):
-    """Draws OUT/cluster.png: an iteration, its efficiency and the whole training by GPUs.
+    """Draws OUT/cluster.png: iteration, efficiency and the whole training by number of GPUs.
 
     Args:
-        tables (dict): Type on the wire to the rows of
+        tables (dict): Type of the gradients to the rows of
             :func:`reproduce.studies.cluster.model.table`.
-        name (str): Of the cluster.
-        published (dict): Results to stand beside, drawn and not used; may be empty.
-        out (str): Folder; the file is replaced as a whole.
+        name (str): The cluster's name.
+        published (dict): Published results, drawn and not used. May be empty.
+        out (str): The folder. The file is replaced as a whole.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11, 4), constrained_layout=True)
     gpus = [row['processes'] for row in next(iter(tables.values()))]
@@ -165,13 +197,13 @@ def plot(tables: dict, name: str, published: dict, out: str):
         axes[2].plot(gpus, [row['total'] / 60 for row in rows], 'k-', **marker)
     if 'efficiency_to_one_gpu' in published:
         share = 100 * published['efficiency_to_one_gpu']
-        axes[1].plot(gpus[-1:], [share], 'k*', ms=10, label='of the paper, unsourced')
+        axes[1].plot(gpus[-1:], [share], 'k*', ms=10, label='the paper, unsourced')
         axes[1].legend(loc='lower left')
     if 'seconds' in published:
         minutes = published['seconds'] / 60
         axes[2].axhline(minutes, color='k', ls='--', lw=1, label=f'published: {minutes:g} min')
         axes[2].legend()
-    axes[0].set_title('an iteration, ms')
+    axes[0].set_title('iteration, ms')
     axes[1].set_title('efficiency against one GPU, %')
     axes[1].set_ylim(0, 105)
     axes[2].set_title('90 epochs, minutes')
@@ -189,13 +221,13 @@ def plot(tables: dict, name: str, published: dict, out: str):
 
 
 def plot_sensitivity(found: dict, name: str, published: dict, out: str):
-    """Draws OUT/sensitivity.png: the whole training if one thing is otherwise.
+    """Draws OUT/sensitivity.png: the time of the whole training if one thing differs.
 
     Args:
-        found (dict): Of :func:`reproduce.studies.cluster.model.sensitivity`.
-        name (str): Of the cluster.
-        published (dict): Results to stand beside, drawn and not used; may be empty.
-        out (str): Folder; the file is replaced as a whole.
+        found (dict): The result of :func:`reproduce.studies.cluster.model.sensitivity`.
+        name (str): The cluster's name.
+        published (dict): Published results, drawn and not used. May be empty.
+        out (str): The folder. The file is replaced as a whole.
     """
     base = found['as described'] / 60
     inputs = sorted(found['inputs'].items(), key=lambda item: abs(item[1][0] - item[1][1]))
@@ -209,7 +241,7 @@ def plot_sensitivity(found: dict, name: str, published: dict, out: str):
         axis.plot([base, value / 60], [y, y], 'k-', lw=0.8)
         axis.plot(value / 60, y, 'kD', ms=5)
     axis.plot([], [], 'kD', ms=5, label='what if')
-    axis.plot([], [], 'ko', mfc='w', ms=6, label='half of it')
+    axis.plot([], [], 'ko', mfc='w', ms=6, label='half')
     axis.plot([], [], 'ks', ms=6, label='twice')
     axis.axvline(base, color='k', lw=1, label=f'as described: {base:.1f} min')
     if 'seconds' in published:
@@ -225,7 +257,7 @@ def plot_sensitivity(found: dict, name: str, published: dict, out: str):
     axis.set_xlabel('90 epochs on all GPUs, minutes')
     axis.grid(alpha=0.3)
     axis.legend(loc='lower right')
-    axis.set_title(f'{name}: one thing otherwise (predictions)')
+    axis.set_title(f'{name}: if one thing differs (predictions)')
     save(figure, os.path.join(out, 'sensitivity.png'))
 
 

@@ -1,4 +1,8 @@
-"""The description of a cluster: a tree of switches, hosts and GPUs, each number with its source."""
+"""Describes a cluster as a tree of switches, hosts and GPUs. Each number has its source.
+
+A description is a JSON file, as mn1.json beside this module. The command
+./run_mpi.sh cluster --cluster FILE.json reads it.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,17 @@ _DESCRIPTIONS = Path(__file__).parent
 
 
 class ClusterError(ValueError):
-    """A description, or a measurement, that cannot be used."""
+    """The description cannot be used, or the cluster cannot run the job."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """bandwidth in bytes/s, in each direction; latency in seconds, from end to end."""
+    """A link between two parts of a cluster.
+
+    Attributes:
+        bandwidth (float): Bytes/s in each direction.
+        latency (float): Seconds from end to end.
+    """
 
     bandwidth: float
     latency: float
@@ -24,10 +33,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """GPUs on a bus, each with a Link to it, and as many network links (rails) as a ring has lanes.
+    """A host: GPUs on a bus, and network links.
 
-    memory_bandwidth, bytes/s, and images_per_second, local batch to rate, are one GPU's.
-    forward_share is that of the forward pass in an image's time.
+    Attributes:
+        gpus (int): GPUs.
+        rails (int): Network links. A ring has one lane on each.
+        network (Link): One network link.
+        bus (Link): The link of one GPU to the bus.
+        memory_bandwidth (float): Bytes/s of the memory of one GPU.
+        images_per_second (dict): Local batch to the images/s that one GPU trains on.
+        forward_share (float): Share of the forward pass in the time of an image.
     """
 
     gpus: int
@@ -41,9 +56,19 @@ class Host:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A tree: hosts in groups, each group's switch with ``uplinks`` links to the one above.
+    """A cluster: hosts in groups. The switch of each group has links to the switch above.
 
-    sources, and those of what_if and published, say where each number is from, by its path.
+    Attributes:
+        name (str): The name.
+        hosts (int): Hosts.
+        hosts_per_group (int): Hosts in a group.
+        uplinks (int): Links from the switch of a group to the switch above.
+        uplink (Link): One of these links.
+        host (Host): A host. All hosts are equal.
+        sources (dict): Path of a number, as ``host.bus.latency``, to its source. The numbers of
+            ``what_if`` and ``published`` are included.
+        what_if (dict): Label of a change, then path, to the changed number.
+        published (dict): Name of a published result to its value.
     """
 
     name: str
@@ -66,10 +91,16 @@ _EXTRA = ('name', 'sources', 'what_if', 'published')
 
 
 def read(name) -> Cluster:
-    """Reads a description: the name of one that comes along, or a path.
+    """Reads the description of a cluster.
+
+    Args:
+        name (str): A description beside this module, as ``mn1``, or the path of a file.
+
+    Returns:
+        Cluster: The cluster.
 
     Raises:
-        ClusterError: It is not there, no JSON, or lacks a number or a source.
+        ClusterError: The file is missing, is not JSON, or lacks a number or a source.
     """
     known = _DESCRIPTIONS / f'{name}.json'
     path = known if known.exists() else Path(name)
@@ -77,9 +108,13 @@ def read(name) -> Cluster:
         data = json.loads(path.read_text())
     except OSError as error:
         names = ', '.join(sorted(path.stem for path in _DESCRIPTIONS.glob('*.json')))
-        raise ClusterError(f'{path}: {error.strerror}; these come along: {names}') from error
+        raise ClusterError(
+            f'--cluster {path}: {error.strerror}; the included clusters are {names}'
+        ) from error
     except ValueError as error:
-        raise ClusterError(f'{path} is not JSON: {error}') from error
+        raise ClusterError(
+            f'{path} is not JSON ({error}): copy reproduce/studies/cluster/mn1.json'
+        ) from error
     try:
         return _cluster(data)
     except ClusterError as error:
@@ -92,14 +127,14 @@ def _cluster(data) -> Cluster:
     if isinstance(data, dict):
         extra = {name: data.pop(name, {}) for name in ('name', 'what_if', 'published')}
     if not isinstance(extra.get('name'), str):
-        raise ClusterError('a description is an object with a "name"')
+        raise ClusterError('a description must be a JSON object with a "name"')
     cluster = Cluster(extra['name'], sources=sources, **_parse('Cluster', data, '', sources))
     what_if: dict = {}
     for label, changes in _object(extra['what_if'], 'what_if').items():
         where = f'what_if.{label}'
         unknown = set(_object(changes, where)) - set(sources)
         if unknown:
-            raise ClusterError(f'{where}: no number is called {", ".join(sorted(unknown))}')
+            raise ClusterError(f'{where}: there is no number {", ".join(sorted(unknown))}')
         what_if[label] = {
             path: _number(pair, f'{where}.{path}', sources) for path, pair in changes.items()
         }
@@ -111,12 +146,12 @@ def _cluster(data) -> Cluster:
 
 
 def _parse(kind, data, where, sources):
-    """The value for a field of that kind; notes its sources by their paths."""
+    """Returns the value of a field of that kind, and adds its sources by their paths."""
     prefix = f'{where}.' if where else ''
     if kind == 'dict':
         batches = _object(data, where)
         if not batches or not all(batch.isdecimal() for batch in batches):
-            raise ClusterError(f'{where}: is from local batches, as "32", to numbers')
+            raise ClusterError(f'{where}: must map local batches, as "32", to numbers')
         return {int(b): _number(p, f'{prefix}{b}', sources) for b, p in batches.items()}
     if kind in ('int', 'float'):
         value = _number(data, where, sources)
@@ -130,29 +165,35 @@ def _parse(kind, data, where, sources):
             f'{"lacks" if name in kinds else "does not know"} {prefix}{name}'
             for name in sorted(differing)
         )
-        raise ClusterError('it ' + ', '.join(problems))
+        raise ClusterError('the description ' + ', '.join(problems))
     values = {name: _parse(kinds[name], data[name], f'{prefix}{name}', sources) for name in kinds}
     return values if kind == 'Cluster' else _KINDS[kind](**values)
 
 
 def _object(data, where) -> dict:
     if not isinstance(data, dict):
-        raise ClusterError(f'{where or "the description"}: is not an object')
+        raise ClusterError(f'{where or "the description"} must be a JSON object')
     return data
 
 
 def _number(pair, where, sources):
     if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) and pair[1]):
-        raise ClusterError(f'{where}: is not [number, "its source, or: assumption: why"]')
+        raise ClusterError(f'{where} must be [number, "source"] or [number, "assumption: reason"]')
     value = pair[0]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e18:
-        raise ClusterError(f'{where}: {value!r} is not a number above 0')
+        raise ClusterError(f'{where}: {value!r} is not a number above 0 and below 1e18')
     sources[where] = pair[1]
     return value
 
 
 def replaced(thing, path, value):
-    """A copy of a Cluster in which the number at a path, as ``host.bus.latency``, is another."""
+    """Returns a copy of a cluster in which one number is replaced.
+
+    Args:
+        thing (Cluster, Host, Link or dict): The cluster, or a part of it.
+        path (str): The path of the number, as ``host.bus.latency``.
+        value (float): The new number.
+    """
     name, _, rest = path.partition('.')
     if isinstance(thing, dict):
         return {**thing, int(name): value}
@@ -162,6 +203,7 @@ def replaced(thing, path, value):
 
 
 def value_at(thing, path):
+    """Returns the number at a path of a cluster, as ``host.bus.latency``."""
     for name in path.split('.'):
         thing = thing[int(name)] if isinstance(thing, dict) else getattr(thing, name)
     return thing

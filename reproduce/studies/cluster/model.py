@@ -1,8 +1,9 @@
-"""A model of the paper's run on a cluster: the time of an iteration, an all-reduce, 90 epochs.
+"""How long does the paper's run take on a cluster? Models an all-reduce, an iteration, 90 epochs.
 
-All results are predictions. Nothing is fitted to the published time. The model leaves out: GPUs
-that differ in speed, Python between the kernels, waiting for images, checkpoints, the start. And
-nothing overlaps, for ChainerMN's pure_nccl communicator all-reduces after the backward pass.
+./run_mpi.sh cluster prints the results. All results are predictions. Nothing is fitted to the
+published time. The model leaves out GPUs that differ in speed, Python between the kernels, waiting
+for images, checkpoints, and the start. Nothing overlaps: ChainerMN's pure_nccl communicator
+all-reduces after the backward pass.
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ BYTES = {'float16': 2, 'float32': 4}
 
 @dataclass(frozen=True)
 class Job:
-    """The paper's training; see ``JOB_SOURCES``.
+    """The paper's training. ``JOB_SOURCES`` has the source of each number.
 
-    algorithm is ``ring`` over all GPUs, or ``hierarchical``: a reduction in each host, a ring of
-    one GPU a host, a broadcast. order is that of the hosts in the ring, ``sorted`` or ``random``.
+    Attributes:
+        dtype (str): Type of the gradients in the all-reduce.
+        local_batch (int): Images per GPU and iteration.
+        algorithm (str): ``ring`` over all GPUs; or ``hierarchical``: a reduction in each host, a
+            ring with one GPU per host, and a broadcast in each host.
+        order (str): Order of the hosts in the ring, ``sorted`` or ``random``.
+        parameters (int): Parameters of the model.
+        statistics (int): Means and variances of batch normalization.
+        images (int): Images of the training set.
+        validation_images (int): Images of the validation set.
+        epochs (int): Epochs.
+        pieces (int): Pieces of the gradients in the hierarchical all-reduce.
     """
 
     dtype: str = 'float16'
@@ -42,30 +53,35 @@ JOB_SOURCES = {
     'dtype': 'S: float16 on the wire',
     'local_batch': 'S',
     'algorithm': 'B: ring; S: NCCL 2.0.5',
-    'order': 'assumption: ranks in the order of the hosts, and hosts in that of their groups',
+    'order': 'assumption: ranks ordered by host, and hosts ordered by group',
     'parameters': 'D: reproduce/resnet50.py',
     'statistics': 'D: reproduce/resnet50.py, means and variances of BN; sent in float64',
     'images': 'G',
     'validation_images': 'G',
     'epochs': 'S',
-    'pieces': 'assumption: of 4 MB; of the hierarchical all-reduce only',
+    'pieces': 'assumption: 4 MB each; only in the hierarchical all-reduce',
 }
 
 
-# ---------------------------------------------------------------- the model
-
-
 def layout(cluster, job, processes) -> tuple[list, int]:
-    """Which hosts, in the order of the ring, and how many GPUs of each.
+    """Places the processes on hosts.
+
+    Args:
+        cluster (Cluster): The cluster.
+        job (Job): The training.
+        processes (int): Processes, one per GPU.
+
+    Returns:
+        tuple: The hosts in the order of the ring, and the number of GPUs per host.
 
     Raises:
-        ClusterError: The cluster has fewer GPUs, or the last host would be used in part.
+        ClusterError: The cluster has fewer GPUs, or a host would be used only in part.
     """
     gpus = min(processes, cluster.host.gpus)
     if not 1 <= processes <= cluster.gpus or processes % gpus:
         raise ClusterError(
-            f'{processes} processes: {cluster.name} has {cluster.gpus:,} GPUs, '
-            f'{cluster.host.gpus} in a host, and hosts are used as a whole'
+            f'--processes {processes}: hosts are used as a whole; {cluster.name} can use 1 to '
+            f'{cluster.host.gpus} GPUs, or a multiple of {cluster.host.gpus} up to {cluster.gpus:,}'
         )
     order = list(range(processes // gpus))
     if job.order == 'random':
@@ -74,22 +90,25 @@ def layout(cluster, job, processes) -> tuple[list, int]:
 
 
 def crossings(cluster, order) -> Counter:
-    """How many hops of the ring leave each group: as many enter it."""
+    """Counts the hops of the ring that leave each group. As many hops enter the group."""
     groups = [host // cluster.hosts_per_group for host in order]
     return Counter(a for a, b in zip(groups, groups[1:] + groups[:1]) if a != b)
 
 
 def ring_seconds(cluster, order, gpus, size) -> float:
-    """A ring all-reduce of S bytes over P GPUs, g in each of H hosts::
+    """Returns the seconds T of a ring all-reduce of S bytes over P GPUs, g in each of H hosts::
 
         T = 2 (P - 1) / P * (S / B + L)
         B = min(bus, rails * network, uplinks * uplink / crossings)
         L = H * latency_network + (P - H) * latency_bus + crossings * latency_uplink
 
-    2 (P - 1) steps of S / P bytes on every link; the slowest link sets the pace, and a piece's way,
-    twice around, has all latencies: NCCL's own estimate, in its src/graph/tuning.cc. crossings are
-    in B the hops that leave the busiest group and share its uplinks, in L those of all groups. B
-    has no network where H is 1.
+    There are 2 (P - 1) steps, and each sends S / P bytes over every link. The slowest link sets the
+    pace. A piece goes around the ring twice, and meets all latencies. This is NCCL's own estimate,
+    in its src/graph/tuning.cc.
+
+    In B, ``crossings`` counts the hops that leave the busiest group and share its uplinks. In L,
+    ``crossings`` counts the hops that leave any group. With H = 1, B has no network, and L has no
+    latency_network: L = P * latency_bus.
     """
     p, n_hosts = len(order) * gpus, len(order)
     if p == 1:
@@ -109,11 +128,13 @@ def ring_seconds(cluster, order, gpus, size) -> float:
 
 
 def hierarchical_seconds(cluster, order, gpus, size, pieces) -> float:
-    """A reduction in each host, a ring of one GPU a host, a broadcast in each host::
+    """Returns the seconds T of a hierarchical all-reduce of S bytes in m pieces::
 
-        T = 2 (g - 2 + m) (S / (m bus) + latency_bus) + T_ring(H hosts)        m pieces
+        T = 2 (g - 2 + m) (S / (m bus) + latency_bus) + T_ring(H hosts)
 
-    In a host it is a chain: the first piece passes g - 1 links, the others follow at one each.
+    The steps are a reduction in each host, a ring with one GPU per host, and a broadcast in each
+    host. The g GPUs of a host form a chain. The first piece passes g - 1 links, and each later
+    piece arrives one link's time after the piece before.
     """
     bus = cluster.host.bus
     inside = (gpus - 2 + pieces) * (size / (pieces * bus.bandwidth) + bus.latency)
@@ -121,7 +142,17 @@ def hierarchical_seconds(cluster, order, gpus, size, pieces) -> float:
 
 
 def allreduce_seconds(cluster, job, processes, size=None) -> float:
-    """The all-reduce of the gradients, or of SIZE bytes, by the job's algorithm."""
+    """Returns the seconds of an all-reduce by the job's algorithm.
+
+    Args:
+        cluster (Cluster): The cluster.
+        job (Job): The training.
+        processes (int): Processes, one per GPU.
+        size (int): Bytes; None: the gradients.
+
+    Raises:
+        ClusterError: As in :func:`layout`.
+    """
     order, gpus = layout(cluster, job, processes)
     size = job.parameters * BYTES[job.dtype] if size is None else size
     if job.algorithm == 'hierarchical':
@@ -130,23 +161,38 @@ def allreduce_seconds(cluster, job, processes, size=None) -> float:
 
 
 def predict(cluster, job, processes) -> dict:
-    """Seconds of an iteration's parts, and of the whole training::
+    """Predicts the seconds of an iteration's parts, and of the whole training::
 
-        compute   b / images_per_second
-        pack      N (8 + 4 e) / memory_bandwidth    N parameters, e bytes each on the wire: read 4
-                  and write e to pack, read and write e to divide by P, read e and write 4 to
-                  unpack; nothing for P = 1
-        update    N * 4 * 7 / memory_bandwidth      reads 4 arrays, writes 3
-        training  ceil(epochs * images / (P b)) iterations
-        validation  of each epoch: ceil(50,000 / P) * forward_share / images_per_second, after an
-                  all-reduce of the BN statistics
+        compute     b / images_per_second
+        pack        N (8 + 4 e) / memory_bandwidth
+        update      N * 4 * 7 / memory_bandwidth
+        training    ceil(epochs * images / (P b)) iterations
+        validation  all-reduce of the BN statistics
+                    + ceil(50,000 / P) * forward_share / images_per_second, per epoch
+
+    b is the local batch, P the number of processes, and N the number of parameters. In the
+    all-reduce, each gradient has e bytes. To pack, a GPU reads 4 bytes and writes e. To divide by
+    P, it reads and writes e. To unpack, it reads e and writes 4. With P = 1 there is nothing to
+    pack. The update reads 4 arrays and writes 3.
+
+    Args:
+        cluster (Cluster): The cluster.
+        job (Job): The training.
+        processes (int): Processes, one per GPU.
+
+    Returns:
+        dict: ``processes``; seconds per iteration: ``compute``, ``pack``, ``allreduce``,
+            ``update`` and ``iteration``; the number of ``iterations``; seconds of all epochs:
+            ``training``, ``validation`` and ``total``.
 
     Raises:
-        ClusterError: As of :func:`layout`, or there is no rate for the local batch.
+        ClusterError: As in :func:`layout`, or the cluster has no rate for the local batch.
     """
     host = cluster.host
     if job.local_batch not in host.images_per_second:
-        raise ClusterError(f'no images_per_second for a local batch of {job.local_batch}')
+        raise ClusterError(
+            f'no images_per_second for a local batch of {job.local_batch} in {cluster.name}: add it'
+        )
     rate = host.images_per_second[job.local_batch]
     wire = 8 + 4 * BYTES[job.dtype]
     parts = {
@@ -172,9 +218,19 @@ def predict(cluster, job, processes) -> dict:
 
 
 def table(cluster, job, numbers) -> list[dict]:
-    """predict() for each number of processes, with the efficiency against one GPU and one host.
+    """Predicts each number of processes, with the efficiency against one GPU and one host.
 
-    An efficiency is the time of an iteration of the one over that of the other.
+    An efficiency is the iteration time on one GPU, or on one host, over the iteration time on all
+    processes.
+
+    Args:
+        cluster (Cluster): The cluster.
+        job (Job): The training.
+        numbers (list of int): Numbers of processes.
+
+    Returns:
+        list of dict: The results of :func:`predict`, each with ``efficiency_to_one_gpu``, and from
+            one whole host on with ``efficiency_to_one_host``.
     """
     one_gpu = predict(cluster, job, 1)['iteration']
     one_host = predict(cluster, job, cluster.host.gpus)['iteration']
@@ -187,11 +243,16 @@ def table(cluster, job, numbers) -> list[dict]:
 
 
 def sensitivity(cluster, job) -> dict:
-    """What the total of all GPUs becomes if one thing is otherwise; seconds.
+    """Predicts the seconds of the whole training on all GPUs if one thing differs.
+
+    Args:
+        cluster (Cluster): The cluster.
+        job (Job): The training.
 
     Returns:
-        dict: ``as described``, the total; ``what if``, label to total; ``inputs``, path to the pair
-        of totals with half and with twice the number. Inputs that are mere counts are left out.
+        dict: ``as described``: the total. ``what if``: label to total. ``inputs``: path to the pair
+            of totals with half the number and with twice the number. Counts of hosts and GPUs are
+            left out.
     """
 
     def total(cluster, **changes):
@@ -204,10 +265,10 @@ def sensitivity(cluster, job) -> dict:
         'a fat tree': total(fat),
         'hierarchical all-reduce': total(cluster, algorithm='hierarchical'),
         'hosts in random order': total(cluster, order='random'),
-        'the same on a fat tree': total(fat, order='random'),
+        'random order on a fat tree': total(fat, order='random'),
     }
     if 2 * job.local_batch in cluster.host.images_per_second:
-        label = f'{2 * job.local_batch} images a GPU'
+        label = f'{2 * job.local_batch} images per GPU'
         what_if[label] = total(cluster, local_batch=2 * job.local_batch)
     for label, changes in cluster.what_if.items():
         changed = cluster

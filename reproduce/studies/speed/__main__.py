@@ -14,7 +14,7 @@ iteration     an iteration by number of workers, or against ChainerMN's own way
 precision     the error that float16 adds to ResNet-50's mean gradient, for 8 to 1,024 workers
 accumulation  8 workers, against gradient accumulation and against one large batch
 
-Quote the ratios, not the milliseconds: they depend less on the machine.
+Quote the ratios. They depend less on the machine than the milliseconds do.
 
 The last three names have their own options: ./run_mpi.sh benchmark iteration --help
 """
@@ -94,7 +94,7 @@ def parse(argv):
         )
     if options.json:
         try:
-            open(options.json, 'a').close()  # so that it fails before the work, not after it
+            Path(options.json).touch()  # so that it fails before the work, not after it
         except OSError as error:
             parser.refuse(f'--json {reason(error)}')
     return options

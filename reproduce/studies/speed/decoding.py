@@ -1,5 +1,7 @@
-"""How fast images are loaded: one core against plain Pillow, the libraries that it could be done
-with, and processes against one.
+"""How fast are images loaded? ./run_mpi.sh benchmark loader
+
+It times the augmentation on one core against plain Pillow, then the libraries that could decode and
+resize, then one loader process against two, threads, and no helper.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from reproduce.studies.speed.side_by_side import side_by_side, table
 
 _SAMPLE = Path(__file__).resolve().parents[4] / 'shared' / 'data' / 'imagenet-sample.zip'
 _N_MADE = 64
-# Images a second that the 8 GPUs of a node train on.
+# GPU to the images/s that 8 of them train on, and the source.
 _NODES = (
     ('P100', 1_500, 'in float32; an assumption'),
     ('A100', 16_621, 'in mixed precision: NVIDIA DeepLearningExamples, PyTorch, DGX A100'),
@@ -32,7 +34,11 @@ _NODES = (
 
 
 def write_jpeg(path, seed: int, size=(500, 375)) -> Path:
-    """Makes a JPEG file about as large as those of ImageNet are: smooth shapes and grain."""
+    """Makes a JPEG file of smooth shapes and grain, about as large as ImageNet's files.
+
+    Returns:
+        Path: The path, as given.
+    """
     rng = np.random.RandomState(seed)
     pixels = np.full((size[1], size[0], 3), 128.0)
     for n, contrast in ((6, 70), (40, 30), (size[1], 12)):
@@ -44,7 +50,7 @@ def write_jpeg(path, seed: int, size=(500, 375)) -> Path:
 
 
 def with_plain_pillow(path, rng, preprocessing, out):
-    """What most programs do: open, convert, crop, resize, flip."""
+    """Augments as most programs do, with Pillow alone: open, convert, crop, resize, flip."""
     image = Image.open(path).convert('RGB')
     box = images.random_crop(image.size, rng, preprocessing)
     side = preprocessing.image_size
@@ -55,13 +61,16 @@ def with_plain_pillow(path, rng, preprocessing, out):
 
 
 def run(repeat: int) -> dict:
-    """Prints all there is to know about loading; returns it for JSON.
+    """Runs all measurements, and prints their tables and the cores that 8 GPUs need.
 
-    The images are the sample of ImageNet where it is beside the repository, and JPEG files that are
-    made where not.
+    The images are the sample of ImageNet beside the repository. Without the sample, they are JPEG
+    files that this function makes.
 
     Args:
-        repeat (int): Rounds that count.
+        repeat (int): Rounds that are timed. The loaders get a fifth as many.
+
+    Returns:
+        dict: The tables, for JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
         listing = _images(Path(folder))
@@ -69,7 +78,7 @@ def run(repeat: int) -> dict:
         result['libraries'] = libraries(listing, repeat)
         result['loaders'] = loaders(listing, repeat)
     per_core = result['loaders']['processes:1']['images_per_second']
-    print(f'cores that feed 8 GPUs, at {per_core:,.0f} images/s each:')
+    print(f'cores that feed 8 GPUs, at {per_core:,.0f} images/s per core:')
     for gpu, rate, source in _NODES:
         print(f'  {rate / per_core:6.1f}  {gpu}: {rate:,} images/s ({source})')
     result['cores of a node'] = {gpu: rate / per_core for gpu, rate, _ in _NODES}
@@ -91,7 +100,7 @@ def _folder_of(root, files) -> ImageFolder:
 
 
 def one_core(listing, repeat) -> dict:
-    """Training's augmentation by this process, into a minibatch."""
+    """Times training's augmentation in this process, from JPEG files into a minibatch."""
     paths = [listing.path(i) for i in range(len(listing))]
     out = np.empty((len(paths), 224, 224, 3), np.uint8)
     rng = np.random.RandomState(0)
@@ -113,7 +122,8 @@ def one_core(listing, repeat) -> dict:
         'Pillow: open, convert, crop, resize, flip': load(with_plain_pillow),
     }
     shape = images.decode(paths[0]).shape
-    title = f'{len(paths)} JPEGs, the first of {shape[1]} x {shape[0]}, to 224 x 224, one core'
+    size = f'{shape[1]} x {shape[0]}'
+    title = f'{len(paths)} JPEG files to 224 x 224, on one core; the first file is {size}'
     result = table(title, side_by_side(candidates, repeat), ours)
     load(with_plain_pillow)()
     expected = out.astype(int)
@@ -130,7 +140,7 @@ def one_core(listing, repeat) -> dict:
 
 
 def libraries(listing, repeat) -> dict:
-    """Decoding alone, and resizing of training's crops alone, by each library that could do it."""
+    """Times decoding alone, and resizing training's crops alone, with each possible library."""
     files = [Path(listing.path(i)).read_bytes() for i in range(len(listing))]
     decoders = {
         'simplejpeg': simplejpeg.decode_jpeg,
@@ -149,23 +159,24 @@ def libraries(listing, repeat) -> dict:
     crops = [p[upper:lower, left:right] for p, (left, upper, right, lower) in zip(pixels, boxes)]
 
     filters = {name: _resize(name) for name in images.FILTERS}
-    for name in ('INTER_AREA', 'INTER_LINEAR'):  # the second aliases
+    for name in ('INTER_AREA', 'INTER_LINEAR'):  # INTER_LINEAR aliases
         filters[f'OpenCV {name}'] = _resize_by_opencv(getattr(cv2, name))
     result = {}
-    for what, functions, values in (('decode', decoders, files), ('resize', filters, crops)):
+    steps = (('decode', decoders, files, 'files'), ('resize', filters, crops, 'crops'))
+    for step, functions, values, noun in steps:
         candidates = {
             name: lambda function=function, values=values: list(map(function, values))
             for name, function in functions.items()
         }
-        title = f'{what} {len(files)} of them'
-        result[what] = table(title, side_by_side(candidates, repeat), next(iter(candidates)))
+        title = f'{step} {len(values):,} {noun}'
+        result[step] = table(title, side_by_side(candidates, repeat), next(iter(candidates)))
     expected = [filters['pillow'](crop).astype(int) for crop in crops]
     for name, function in filters.items():
         differences = [abs(function(crop) - e).mean() for crop, e in zip(crops, expected)]
         result['resize'][name]['grey_levels_from_pillow'] = float(np.mean(differences))
         print(f'{name:44}{np.mean(differences):9.2f} grey levels from Pillow on average')
     large = float(((boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 2 * 224).mean())
-    print(f'{large:.1%} of the crops could be decoded at half the size, being 448 x 448 or more')
+    print(f'{large:.1%} of the crops have the 448 x 448 pixels that decoding at half size needs')
     return {**result, 'crops_of_twice_the_size': large}
 
 
@@ -178,7 +189,7 @@ def _resize_by_opencv(interpolation):
 
 
 def loaders(listing, repeat) -> dict:
-    """The loader as a rank uses it: images/s, and what the rank itself spends on it."""
+    """Times the loader as a rank uses it: its images/s, and the rank's own share of a core."""
     order = ImageOrder(len(listing), 1, min(32, len(listing)), 0)
     kinds = ('processes:1', 'processes:2', 'threads:1', 'threads:2', 'serial')
     found: dict = {kind: [] for kind in kinds}
@@ -189,7 +200,7 @@ def loaders(listing, repeat) -> dict:
                 listing, listing, order, images.Preprocessing(), 0, range(1), kind
             ) as batches:
                 found[kind].append(_rate(batches, order.local_batch_size, seconds))
-    print(f'{"loader":16}{"images/s":>10}{"of processes:1":>16}{"the rank, of a core":>22}')
+    print(f'{"loader":16}{"images/s":>10}{"/ processes:1":>16}{"CPU time of the rank":>22}')
     result = {}
     for kind, values in found.items():
         rate, own = np.median(values, axis=0)
@@ -200,7 +211,7 @@ def loaders(listing, repeat) -> dict:
 
 
 def _rate(batches, batch_size, seconds) -> tuple[float, float]:
-    for iteration in range(5):  # while the processes start
+    for iteration in range(5):  # not timed: the processes start
         batches.train_batch(iteration, 0)
     start, cpu = time.perf_counter(), _own_seconds()
     while time.perf_counter() < start + seconds:

@@ -1,17 +1,19 @@
-"""Measures an iteration by number of workers: the paper's figure of scaling, on your machine.
+"""How does an iteration scale with the number of workers? The paper's figure, on your machine.
 
 ./run_mpi.sh benchmark iteration --workers 1,2,4
-    a slim ResNet-50 on small images that are made; one worker a process, started with mpiexec
+    A slim ResNet-50 trains on small images that the program makes. mpiexec starts one process per
+    worker.
 ./run_mpi.sh benchmark iteration --workers 1,2 --peer chainermn
-    the same model and images by ChainerMN's own way too, in turn with ours in the same processes
-./run_mpi.sh benchmark iteration --workers 8,16,...,1024 --hostfile hostfiles/mn1 \\
+    ChainerMN's own way trains the same model on the same images. It takes turns with ours, in the
+    same processes.
+./run_mpi.sh benchmark iteration --workers 8,64,1024 --hostfile hostfiles/mn1 \\
     --width 64 --image-size 224 --local-batch-size 32 --image-root TRAIN --loader processes:2
-    the paper's, on a cluster
+    The paper's model, on a cluster.
 
-Iterations come in rounds: each is an epoch of --iterations, with the BN statistics and a validation
-of one minibatch a rank at its end, on both sides; the validation is in no iteration. The table has
-means over the ranks, and over the half of the rounds whose iterations are nearest the median, so
-that the parts sum to the iteration, which the host's clock has measured on its own.
+A round is an epoch of as many iterations as --iterations sets. Both systems end a round with the BN
+statistics and a validation of one minibatch per rank. The time of an iteration excludes the
+validation. The table has means over the ranks, and over the half of the rounds whose iterations are
+nearest the median. So the parts sum to the iteration, which the host's clock measures on its own.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from pathlib import Path
 import numpy as np
 
 from reproduce import listing, loader
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
 from reproduce.studies.speed.side_by_side import start_ranks
 
 _PARTS = ('data', 'compute', 'pack', 'allreduce', 'update', 'extensions')
-_COLUMNS = (*_PARTS, 'iteration', 'validation')  # of the seconds that a rank reports
+_COLUMNS = (*_PARTS, 'iteration', 'validation')  # of a rank's seconds
 _TITLES = {'compute': 'forward + backward', 'allreduce': 'all-reduce'}
 _SETTINGS = ('width', 'stem', 'image_size', 'local_batch_size', 'allreduce_grad_dtype')
 
@@ -39,54 +41,114 @@ _SETTINGS = ('width', 'stem', 'image_size', 'local_batch_size', 'allreduce_grad_
 def parse(argv):
     parser = Parser(prog='./run_mpi.sh benchmark iteration', description=__doc__)
     add = parser.add_argument
-    add('name', choices=('iteration',))
-    add('--workers', default='1,2', help='numbers of workers, one a process each [1,2]')
-    add('--hostfile', metavar='FILE', help='who runs where, as mpiexec takes it')
-    add('--image-root', metavar='FOLDER', help='CLASS/FILE [JPEG files that are made]')
-    add('--image-size', type=int, default=32, help='pixels [32]')
+    add(
+        '--workers',
+        default='1,2',
+        metavar='N,N',
+        help='measure each of these numbers of workers, one worker per process [%(default)s]',
+    )
+    add('--hostfile', metavar='FILE', help="hosts, in mpiexec's format [this host]")
+    add(
+        '--image-root',
+        metavar='FOLDER',
+        help='train on the images FOLDER/CLASS/FILE [JPEG files that the program makes]',
+    )
+    add(
+        '--image-size',
+        type=int,
+        default=32,
+        metavar='N',
+        help="image side, in pixels; the paper's is 224 [%(default)s]",
+    )
     add(
         '--width',
         type=int,
         default=16,
-        help="channels after the first convolution; 64: the paper's [16]",
+        metavar='N',
+        help="channels of ResNet-50's first convolution; the paper's are 64 [%(default)s]",
     )
-    add('--stem', default='imagenet', choices=('imagenet', 'cifar'), help='first layers [imagenet]')
-    add('--local-batch-size', type=int, default=16, help='images of a worker [16]')
+    add(
+        '--stem',
+        default='imagenet',
+        choices=('imagenet', 'cifar'),
+        help='first layers of the model [%(default)s]',
+    )
+    add(
+        '--local-batch-size',
+        type=int,
+        default=16,
+        metavar='N',
+        help="images per worker and iteration; the paper's are 32 [%(default)s]",
+    )
     add(
         '--allreduce-grad-dtype',
         default='float16',
         choices=('float16', 'float32', 'float64'),
-        help='on the wire [float16]',
+        help='type of the gradients in the all-reduce [%(default)s]',
     )
-    add('--iterations', type=int, default=8, help='of a round [8]')
-    add('--repeat', type=int, default=9, help='rounds that count [9]')
-    add('--loader', default='processes:1', help='processes:N, threads:N or serial [processes:1]')
-    add('--peer', choices=('chainermn',), help='what is measured beside ours; ours in float32, too')
-    add('--compare', metavar='FILE', help='iteration.json of an earlier call, put in the plot')
-    add('--out', default='results/iteration', help='folder [results/iteration]')
-    options = parser.parse_args(argv)
+    add('--iterations', type=int, default=8, metavar='N', help='iterations per round [%(default)s]')
+    add(
+        '--repeat',
+        type=int,
+        default=9,
+        metavar='N',
+        help='time N rounds, after one that does not count [%(default)s]',
+    )
+    add(
+        '--loader',
+        default='processes:1',
+        metavar='HOW',
+        help='decode the images of a rank with N processes (processes:N), with N threads '
+        '(threads:N), or in the rank itself (serial) [%(default)s]',
+    )
+    add(
+        '--peer',
+        choices=('chainermn',),
+        help="also measure ChainerMN's own way, and ours in float32 [only ours]",
+    )
+    add(
+        '--compare',
+        metavar='FILE',
+        help='add the iteration.json of an earlier call to the plot [none]',
+    )
+    add(
+        '--out',
+        default='results/iteration',
+        metavar='FOLDER',
+        help='write iteration.json and iteration.png to FOLDER [%(default)s]',
+    )
+    options = parser.parse_args(argv[1:])
     try:
         options.workers = sorted({int(n) for n in options.workers.split(',')})
     except ValueError:
-        options.workers = [0]
-    numbers = (*options.workers, options.image_size, options.width, options.local_batch_size)
-    if min(*numbers, options.iterations, options.repeat) < 1:
-        parser.error('all numbers, those of --workers too, must be integers above 0')
+        parser.refuse(f'--workers must be integers, as in 1,2,4, not {options.workers}')
+    for name in ('workers', 'image_size', 'width', 'local_batch_size', 'iterations', 'repeat'):
+        value = getattr(options, name)
+        least = min(value) if name == 'workers' else value
+        if least < 1:
+            parser.refuse(f'--{name.replace("_", "-")} must be above 0, not {least}')
     try:
         check(options)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except ValueError as error:
+        parser.refuse(error)
     return options
 
 
 def check(options):
-    """Raises ValueError or OSError, with the reason, where the runs could not end well."""
+    """Makes the folder ``--out``, and checks that the runs can be made.
+
+    Raises:
+        ValueError: The value of an option cannot be used. The message names both.
+    """
     try:
         loader.parse(options.loader)
     except ValueError as error:
         raise ValueError(f'--loader is {error}') from error
     if options.hostfile:
-        Path(options.hostfile).read_text()
+        try:
+            Path(options.hostfile).read_text()
+        except (OSError, ValueError) as error:
+            raise ValueError(f'--hostfile {reason(error)}') from error
     total = max(options.workers) * options.local_batch_size
     if options.image_root:
         try:
@@ -96,53 +158,61 @@ def check(options):
         if n_images < total:
             raise ValueError(
                 f'{max(options.workers)} workers x {options.local_batch_size} images = {total} are '
-                f'more than the {n_images} in {options.image_root}'
+                f'more than the {n_images} in {options.image_root}: lower --local-batch-size'
             )
     if options.compare:
         earlier_runs(options.compare)
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'--out {reason(error)}') from error
 
 
 def earlier_runs(path) -> dict:
-    """What was written by an earlier call.
+    """Returns the content of an earlier call's ``iteration.json``.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The file cannot be read, or has another content.
     """
     try:
         content = json.loads(Path(path).read_text())
         for run in content['figures']['runs']:
             float(run['workers'] * run['iteration'] * run['allreduce'])
+    except OSError as error:
+        raise ValueError(f'--compare {reason(error)}') from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'--compare {path} is not an iteration.json') from error
+        raise ValueError(f'--compare {path} is not an iteration.json of this command') from error
     return content
 
 
 def measure(options, n) -> dict:
-    """One mpiexec; what rank 0 has written."""
+    """Starts one job of ``n`` ranks, and returns the result that its rank 0 wrote."""
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         result = Path(folder).resolve() / 'result.json'
         for_ranks = {**vars(options), 'result': str(result)}
         if options.image_root:
             for_ranks['image_root'] = os.path.abspath(options.image_root)
         print(f'{n} worker{"s" * (n > 1)}', flush=True)
-        try:
-            status = start_ranks(
-                n,
-                [json.dumps(for_ranks)],
-                'reproduce.studies.speed.iteration_program',
-                options.hostfile,
-            ).returncode
-        except OSError as error:
-            print(f'error: mpiexec: {error.strerror}', file=sys.stderr)
-            status = 2
+        status = start_ranks(
+            n,
+            [json.dumps(for_ranks)],
+            'reproduce.studies.speed.iteration_program',
+            options.hostfile,
+        ).returncode
         if status:
             sys.exit(status)
         return json.loads(result.read_text())
 
 
 def middle_half(rounds) -> dict:
-    """Column to seconds: the mean over the rounds whose iterations are nearest the median."""
+    """Averages the half of the rounds whose iterations are nearest the median.
+
+    Args:
+        rounds (list): A row of seconds per round, in the order of ``_COLUMNS``.
+
+    Returns:
+        dict: Column to mean seconds.
+    """
     rounds = np.asarray(rounds)
     order = np.argsort(rounds[:, _COLUMNS.index('iteration')])
     quarter = len(order) // 4
@@ -151,9 +221,12 @@ def middle_half(rounds) -> dict:
 
 
 def add_efficiencies(runs):
-    """Adds ``efficiency_one_worker`` and ``efficiency_one_host``: the time of an iteration of one
-    worker, and of as many as were measured on one host, over that of the run: each worker has the
-    same work. None where there is nothing to compare with."""
+    """Adds ``efficiency_one_worker`` and ``efficiency_one_host`` to each run.
+
+    An efficiency is the iteration time of a base run over the iteration time of this run: every
+    worker has the same work. The base is the run of one worker, or the largest run on one host. The
+    efficiency is None without a base.
+    """
     one_worker = next((run for run in runs if run['workers'] == 1), None)
     on_one_host = max(
         (run for run in runs if run['hosts'] == 1), key=lambda run: run['workers'], default=None
@@ -166,7 +239,7 @@ def add_efficiencies(runs):
 
 
 def runs_of(results, position, options) -> list:
-    """The entries of one of the systems, in the order of the workers."""
+    """Returns the entries of one system for ``iteration.json``, in the order of the workers."""
     runs = []
     for result in results:
         seconds = middle_half(list(result['seconds'].values())[position])
@@ -192,7 +265,7 @@ def _title(column):
 
 def print_table(name, runs):
     columns = ('iteration', *_PARTS)
-    print(f'\n{name}; milliseconds, means over the ranks')
+    print(f'\n{name}: milliseconds, means over the ranks')
     heads = ''.join(f'{_title(column):>{max(len(_title(column)), 8) + 2}}' for column in columns)
     print(f'workers  hosts{heads}  images/s  of 1 worker  of 1 host')
     shared = False
@@ -214,27 +287,30 @@ def print_table(name, runs):
             f'{run["images_per_second"]:10,.0f}{efficiencies}'
         )
     if shared:
-        print(f'* shares cores: a host has {runs[0]["cores_of_a_host"]}')
+        print(f'* ranks share cores: each host has {runs[0]["cores_of_a_host"]}')
     off = max(abs(run['parts_by_iteration'] - 1) for run in runs)
     print(f'the parts sum to the iteration within {off:.1%}')
 
 
 def compare_with_peer(result) -> dict:
-    """Prints ours beside the peer's, which is the last: medians over the rounds.
+    """Prints medians over the rounds of our systems and of the peer, and the ratios ours / peer.
+
+    Args:
+        result (dict): Of :func:`measure`. The peer is the last system.
 
     Returns:
-        dict: Name of ours to row to ours / the peer's.
+        dict: Name of our system, then name of the row, to the ratio.
     """
     *ours, peer = result['seconds']
     rows = {}
     for name, rounds in result['seconds'].items():
         values = dict(zip(_COLUMNS, np.transpose(rounds)))
-        # What the host's clock has, so that nothing is left out.
+        # By the host's clock, so that nothing is left out.
         values['all but forward + backward'] = values['iteration'] - values['compute']
         rows[name] = {_title(row): float(np.median(v)) for row, v in values.items()}
     n, n_rounds = result['processes'], len(result['seconds'][peer])
-    print(f'\n{n} worker{"s" * (n > 1)}, ms, medians of {n_rounds} rounds, in turn')
-    print(f'{"":28}' + ''.join(f'{name:>20}' for name in rows) + '   ours / it')
+    print(f'\n{n} worker{"s" * (n > 1)}, milliseconds, medians of {n_rounds} rounds')
+    print(f'{"":28}' + ''.join(f'{name:>20}' for name in rows) + '   ours / peer')
     ratios: dict = {name: {} for name in ours}
     for row in rows[peer]:
         for name in ours:
@@ -252,29 +328,30 @@ def main(argv):
     runs = {name: runs_of(results, i, options) for i, name in enumerate(names)}
     print(
         f'\nResNet-50, width {options.width}, {results[0]["parameters"]:,} parameters; '
-        f'{options.local_batch_size} images of {options.image_size} pixels a worker'
+        f'{options.local_batch_size} images per worker, {options.image_size} pixels wide and high'
     )
     for name in names:
         print_table(name, runs[name])
-    figures_: dict = {'runs': runs[names[0]]}
+    figures: dict = {'runs': runs[names[0]]}
     if options.peer:
         ratios = {result['processes']: compare_with_peer(result) for result in results}
-        figures_.update(peer=runs[names[-1]], all_of_ours=runs, ours_by_peer=ratios)
+        figures.update(peer=runs[names[-1]], all_of_ours=runs, ours_by_peer=ratios)
     content = {
         'benchmark': 'iteration',
         'machine': platform.platform(),
         'python': platform.python_version(),
         'numpy': np.__version__,
         'settings': {name: getattr(options, name) for name in _SETTINGS},
-        'figures': figures_,
+        'figures': figures,
     }
     out = Path(options.out)
     (out / 'iteration.json').write_text(json.dumps(content, indent=2) + '\n')
-    compare_in_plot(options, runs, names)
-    print(f'\ntable, iteration.json and iteration.png in {out}')
+    draw(options, runs, names)
+    print(f'\nresults in {out}: iteration.json, iteration.png')
 
 
-def compare_in_plot(options, runs, names):
+def draw(options, runs, names):
+    """Draws ours, the peer and the earlier call. Prints a note for each setting that differs."""
     lines = {'ours': runs[names[0]]}
     if options.peer:
         lines['ChainerMN'] = runs[names[-1]]
@@ -285,18 +362,18 @@ def compare_in_plot(options, runs, names):
             if settings.get(name) != getattr(options, name):
                 print(
                     f'note: {options.compare} has {name} {settings.get(name)}, this call '
-                    f'{getattr(options, name)}'
+                    f'has {getattr(options, name)}'
                 )
         lines[options.compare] = earlier['figures']['runs']
     plot(lines, options.out)
 
 
 def plot(runs: dict, out: str):
-    """Draws OUT/iteration.png: iteration and all-reduce by number of workers, and the efficiency.
+    """Draws OUT/iteration.png: iteration, all-reduce and efficiency by number of workers.
 
     Args:
-        runs (dict): Name to the entries of ``iteration.json``; three at most.
-        out (str): Folder; the file is replaced as a whole.
+        runs (dict): Name to the entries of ``iteration.json``. At most three.
+        out (str): The folder. The file is replaced as a whole.
     """
     workers = sorted({run['workers'] for entries in runs.values() for run in entries})
     figure, (times, efficiencies) = plt.subplots(1, 2, figsize=(9, 4), constrained_layout=True)
@@ -331,5 +408,5 @@ def plot(runs: dict, out: str):
             axis.legend(fontsize='small')
         else:
             axis.set_xlim(times.get_xlim())
-            axis.text(0.5, 0.5, 'no one worker or one host', ha='center', transform=axis.transAxes)
+            axis.text(0.5, 0.5, 'no base for an efficiency', ha='center', transform=axis.transAxes)
     save(figure, os.path.join(out, 'iteration.png'))

@@ -1,9 +1,11 @@
-"""Times an iteration with its all-reduce, ours beside ChainerMN's: a program of each rank.
+"""How long does each part of an iteration take? The program that iteration.py starts on each rank.
 
-python -m reproduce.studies.speed.iteration_program OPTIONS runs in turn, a round each, the systems
-that the JSON of OPTIONS names. Rank 0 writes the seconds of all rounds to the file that it names,
-too. A round is an epoch of a few iterations: at its end come the BN statistics and the evaluator,
-on both sides.
+python -m reproduce.studies.speed.iteration_program OPTIONS
+
+OPTIONS is JSON: the options of iteration.py, and the name of the file ``result``. The systems, ours
+and ChainerMN's, take turns, a round each. A round is an epoch of a few iterations. Both systems end
+a round with the BN statistics and the evaluator. Rank 0 writes the seconds of all rounds to
+``result``.
 """
 
 from __future__ import annotations
@@ -46,16 +48,16 @@ from reproduce.settings import Settings
 from reproduce.studies.speed.decoding import write_jpeg
 from reproduce.train import decayed_parameters, experiment
 
-_N_MADE = 64  # files
+_N_MADE = 64  # JPEG files, at least
 
 
 def settings_of(options, n_workers) -> Settings:
-    """The settings of a training whose epoch is a round."""
+    """Returns the settings of a training in which a round is an epoch."""
     side = options.image_size
     return Settings(
         workers=n_workers,
         local_batch_size=options.local_batch_size,
-        epochs=10 * (options.repeat + 1),  # it stays in the warm-up, where the update does most
+        epochs=10 * (options.repeat + 1),  # stays in the warm-up, where the update costs most
         allreduce_grad_dtype=options.allreduce_grad_dtype,
         width=options.width,
         stem=options.stem,
@@ -70,11 +72,15 @@ def settings_of(options, n_workers) -> Settings:
 class _System:
     """A training that runs in rounds of ``n_iterations``.
 
+    A subclass makes all attributes except ``timer``.
+
     Attributes:
-        comm (~chainermn.CommunicatorBase), batches (ImageLoader): A subclass makes them.
-        updater (~chainer.training.Updater), entries (list): Likewise; each entry is the arguments
-            of :meth:`~chainer.training.Trainer.extend`.
-        timer (Timer): Of the round under way.
+        comm (~chainermn.CommunicatorBase): The processes.
+        batches (ImageLoader): The images.
+        updater (~chainer.training.Updater): Trains.
+        entries (list): The extensions. Each entry is the arguments of
+            :meth:`~chainer.training.Trainer.extend`.
+        timer (Timer): Times the present round.
     """
 
     comm: typing.Any
@@ -88,15 +94,15 @@ class _System:
         self.on_gpu = extensions.device_of(self.comm).xp is not np
 
     def give_timer(self):
-        """Hands on ``timer`` where it is not asked for in every call."""
+        """Passes ``timer`` on to the objects that keep a timer of their own."""
         raise NotImplementedError
 
     def run(self, out) -> np.ndarray:
-        """A round.
+        """Runs a round.
 
         Returns:
-            array: Seconds of an iteration's parts, and of the whole iteration by the host's clock;
-                seconds of the validation, once per round.
+            array: Seconds per iteration of each part, seconds per iteration by the host's clock,
+                and seconds of the round's validation.
         """
         last = self.updater.iteration + self._n_iterations
         trainer = chainer.training.Trainer(
@@ -119,8 +125,10 @@ class _System:
 
 
 class Ours(_System):
-    """The ``experiment()`` of reproduce/train.py, with the log, the checkpoints and the cast's
-    report that a job adds, and without what it prints."""
+    """Our system: ``experiment()`` of reproduce/train.py, with a job's silent extensions.
+
+    These are the log, the checkpoints and the report of the cast. A job's printing is left out.
+    """
 
     def __init__(self, options, train, val, mpi, dtype):
         settings = settings_of(options, mpi.size)
@@ -130,7 +138,7 @@ class Ours(_System):
         self.updater = trainer.updater
         self.model = self.updater.get_optimizer('main').target
         self._evaluator = trainer.get_extension('validation')
-        # A trainer runs once; each round has its own, with the same extensions.
+        # A trainer can run only once, so each round makes its own with these extensions.
         self.entries = [
             (entry.extension, name, entry.trigger, entry.priority)
             for name, entry in trainer._extensions.items()
@@ -153,9 +161,12 @@ class _TimedPureNccl(TimedSteps, pure_nccl_communicator.PureNcclCommunicator):
 
 
 class ChainerMN(_System):
-    """ChainerMN's own way: its multi-node optimizer around Chainer's CorrectedMomentumSGD, its
-    AllreducePersistent and its evaluator, on its communicator: ``naive``, in float32, on CPUs,
-    ``pure_nccl`` with the dtype that is asked for on GPUs."""
+    """ChainerMN's own way.
+
+    It has ChainerMN's multi-node optimizer around Chainer's CorrectedMomentumSGD, ChainerMN's
+    AllreducePersistent and its evaluator. On CPUs the communicator is ``naive``, in float32. On
+    GPUs it is ``pure_nccl``, with the dtype of ``--allreduce-grad-dtype``.
+    """
 
     def __init__(self, options, train, val, mpi, on_gpu):
         settings = settings_of(options, mpi.size)
@@ -206,7 +217,7 @@ class ChainerMN(_System):
             ),
             comm,
         )
-        # Where ours has its parts, too. All else that is in update() is forward and backward.
+        # The same parts as in ours. The rest of update() is forward and backward.
         object.__setattr__(optimizer, 'update', self._timed('forward_backward', optimizer.update))
         object.__setattr__(optimizer, 'is_changed', self._timed('allreduce', optimizer.is_changed))
         comm.multi_node_mean_grad = self._timed('allreduce', comm.multi_node_mean_grad)
@@ -231,7 +242,7 @@ class ChainerMN(_System):
 
 
 class _TrainingIterator(chainer.dataset.Iterator):
-    """The same minibatches, as Chainer's updater takes them."""
+    """Gives the loader's training minibatches to Chainer's updater."""
 
     epoch_detail = previous_epoch_detail = 0.0
 
@@ -261,7 +272,7 @@ class _TrainingIterator(chainer.dataset.Iterator):
 
 
 class _ValidationIterator(chainer.dataset.Iterator):
-    """The same minibatches, as Chainer's evaluator takes them."""
+    """Gives the loader's validation minibatches to Chainer's evaluator."""
 
     def __init__(self, system):
         self._system = system
@@ -277,8 +288,10 @@ class _ValidationIterator(chainer.dataset.Iterator):
 
 
 def made_images(folder, side) -> listing.ImageFolder:
-    """JPEG files in the proportion to ``side`` that ImageNet's have to 224 pixels, in ten of 1,000
-    classes."""
+    """Makes JPEG files in the folders of ten classes, and lists them as ten of 1,000 classes.
+
+    The size of a file is to ``side`` as 500 x 375, a usual size in ImageNet, is to 224.
+    """
     n_classes, each = 10, _N_MADE // 10 + 1
     size = (side * 500 // 224, side * 375 // 224)
     for number in range(n_classes):
@@ -291,7 +304,7 @@ def made_images(folder, side) -> listing.ImageFolder:
 
 
 def repeated(folder, n_images) -> listing.ImageFolder:
-    """A listing of just so many images: those of ``folder``, or as many more copies of them."""
+    """Returns a listing of exactly ``n_images`` of the images in ``folder``, repeated if needed."""
     picked = np.arange(n_images) * max(1, len(folder) // n_images) % len(folder)
     picked = picked[np.argsort(folder.labels[picked], kind='stable')]
     counts = np.bincount(folder.labels[picked], minlength=len(folder.classes))
@@ -300,7 +313,7 @@ def repeated(folder, n_images) -> listing.ImageFolder:
 
 
 def systems_of(options, data, mpi) -> dict:
-    """Name to what is timed; ours in the dtype that was asked for is the first."""
+    """Makes the systems to time, by name. The first is ours with ``--allreduce-grad-dtype``."""
     dtypes = [options.allreduce_grad_dtype]
     if options.peer and 'float32' not in dtypes:
         dtypes.append('float32')
@@ -315,11 +328,11 @@ def systems_of(options, data, mpi) -> dict:
 
 
 def measure(options, mpi) -> dict | None:
-    """Runs the rounds.
+    """Runs the rounds of all systems.
 
     Returns:
-        dict: On rank 0: the machine, and for each system the seconds of the rounds that count, a
-            mean over the ranks for each part; None on the others.
+        dict: On rank 0, the machine, and for each system the seconds of each timed round as means
+            over the ranks. None on the other ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
         options.folder = folder
@@ -331,18 +344,18 @@ def measure(options, mpi) -> dict | None:
             data = made_images(folder, options.image_size)
         systems = ranks.on_every_rank(mpi, lambda: systems_of(options, data, mpi))
         seconds: dict = {name: [] for name in systems}
-        start = said = time.monotonic()
-        for round_ in range(options.repeat + 1):  # the first does not count
+        start = printed = time.monotonic()
+        for round_ in range(options.repeat + 1):  # round 0 is not timed
             for name, system in systems.items():
                 own = system.run(folder)
                 if round_ > 0:
                     seconds[name].append(own)
             now = time.monotonic()
-            if mpi.rank == 0 and (round_ == 0 or now - said > 10):
+            if mpi.rank == 0 and (round_ == 0 or now - printed > 10):
                 left = duration((now - start) / (round_ + 1) * (options.repeat - round_))
                 print(f'  {mpi.size} workers: round {round_} of {options.repeat}, {left} left')
                 sys.stdout.flush()
-                said = now
+                printed = now
         for system in systems.values():
             system.batches.close()
     ours = next(iter(systems.values()))

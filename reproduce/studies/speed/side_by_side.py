@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reproduce.job.command_line import reason
 from reproduce.studies.speed import THREADS
 
 
@@ -47,7 +48,7 @@ def table(title, seconds, ours) -> dict:
         dict: Name to both medians, for JSON.
     """
     print(title)
-    print(f'{"":44}{"ms":>9}  {"ours/this":>9}')
+    print(f'{"":44}{"ms":>9}  {"ours/peer":>9}')
     result = {}
     for name, values in seconds.items():
         ratio = float(np.median(np.divide(seconds[ours], values)))
@@ -58,7 +59,7 @@ def table(title, seconds, ours) -> dict:
 
 
 def slowest_rank(title, candidates, repeat, comm, ours) -> dict | None:
-    """Times the candidates on all ranks, and prints the table of the slowest rank on each round.
+    """Times the candidates on all ranks, and prints a table of each round's slowest rank.
 
     Args:
         title (str): Printed above.
@@ -120,4 +121,4 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
         command = [mpiexec, '-n', str(n), *on_hosts, sys.executable, '-m', module, *arguments]
         return subprocess.run(command, env=environment, check=False, **options)
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f'error: {mpiexec} does not run ({error}): set MPIEXEC= to one that works')
+        sys.exit(f'error: mpiexec does not run: {reason(error)}; set MPIEXEC= to one that does')

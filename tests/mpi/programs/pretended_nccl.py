@@ -132,7 +132,7 @@ cuda.get_device_from_id = lambda number: types.SimpleNamespace(
     use=lambda: calls.append(f'use GPU {number}')
 )
 extensions.nccl.inspect = lambda rank: extensions.nccl.Gpus(rank, 'host', tuple('01234567'), 22304)
-extensions.device_of = half_precision.device_of = lambda comm: half_precision.chainer.get_device(
+extensions.device_of = extensions.nccl.device_of = lambda comm: extensions.nccl.chainer.get_device(
     '@numpy'
 )
 

@@ -87,7 +87,7 @@ def test_impossible_values(change, message):
         ('--no-stop-on-nonfinit', 'did you mean --no-stop-on-nonfinite?'),
         ('--preset smok', 'smok is not one of paper, cifar10, smoke; did you mean smoke?'),
         ('--alpha-form smooth', 'smooth is not one of printed, continuous, sgd; --help'),
-        ('stray', "'stray' is no option; --help lists the options"),
+        ('stray', "'stray' is not an option; --help lists the options"),
         ('--zzz', 'there is no option --zzz; --help lists the options'),
         ('--epochs', '--epochs: expected one argument; --help lists the options'),
         ('--seed 1.5', "--seed: invalid int value: '1.5'; --help lists the options"),
@@ -106,7 +106,7 @@ def test_help_has_the_values_of_the_preset(capsys):
             parse(['--preset', preset, '--help'], 1)
         texts.append(' '.join(capsys.readouterr().out.split()))
     for text, size in zip(texts, (224, 32, 32)):
-        assert f'pixels of an image in training and validation (G) [{size}]' in text
+        assert f'side of the images that the network sees, in pixels (G) [{size}]' in text
     for letter, source in SOURCES.items():
         assert f'{letter} {source}' in texts[0]
 

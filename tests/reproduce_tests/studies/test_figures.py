@@ -98,9 +98,12 @@ def test_the_command(root, tmp_path):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['runs'], '"runs" needs folders'),
-        (['comparison', 'stray'], '"runs" needs folders'),
-        (['runs', 'nowhere'], 'nowhere is no folder of a run'),
+        (['runs'], 'runs needs folders: ./run_mpi.sh figures runs RUN ...'),
+        (['comparison', 'stray'], 'comparison takes no folder, but got stray'),
+        (
+            ['runs', 'nowhere'],
+            'nowhere is not the --out of a run of train.py: nowhere/log: No such',
+        ),
     ],
 )
 def test_wrong_input(monkeypatch, capsys, arguments, message):

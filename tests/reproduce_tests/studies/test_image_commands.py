@@ -66,11 +66,11 @@ def test_check_names_what_is_broken_and_what_is_odd(root, odd_folder, tmp_path):
         'turned by EXIF': ['turned.jpg'],
         'PNG, not JPEG': ['really a png.jpg'],
         'less than 32 pixels high or wide': ['zdjęcie 1.jpg'],
-        'no image by its suffix, ignored': ['notes.txt'],
+        'not an image by its suffix, ignored': ['notes.txt'],
     }
     for path in bad:
         assert f'  image {path} cannot be decoded' in done.stdout
-    assert f'12 images of 3 classes in {odd_folder}; 1 to 8 a class, 3 in the middle' in done.stdout
+    assert f'12 images of 3 classes in {odd_folder}; 1 to 8 per class, median 3' in done.stdout
     assert '        8  good\n' in done.stdout and 'broken: 3\n' in done.stdout
     assert '12 of 12 images' in done.stderr and '3 broken' in done.stderr
 
@@ -131,7 +131,7 @@ def test_check_draws_a_bar_on_a_terminal(root, odd_folder):
     [
         (['check', 'nowhere'], 'image folder nowhere: No such file'),
         (['check', '.', '--processes', '0'], '--processes must be at least 1, not 0'),
-        (['check', 'nowhere', '--json', 'nowhere/found'], "No such file or directory: 'nowhere/f"),
+        (['check', 'nowhere', '--json', 'nowhere/found'], 'nowhere/found: No such file'),
         (['arrange', 'nowhere', 'setup.py', 'out'], 'nowhere'),
         (['check'], 'DIR'),
         ([], 'COMMAND'),
@@ -212,7 +212,7 @@ def test_arrange_makes_the_usual_layout(root, flat, tmp_path, kind):
         (LABELS['names'][0] + 'other.JPEG n01\n', None, 'no image for other.JPEG'),
         (LABELS['names'][0].replace('n02', '../n02'), None, '../n02 is not a name for a folder'),
         (LABELS['names'][0].replace('n02', '..'), None, '.. is not a name for a folder'),
-        ('3\n1\n\udcff', 'a\nb\nc\n', 'labels is no text'),
+        ('3\n1\n\udcff', 'a\nb\nc\n', 'labels is not a text file'),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(flat, tmp_path, labels, classes, message):
@@ -229,7 +229,7 @@ def test_labels_that_do_not_fit_are_refused(flat, tmp_path, labels, classes, mes
 def test_a_folder_that_is_there_is_left_alone(flat, tmp_path):
     (tmp_path / 'labels').write_text(LABELS['names'][0])
     (tmp_path / 'val').mkdir()
-    with pytest.raises(DataError, match='is there already'):
+    with pytest.raises(DataError, match='exists: choose another folder'):
         image_commands.arrange(flat, tmp_path / 'labels', tmp_path / 'val')
 
 

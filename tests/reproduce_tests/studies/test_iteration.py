@@ -147,7 +147,7 @@ def test_runs_table_plot_and_numbers_that_add_up(root, tmp_path):
     second = tmp_path / 'second'
     options = ('--image-root', tmp_path / 'images', '--compare', out / 'iteration.json')
     printed = run('--workers', '2', '--stem', 'cifar', *options, '--out', second)
-    assert 'has stem imagenet, this call cifar' in printed
+    assert 'has stem imagenet, this call has cifar' in printed
     (run_,) = json.loads((second / 'iteration.json').read_text())['figures']['runs']
     assert run_['efficiency_one_worker'] is None and run_['efficiency_one_host'] == 1
     done = subprocess.run(

@@ -66,7 +66,9 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
         time.sleep(0.1)
     first.send_signal(signal.SIGINT)
     output, _ = first.communicate(timeout=60)
-    assert first.returncode == 1 and output.splitlines()[-1] == 'stopped; the same command goes on'
+    assert (
+        first.returncode == 1 and output.splitlines()[-1] == 'stopped: the same command continues'
+    )
     done = (tmp_path / 'x-seed0' / 'log').stat().st_mtime_ns
     second = start('--seeds', '2')
     output, _ = second.communicate(timeout=200)
@@ -95,7 +97,7 @@ def test_a_run_that_fails_is_named_and_ends_all(start, tmp_path):
     output, _ = done.communicate(timeout=100)
     assert done.returncode == 1
     path = tmp_path / 'x-seed0' / 'output.txt'
-    assert output.splitlines()[-1] == f'error: {path} says why x-seed0 failed'
+    assert output.splitlines()[-1] == f'error: x-seed0 failed; {path} says why'
     assert 'error: the total batch of 1000 workers' in path.read_text()
 
 
@@ -103,7 +105,10 @@ def test_too_few_images_and_no_images(cifar, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = ['--images', cifar]
     for options, message in (
-        ([*images, '--train-per-class=21'], 'train/cat has 20 images, 21 are wanted of each class'),
+        (
+            [*images, '--train-per-class=21'],
+            'train/cat has 20 images, not 21: lower --train-per-class',
+        ),
         (['--images', cifar / 'train'], 'has no class folders; --images needs train/CLASS'),
         ([], '--images FOLDER is needed'),
         ([*images, '--seeds', '0'], 'must be at least 1'),

@@ -53,7 +53,7 @@ def test_errors_are_those_of_the_definition(shallow, tmp_path, capsys):
     assert (tmp_path / 'out' / 'precision.png').read_bytes().startswith(b'\x89PNG')
     out = capsys.readouterr().out
     assert f'{result["errors"][3]["convolution"]["float16, sum of a ring"]:.2e}' in out
-    assert f'made {flushed:.2%} of the non-zero gradients zero' in out
+    assert f'flushed {flushed:.2%} of the nonzero gradients to zero' in out
 
 
 @pytest.mark.slow
