@@ -18,8 +18,6 @@ from chainermn import nccl
 from chainermn.communicators import _memory_utility
 from mpi4py import MPI
 
-from extensions import half_precision
-
 calls = []
 DTYPES = {6: np.float16, 7: np.float32, 8: np.float64}
 STREAM = types.SimpleNamespace(ptr=12345, synchronize=lambda: calls.append('synchronize'))
