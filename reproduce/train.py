@@ -89,9 +89,9 @@ def experiment(settings, comm, train, val):
             model, comm, settings.pooled_variance
         )
 
-    # An iteration: see VirtualWorkersUpdater.update_core. For each worker, it runs forward and
-    # backward, and casts the gradients to float16 (comm.add_grad). Then one all-reduce
-    # (comm.mean_grad) and one update (rmsprop_warmup_element.h) serve all workers.
+    # An iteration: read VirtualWorkersUpdater.update (extensions/virtual_workers.py). For each
+    # worker, it runs forward and backward, and casts the gradients to float16 (comm.add_grad). Then
+    # one all-reduce (comm.mean_grad) and one update (rmsprop_warmup_element.h) serve all workers.
     updater = extensions.VirtualWorkersUpdater(
         batches.train_batch,
         optimizer,

@@ -14,75 +14,53 @@ from reproduce.dataset import InputError
 from reproduce.job.command_line import Parser
 from reproduce.settings import PRESETS, Settings
 
-_AT_LEAST_ONE = (
-    'workers',
-    'local_batch_size',
-    'epochs',
-    'width',
-    'image_size',
-    'resize',
-    'validation_batch_size',
-    'n_train_images',
-    'keep_checkpoints',
+# Settings, their range in words, and the test of a value.
+_RANGES = (
+    (
+        (
+            *('workers', 'local_batch_size', 'epochs', 'width', 'image_size', 'resize'),
+            *('validation_batch_size', 'n_train_images', 'keep_checkpoints'),
+        ),
+        'at least 1',
+        lambda x: x >= 1,
+    ),
+    (
+        ('lr_rmsprop', 'weight_decay', 'watchdog'),
+        'at least 0 and finite',
+        lambda x: 0 <= x < math.inf,
+    ),
+    # With eps = 0, a gradient of exactly 0 would be 0 / 0.
+    (('eps', 'beta_period'), 'above 0 and finite', lambda x: 0 < x < math.inf),
+    (('mu1', 'mu2', 'bn_decay'), 'at least 0 and below 1', lambda x: 0 <= x < 1),
+    (('min_crop_area',), 'above 0 and at most 1', lambda x: 0 < x <= 1),
+    (('beta_center',), 'finite', math.isfinite),
+    (('seed',), 'at least 0 and below 2**32', lambda x: 0 <= x < 2**32),
 )
-_NOT_NEGATIVE = (
-    'lr_rmsprop',
-    'mu1',
-    'mu2',
-    'eps',
-    'weight_decay',
-    'seed',
-    'watchdog',
-)
+_FORMATS = {'checkpoint_every': interval, 'loader': loader.parse}
 
 
 def check(settings):
     """Raises InputError, which names the option and the range, if a value cannot be used."""
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        choices = field.metadata['choices']
+        choices, value = field.metadata['choices'], getattr(settings, field.name)
         if choices and value not in choices:
             raise InputError(
                 f'{flag(field.name)} must be one of {", ".join(choices)}, not {value!r}'
             )
-    for name in _AT_LEAST_ONE:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InputError(f'{flag(name)} must be at least 1, not {value}')
-    for name in _NOT_NEGATIVE:
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f'{flag(name)} must be finite and not negative, not {value}')
-    if settings.eps == 0:  # a gradient of exactly 0 would be 0 / 0
-        raise InputError('--eps must be above 0, not 0')
-    for name in ('mu1', 'mu2'):
-        if getattr(settings, name) >= 1:
-            raise InputError(f'{flag(name)} must be below 1, not {getattr(settings, name)}')
-    if not 0 <= settings.bn_decay < 1:
-        raise InputError(f'--bn-decay must be at least 0 and below 1, not {settings.bn_decay}')
+    for names, words, fits in _RANGES:
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not fits(value):
+                raise InputError(f'{flag(name)} must be {words}, not {value}')
+    for name, parse_value in _FORMATS.items():
+        try:
+            parse_value(getattr(settings, name))
+        except ValueError as error:
+            raise InputError(f'{flag(name)} is {error}') from error
     if settings.bn_decay and settings.pooled_variance:
         raise InputError(
             '--bn-decay and --pooled-variance exclude each other, because moving averages of a '
             'pooled variance do not exist: give only one'
-        )
-    if settings.seed >= 2**32:
-        raise InputError(f'--seed must be below 2**32, not {settings.seed}')
-    if not (math.isfinite(settings.beta_center) and 0 < settings.beta_period < math.inf):
-        raise InputError(
-            '--beta-center must be finite, and --beta-period finite and above 0, not '
-            f'{settings.beta_center} and {settings.beta_period}'
-        )
-    try:
-        interval(settings.checkpoint_every)
-    except ValueError as error:
-        raise InputError(f'--checkpoint-every is {error}') from error
-    try:
-        loader.parse(settings.loader)
-    except ValueError as error:
-        raise InputError(f'--loader is {error}') from error
-    if not 0 < settings.min_crop_area <= 1:
-        raise InputError(
-            f'--min-crop-area must be above 0 and at most 1, not {settings.min_crop_area}'
         )
     if settings.resize < settings.image_size:
         raise InputError(
