@@ -251,7 +251,7 @@ check_job() {
     elif [[ -n $separator || $verb == smoke || $verb == preflight ]]; then
         return
     elif [[ -n $doubt ]]; then
-        fail "what is \"$doubt\" for? Verbs have no dashes; $place; ./run_mpi.sh --help shows examples"
+        fail "\"$doubt\" is not an option of run_mpi.sh. Verbs have no dashes; $place; ./run_mpi.sh --help shows examples"
     fi
     fail "nothing to run; $place, as in $(typed ./run_mpi.sh train "${options[@]}" -- --preset smoke)"
 }
@@ -410,6 +410,15 @@ count_cores() {
     echo $((cores > 0 && cores < threads ? cores : threads))
 }
 
+# Ends with one line if train.py's options are wrong: mpiexec would add a page to the line that its ranks print.
+check_options() { # VERB OPTION...
+    local word
+    for word; do
+        if [[ $word == -h || $word == --help ]]; then return; fi
+    done
+    MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -m reproduce.job.options "${n:-1}" "$@" || exit
+}
+
 # Starts mpiexec with `options`, and with the program that `verb` and `words` name.
 start_job() {
     local name program=() again=--overwrite
@@ -419,9 +428,15 @@ start_job() {
             case " ${words[*]}" in *" --resume"*) again='' ;; esac
             words=(--preset smoke ${again:+"$again"} "${words[@]}")
             ;;
-        preflight) words=(-m reproduce.job.preflight "${words[@]}") ;;
+        preflight)
+            check_options preflight "${words[@]}"
+            words=(-m reproduce.job.preflight "${words[@]}")
+            ;;
     esac
-    if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=("$here/reproduce/train.py"); fi
+    if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then
+        check_options train "${words[@]}"
+        program=("$here/reproduce/train.py")
+    fi
 
     hosts=${hosts:-${SLURM_JOB_ID:-$PBS_JOBID}}
     if [[ -z $hosts && -z $n ]]; then options=(-n 1 "${options[@]}"); fi

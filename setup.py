@@ -21,12 +21,12 @@ GPU = [
 
 # The CPU's inner loops are optional: without a compiler, NumPy gives the same bits more slowly.
 # extensions/kernels/ loads the library if its digest equals the digest of the sources.
-SOURCES = ['extensions/kernels/kernels.c', 'extensions/rmsprop_warmup_element.h']
-DIGEST = hashlib.sha256(b''.join(Path(source).read_bytes() for source in SOURCES)).hexdigest()
+FILES = ['extensions/kernels/kernels.c', 'extensions/rmsprop_warmup_element.h']
+DIGEST = hashlib.sha256(b''.join(Path(source).read_bytes() for source in FILES)).hexdigest()
 KERNELS = Extension(
     'extensions.kernels._kernels',
-    SOURCES[:1],
-    depends=SOURCES[1:],
+    FILES[:1],
+    depends=FILES[1:],
     define_macros=[('SOURCE_DIGEST', f'"{DIGEST}"')],
     extra_compile_args=['-O3', '-ffp-contract=off', '-fno-math-errno'],
     optional=True,

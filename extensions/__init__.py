@@ -35,7 +35,7 @@ SOURCES = {
     'S': 'a published reading note of the paper that quotes its equations and schedule',
     'A': "the paper's abstract, and tables of later papers that quote it",
     'G': 'Goyal et al., arXiv:1706.02677, which the paper follows',
-    'R': 'what public re-implementations by other Chainer users agree on',
+    'R': 'agreement of public re-implementations by other Chainer users',
     'D': 'arithmetic',
     'P': "this project's own choice",
     'B': "the authors' blog posts on the cluster",

@@ -37,7 +37,8 @@ class AllreduceBatchStatistics(training.Extension):
     another's. An exact sum does not depend on how the workers are spread over processes.
 
     The extension runs before the evaluator and before any snapshot of the same iteration, even if
-    it was added later. Its ``trigger`` must fire whenever the trigger of one of them fires.
+    it was added later. Its ``trigger`` must fire whenever the evaluator's or a snapshot's trigger
+    fires.
 
     A process that plays several workers calls :meth:`clear` before the first worker of an
     iteration, and :meth:`add_worker` after each worker's forward pass.
@@ -176,7 +177,8 @@ class MovingBatchStatistics(AllreduceBatchStatistics):
         decay (float): Decay of the moving averages, between 0 and 1; Chainer's default is 0.9.
 
     Raises:
-        ValueError: ``decay`` is not between 0 and 1. Or as in :class:`AllreduceBatchStatistics`.
+        ValueError: ``decay`` is not between 0 and 1.
+        ValueError: As in :class:`AllreduceBatchStatistics`.
     """
 
     wants_every_worker = True

@@ -282,8 +282,9 @@ def newest(path, identity: dict) -> tuple[Path, dict] | None:
         tuple: The checkpoint's path and entries; None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: There are checkpoints, but none can be read. Or the newest readable one has
-            another identity; the message names the differing items.
+        CheckpointError: There are checkpoints, but none can be read.
+        CheckpointError: The newest readable one has another identity. The message names the
+            differing items.
     """
     if not os.path.exists(path):
         return None

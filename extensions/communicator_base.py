@@ -107,7 +107,7 @@ class CommunicatorOptions:
             for name, words in what.items():
                 origins[name].append(f'{words} from {origin}')
         overflow = f'finite on every rank, but the sum overflows {self.allreduce_grad_dtype}'
-        culprits = [f'{name} ({first_few(origins[name], ", ") or overflow})' for name in names]
+        culprits = [f'{name} ({first_few(origins[name]) or overflow})' for name in names]
         raise NonFiniteGradients(
             f'the mean gradient is infinite or NaN, and nothing was updated: '
             f'{first_few(culprits, "; ")}. If values overflow {self.allreduce_grad_dtype}, choose '
@@ -116,9 +116,10 @@ class CommunicatorOptions:
         )
 
 
-def first_few(items, separator, n=3):
-    more = [f'and {len(items) - n} more'] if len(items) > n else []
-    return separator.join([*items[:n], *more])
+def first_few(items, separator=', ', n=3) -> str:
+    """Joins the first ``n`` texts, and counts the others: ``a, b, c and 2 more``."""
+    more = f' and {len(items) - n} more' if len(items) > n else ''
+    return separator.join(items[:n]) + more
 
 
 def params_with_grad(model, zero_fill):

@@ -24,9 +24,9 @@ def shard(rank, size, n_images, batch_size=1) -> tuple[int, int]:
 
 
 class ExactEvaluator(training.Extension):
-    """Evaluates on shards without duplicates, and sums counts instead of averaging averages.
+    """Evaluates on shards without duplicates.
 
-    ChainerMN's evaluator pads the shards with duplicates (176 of 50,000 at 1,024 workers) and
+    It sums counts, and does not average the ranks' averages. ChainerMN's evaluator pads the shards with duplicates (176 of 50,000 at 1,024 workers) and
     averages the workers' means. Both bias top-1. This extension sums integers over all processes:
     the number of correct images and the number of images. A process may have no image.
 

@@ -173,7 +173,7 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
         for i, workers in self._culprits.items():
             sent[self._layout[i][0]] = f'{self._counts[i, 2]} inf and {self._counts[i, 3]} NaN'
             if first_worker is not None:
-                numbers = first_few([str(first_worker + worker) for worker in workers], ', ')
+                numbers = first_few([str(first_worker + worker) for worker in workers])
                 sent[self._layout[i][0]] += f' of worker {numbers}'
         return sent
 

@@ -58,9 +58,11 @@ def create_communicator(
             rank's GPU becomes the current device.
 
     Raises:
-        CommunicatorError: On every rank. An option is unknown, or the communicator does not support
-            it. Or some ranks have a GPU and some have none, two ranks share a GPU, or NCCL is too
-            old; these messages name host and rank.
+        CommunicatorError: On every rank, in one of these cases:
+            An option is unknown, or the communicator does not support it.
+            Some ranks have a GPU and some have none. The message names host and rank.
+            Two ranks share a GPU. The message names host and rank.
+            NCCL is too old. The message names host and rank.
     """
     mpi_comm = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
     if mpi_comm == MPI.COMM_NULL:

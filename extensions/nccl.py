@@ -145,9 +145,10 @@ def choose(name: str, everyone: list[Gpus]) -> tuple[str, str]:
         tuple: The communicator's name, and the reason in words.
 
     Raises:
-        CommunicatorError: ``name`` is ``pure_nccl`` and a rank has no GPU or no NCCL. Or ``name``
-            is ``auto`` and only some ranks have both. Or NCCL is too old, or its version differs
-            between ranks.
+        CommunicatorError: In one of these cases:
+            ``name`` is ``pure_nccl``, and a rank has no GPU or no NCCL.
+            ``name`` is ``auto``, and only some ranks have both.
+            NCCL is too old, or its version differs between ranks.
     """
     lacking = [s for s in everyone if s.obstacle or not s.nccl]
     why = ''

@@ -108,8 +108,8 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
                 'or keep the parameters in float32 (optimizer.use_fp32_update)'
             )
         # Return Python floats: a NumPy scalar would widen float32 arithmetic to float64. The
-        # difference 1 - mu2 is rounded once here; computed in float32, it would be off by 6
-        # roundings.
+        # difference 1 - mu2 is rounded once here; computed in float32 for mu2 = 0.99, it would be
+        # off by 10 units in the last place.
         alphas = hp['alpha_sgd'], hp['alpha_rmsprop']
         values = (hp['lr'], *alphas, hp['mu1'], mu2, 1 - mu2, eps, hp['weight_decay_rate'])
         return tuple(map(float, values))

@@ -229,8 +229,10 @@ class AlphaSGDSchedule(_Schedule):
         lr_rmsprop (float): As in :func:`alpha_rmsprop`.
 
     Raises:
-        ValueError: As in :class:`StepLearningRate`. Or ``beta_period`` is not above 0, or ``form``
-            is unknown. When values are set: ``lr`` is not above 0.
+        ValueError: As in :class:`StepLearningRate`.
+        ValueError: ``beta_period`` is not above 0.
+        ValueError: ``form`` is unknown.
+        ValueError: ``lr`` is not above 0. Raised when values are set.
     """
 
     priority = StepLearningRate.priority - 1

@@ -45,8 +45,8 @@ class VirtualWorkersUpdater(training.Updater):
 
     Attributes:
         iteration (int): Number of completed updates.
-        images_done (int): Number of images used by all workers. The current iteration counts as
-            far as this process knows.
+        images_done (int): Number of images used by all workers. In the current iteration, this
+            process assumes that the others are as far as itself.
         after_worker (callable): Called after each of this process's workers; None by default.
         losses (list): One array per iteration since the list was last cleared: the losses of this
             process's workers. Kept for :class:`MeanTrainingLoss`; None without it.
@@ -54,8 +54,8 @@ class VirtualWorkersUpdater(training.Updater):
             :class:`~extensions.timing.TimeReport`.
 
     Raises:
-        ValueError: ``n_workers`` is not a multiple of the number of processes. Or a parameter has
-            no size yet; the message names it.
+        ValueError: ``n_workers`` is not a multiple of the number of processes.
+        ValueError: A parameter has no size yet. The message names it.
     """
 
     def __init__(

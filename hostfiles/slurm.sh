@@ -19,5 +19,5 @@ hostfile=$(mktemp "$PWD/hosts-$SLURM_JOB_ID-XXXX")
 trap 'rm -f "$hostfile"' EXIT
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots=8/' >"$hostfile"
 
-./run_mpi.sh -n 1024 --hostfile "$hostfile" --map-by ppr:4:package --bind-to package -- \
+./run_mpi.sh train -n 1024 --hostfile "$hostfile" --map-by ppr:4:package --bind-to package -- \
     --out "results/paper-$SLURM_JOB_ID"

@@ -14,14 +14,11 @@ from PIL import Image
 
 from extensions.virtual_workers import workers_of
 from reproduce import listing
+from reproduce.settings import InputError
 
 _FILE = Path(__file__).parent / 'data' / 'digits.csv.gz'
 _N_VALIDATION = 360
 _SIDE = 32
-
-
-class InputError(Exception):
-    """Settings that cannot be run. The message is one line with the cause and the remedy."""
 
 
 def roots(settings):
@@ -61,10 +58,7 @@ def find(settings, n_processes):
         InputError: A setting does not fit the images or the processes.
         ~reproduce.listing.DataError: The images cannot be used.
     """
-    try:
-        workers_of(0, n_processes, settings.workers)
-    except ValueError as error:
-        raise InputError(f'--workers: {error}') from error
+    check_workers(settings, n_processes)
     train_root, _ = roots(settings)
     if train_root is None and settings.preset == 'smoke':
         check_total_batch(settings, len(split_digits()[0]))
@@ -110,6 +104,14 @@ def list_folders(settings):
     train, val = (listing.listing_of(root, settings.manifests_folder) for root in roots(settings))
     listing.check_same_classes(train, val)
     return train, val
+
+
+def check_workers(settings, n_processes):
+    """Raises InputError if the processes cannot play the workers."""
+    try:
+        workers_of(0, n_processes, settings.workers)
+    except ValueError as error:
+        raise InputError(f'--workers: {error}') from error
 
 
 def check_total_batch(settings, n_images):

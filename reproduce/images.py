@@ -340,6 +340,7 @@ def converter_to(device):
             :func:`normalize` makes them, and labels, both on the device.
     """
 
+    # Chainer's updaters and evaluators pass a device, too. It is not used: `device` is the model's.
     def convert(batch, device_=None):
         x, t = (device.send(array) for array in batch)
         return normalize(x, MEAN, STD, device.xp), t

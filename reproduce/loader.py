@@ -339,7 +339,7 @@ class ImageLoader:
         labels = folder.labels[batch.indices]
         for position, message in bad.items():
             if not self._skips:
-                raise DataError(f'{message}, or go on without it: --bad-images skip')
+                raise DataError(f'{message}, or skip the image: --bad-images skip')
             labels[position] = self._replace(batch, position, message, folder)
         return batch.pixels, labels
 
@@ -394,8 +394,8 @@ class ImageLoader:
         pid, code = (ended[0].pid, ended[0].exitcode) if ended else ('?', None)
         how = f'by {signal.Signals(-code).name}' if code and code < 0 else f'with status {code}'
         return RuntimeError(
-            f'process {pid} that loads images ended {how} (killed, or out of memory?); '
-            'use --loader serial to avoid loader processes'
+            f'process {pid} that loads images ended {how}. It may have been killed or run out of '
+            'memory. Use --loader serial to avoid loader processes'
         )
 
 

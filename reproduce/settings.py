@@ -17,6 +17,11 @@ from extensions.schedules import FORMS, PAPER_EPOCHS
 from reproduce import images
 from reproduce.baselines import LR_SCHEDULES
 
+
+class InputError(Exception):
+    """Settings that cannot be run. The message is one line with the cause and the remedy."""
+
+
 # A run that resumes from a checkpoint may change these settings.
 _MAY_CHANGE = (
     'preset',
@@ -75,9 +80,9 @@ class Settings:
     )
     alpha_form: str = _setting(
         'printed',
-        'form of alpha_SGD, the weight of SGD during the transition from RMSprop to SGD. printed: '
-        'the formula that the paper prints, which jumps. continuous: without the jump. sgd: no '
-        'transition, momentum SGD throughout (S, P)',
+        'form of alpha_SGD, the weight of SGD during the transition from RMSprop to SGD. printed '
+        '(S): the formula that the paper prints, which jumps. continuous (P): without the jump. '
+        'sgd (P): no transition, momentum SGD throughout',
         (*FORMS, 'sgd'),
     )
     beta_center: float = _setting(
@@ -171,17 +176,17 @@ class Settings:
     )
     loader: str = _setting(
         'processes:2',
-        'what decodes the images of each rank. processes:N, threads:N: N processes or threads. '
-        'serial: the rank itself (P)',
+        "decoder of each rank's images: N processes with processes:N, N threads with threads:N, or "
+        'the rank itself with serial (P)',
     )
     bad_images: str = _setting(
         'error',
-        'what to do about an image that cannot be decoded. error: end the run. skip: go on without '
-        'it, and list it in summary.json (P)',
+        'response to an image that cannot be decoded: error ends the run; skip continues without '
+        'the image, and lists it in summary.json (P)',
         ('error', 'skip'),
     )
     manifests: str | None = _setting(
-        None, 'folder in which lists of images are kept [manifests, beside --out]'
+        None, 'folder for the lists of images [manifests, beside --out]'
     )
 
     seed: int = _setting(
@@ -194,10 +199,13 @@ class Settings:
     keep_checkpoints: int = _setting(2, 'number of checkpoints to keep: the last ones (P)')
     resume: str | None = _setting(
         None,
-        'checkpoint to go on from. A folder stands for its newest checkpoint. auto: the newest one '
-        'in --out; if there is none, the run starts from the beginning',
+        'checkpoint from which to continue. A folder stands for its newest checkpoint. auto: the '
+        'newest one in --out; if there is none, the run starts from the beginning',
     )
-    overwrite: bool = _setting(False, 'delete an earlier run in --out, and start anew')
+    overwrite: bool = _setting(
+        False,
+        'delete an earlier run in --out, and start anew; "./run_mpi.sh smoke" gives this option',
+    )
     watchdog: float = _setting(
         300.0,
         'end the job if no rank makes progress, or one rank gives no sign of life, for so many '

@@ -15,6 +15,8 @@ import sys
 try:
     from reproduce.job import start
 except ModuleNotFoundError as error:
+    if __name__ != '__main__':
+        raise
     sys.exit(
         f'error: {sys.executable or "this Python"} has no package {error.name!r}: start with '
         './run_mpi.sh, which installs everything, or install by hand (hostfiles/README.md)'

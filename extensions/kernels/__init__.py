@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 _FOLDER = Path(__file__).resolve().parent
-SOURCES = ('kernels.c', '../rmsprop_warmup_element.h')
+FILES = ('kernels.c', '../rmsprop_warmup_element.h')
 
 # Elements per block of the NumPy loops. A block stays in a core's second-level cache.
 _BLOCK = 1 << 15
@@ -21,7 +21,7 @@ _BLOCK = 1 << 15
 
 def source_digest() -> str:
     """Returns the digest of the sources. A library compiled from other sources is not used."""
-    return hashlib.sha256(b''.join((_FOLDER / name).read_bytes() for name in SOURCES)).hexdigest()
+    return hashlib.sha256(b''.join((_FOLDER / name).read_bytes() for name in FILES)).hexdigest()
 
 
 def _load() -> dict:

@@ -14,14 +14,14 @@ import numpy as np
 from chainer.backends import cuda
 from mpi4py import MPI
 
-from reproduce.dataset import InputError
-from reproduce.job import report
+from extensions.communicator_base import first_few
+from reproduce.job import BLAS_THREADS, report
+from reproduce.settings import InputError
 
 _REMEDIES = {
     'options': 'start every rank with the same options',
     'images': 'copy the same folder to every host',
-    'BLAS threads': 'set the same values of OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and '
-    'MKL_NUM_THREADS on every host',
+    'BLAS threads': f'set the same values of {", ".join(BLAS_THREADS)} on every host',
     'parameters': "every rank received rank 0's values, so memory or network is at fault",
 }
 
@@ -52,11 +52,10 @@ def items(model, settings, arguments, images) -> dict:
 
 def of_host() -> dict:
     """Returns everything that all hosts must share in any run, as {name: short text}."""
-    threads = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
     return {
         **report.versions(),
         'code': _code(),
-        'BLAS threads': ' '.join(os.environ.get(name, '-') for name in threads),
+        'BLAS threads': ' '.join(os.environ.get(name, '-') for name in BLAS_THREADS),
     }
 
 
@@ -89,9 +88,16 @@ def _code() -> str:
     digest = hashlib.sha256()
     for package in (extensions, sys.modules['reproduce']):
         folder = Path(package.__path__[0])
-        for path in sorted(p for p in folder.rglob('*') if p.suffix in ('.py', '.c', '.h')):
+        for path in sorted(_sources(folder)):
             digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _sources(folder):
+    for parent, folders, files in os.walk(folder):
+        # On a network file system, each of 1,024 ranks would ask for the logs in results, too.
+        folders[:] = [name for name in folders if name not in ('results', 'data', '__pycache__')]
+        yield from (Path(parent, name) for name in files if name.endswith(('.py', '.c', '.h')))
 
 
 def check(mpi_comm, own: dict, images: dict):
@@ -144,9 +150,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def first_few(texts, n=3) -> str:
-    """Joins the first ``n`` texts, and counts the others: ``a, b, c and 2 more``."""
-    more = f' and {len(texts) - n} more' if len(texts) > n else ''
-    return ', '.join(texts[:n]) + more

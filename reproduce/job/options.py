@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import textwrap
 
 from extensions import SOURCES
 from extensions.checkpoint import interval
 from reproduce import loader
-from reproduce.dataset import InputError
+from reproduce.dataset import check_workers
 from reproduce.job.command_line import Parser
-from reproduce.settings import PRESETS, Settings
+from reproduce.settings import PRESETS, InputError, Settings
 
 # Settings, their range in words, and the test of a value.
 _RANGES = (
@@ -98,11 +99,11 @@ def _wrapped(items) -> str:
     )
 
 
-def parser_of(preset: Settings, description: str | None = None) -> argparse.ArgumentParser:
+def parser_of(preset: Settings, description=None, verb='train') -> argparse.ArgumentParser:
     """Returns the parser of all options. The help shows the preset's values as defaults."""
     presets = _wrapped((name, function.__doc__ or '') for name, function in PRESETS.items())
     parser = _SettingsParser(
-        prog='reproduce/train.py',
+        prog=f'./run_mpi.sh {verb} --',
         description=description,
         epilog='[X] is the default, (X) the source of a number.\n\n'
         f'presets:\n{presets}\n\nsources of the numbers:\n{_wrapped(SOURCES.items())}',
@@ -120,22 +121,20 @@ def parser_of(preset: Settings, description: str | None = None) -> argparse.Argu
         if field.name == 'preset':
             options.update(choices=tuple(PRESETS), metavar=None)
         parser.add_argument(flag(field.name), **options)
-    parser.add_argument(
-        '--dry-run',
-        action='store_true',
-        default=False,
-        help='print learning rates and alphas of all epochs, and stop',
-    )
+    if verb == 'train':
+        text = 'print learning rates and alphas of all epochs, and stop'
+        parser.add_argument('--dry-run', action='store_true', default=False, help=text)
     return parser
 
 
-def parse(argv, n_processes: int, description: str | None = None) -> tuple[Settings, bool]:
+def parse(argv, n_processes: int, description=None, verb='train') -> tuple[Settings, bool]:
     """Reads a command line. Explicit options replace the preset's values.
 
     Args:
         argv (list of str): The words of the command line, without the program's name.
         n_processes (int): Number of processes. A preset without a number of workers gets this one.
         description (str): Text at the start of ``--help``.
+        verb (str): ``'train'``, or ``'preflight'``, which has no ``--dry-run``.
 
     Returns:
         tuple: The settings (Settings), and whether to print the plan only (bool).
@@ -147,10 +146,29 @@ def parse(argv, n_processes: int, description: str | None = None) -> tuple[Setti
     chooser = _SettingsParser(add_help=False)
     chooser.add_argument('--preset', choices=tuple(PRESETS), default='paper')
     preset = PRESETS[chooser.parse_known_args(argv)[0].preset]()
-    given = vars(parser_of(preset, description).parse_args(argv))
-    dry_run = given.pop('dry_run')
+    given = vars(parser_of(preset, description, verb).parse_args(argv))
+    dry_run = given.pop('dry_run', False)
     settings = dataclasses.replace(preset, **given)
     if settings.workers is None:
         settings = dataclasses.replace(settings, workers=n_processes)
     check(settings)
     return settings, dry_run
+
+
+def main(argv):
+    """Checks the options of a job before mpiexec starts its ranks: N VERB OPTIONS...
+
+    mpiexec would add a page of its own to the line that the ranks print.
+    """
+    n_processes, verb, *words = argv
+    try:
+        settings, dry_run = parse(words, int(n_processes), verb=verb)
+        if not dry_run:
+            check_workers(settings, int(n_processes))
+    except InputError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from extensions import checkpoint
-from reproduce.dataset import InputError
+from reproduce.settings import InputError
 
 _OF_A_RUN = ('log', 'settings.json', 'summary.json', 'model.npz', 'curves.png', 'checkpoints')
 _locks = []  # stay open until the process ends, however it ends

@@ -1,8 +1,9 @@
 """Checks that every host is ready for a run, before anybody books a cluster.
 
 The options are those of reproduce/train.py. Every rank inspects its host. All ranks together
-all-reduce gradients of the model's size, and time a minibatch. Nothing is trained. The only file
-written is a temporary one where --out is or will be. The exit status is 0 without problems, else 1.
+all-reduce gradients of the model's size, and time a minibatch. Nothing is trained. It writes
+nothing but a temporary file in --out, or in the nearest existing parent. The exit status is 0 if
+all is well, 1 with a problem, 2 for wrong options.
 
     ./run_mpi.sh preflight --hostfile hostfiles/mn1 -n 1024 -- --train-root TRAIN --val-root VAL
 """
@@ -28,13 +29,14 @@ from chainer.backends import cuda
 from mpi4py import MPI
 
 from extensions import nccl
+from extensions.communicator_base import first_few
 from extensions.virtual_workers import workers_of
 from reproduce import dataset, images, loader
-from reproduce.dataset import InputError
 from reproduce.job import agreement, janitor, options, output, ranks, report
 from reproduce.job.watchdog import Watchdog
 from reproduce.listing import DataError, ImageFolder
 from reproduce.resnet50 import ResNet50
+from reproduce.settings import InputError
 
 _MIB, _GIB = 2**20, 2**30
 _NCCL_SHARED_MEMORY = 10 * _MIB  # bytes per rank, roughly (P)
@@ -62,7 +64,9 @@ def main(argv=None):
     mpi = MPI.COMM_WORLD
     janitor.remove_those_of_open_mpi()
     arguments = sys.argv[1:] if argv is None else argv
-    settings, _ = ranks.on_rank_zero(mpi, lambda: options.parse(arguments, mpi.size, __doc__))
+    settings, _ = ranks.on_rank_zero(
+        mpi, lambda: options.parse(arguments, mpi.size, __doc__, 'preflight')
+    )
     preflight = Preflight(mpi, settings)
     with Watchdog(mpi, settings.watchdog, preflight.position):
         preflight.run()
@@ -361,7 +365,7 @@ def verdict(settings, everyone) -> bool:
     if all('minibatch' in row for row in rows):
         print(_estimate(settings, rows))
     for problem, of_ranks in who.items():
-        print(f'problem: {problem} ({agreement.first_few(of_ranks)})')
+        print(f'problem: {problem} ({first_few(of_ranks)})')
     n = len(who)
     print(f'not ready: {n} problem{"s" * (n > 1)}' if n else 'ready', flush=True)
     return not who
@@ -389,10 +393,10 @@ def _estimate(settings, rows) -> str:
     return (
         f'all-reduce in {settings.allreduce_grad_dtype}: right, {slowest["all_reduce"]:.3f} s; '
         f'update {slowest["update"]:.3f} s\n'
-        f'predicted: {seconds:.3g} s per iteration of {each:,} minibatches per rank; '
-        f'{n_iterations:,} iterations in {report.duration(n_iterations * seconds)}, without '
-        'validation; loading is '
-        + ('measured' if slowest['loading'] else 'not counted, for want of image folders')
+        f'predicted: {seconds:.3g} s per iteration of {each:,} minibatch{"es" * (each > 1)} per '
+        f'rank; {n_iterations:,} iteration{"s" * (n_iterations > 1)} in '
+        f'{report.duration(n_iterations * seconds)}, without validation; loading is '
+        + ('measured' if slowest['loading'] else 'not included: no image folder was given')
     )
 
 

@@ -7,9 +7,9 @@ import sys
 from mpi4py import MPI
 
 from extensions import CheckpointError, CommunicatorError, NonFiniteGradients, Stopped
-from reproduce.dataset import InputError
 from reproduce.job.start import abort
 from reproduce.listing import DataError, print_any_name
+from reproduce.settings import InputError
 
 _USER_ERRORS = (InputError, DataError, CommunicatorError, CheckpointError)
 

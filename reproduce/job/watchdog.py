@@ -12,6 +12,8 @@ from pathlib import Path
 
 from mpi4py import MPI
 
+from extensions.communicator_base import first_few
+
 _PROJECT = Path(__file__).resolve().parents[2]
 _LAUNCHERS = ('prterun', 'prted', 'mpiexec', 'mpirun', 'orterun', 'orted', 'hydra_pmi_proxy')
 _KILL = """sleep 5
@@ -143,9 +145,8 @@ class Watchdog:
     def _name(self, rank) -> str:
         return f'rank {rank} on {self._hosts[rank]}'
 
-    def _names(self, ranks, n=3) -> str:
-        more = f' and {len(ranks) - n} more' if len(ranks) > n else ''
-        return ', '.join(self._name(rank) for rank in ranks[:n]) + more
+    def _names(self, ranks) -> str:
+        return first_few([self._name(rank) for rank in ranks])
 
     def _end(self, message):
         print(f'error: {message}', file=sys.stderr, flush=True)
@@ -172,9 +173,8 @@ def _where() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame:
         path = Path(frame.f_code.co_filename)
-        own = path.relative_to(_PROJECT) if _PROJECT in path.parents else path
-        if own.parts[0] in ('reproduce', 'extensions'):
-            return f'{own}:{frame.f_lineno} ({frame.f_code.co_name})'
+        if any(_PROJECT / package in path.parents for package in ('reproduce', 'extensions')):
+            return f'{path.relative_to(_PROJECT)}:{frame.f_lineno} ({frame.f_code.co_name})'
         frame = frame.f_back
     return ''
 

@@ -1,4 +1,4 @@
-"""How do the schedules, the published results and several runs look, side by side?
+"""Draws the schedules, published results, or the curves of several runs.
 
 ./run_mpi.sh figures schedules       draws both forms of alpha_SGD, and the learning rates
 ./run_mpi.sh figures comparison      draws published results: training time against top-1
@@ -109,17 +109,11 @@ def comparison(out: str):
         out (str): The folder. The file is replaced as a whole.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
-    for team, batch, hardware, hours, top1, source in PUBLISHED:
+    for team, batch, hardware, hours, top1, _ in PUBLISHED:
         ours = team.startswith('Akiba')
-        axis.plot(
-            60 * hours,
-            top1,
-            'k*' if ours else 'ko',
-            markersize=14 if ours else 7,
-            fillstyle='none' if source == 'U' else 'full',
-        )
+        axis.plot(60 * hours, top1, 'k*' if ours else 'ko', markersize=14 if ours else 7)
         axis.annotate(
-            f'{team}{" (unsourced)" if source == "U" else ""}\n{batch:,}, {hardware}',
+            f'{team}\n{batch:,}, {hardware}',
             (60 * hours, top1),
             xytext=(9, 0) if hours < 10 else (-9, 0),
             ha='left' if hours < 10 else 'right',
@@ -181,7 +175,7 @@ def main():
         default=[],
         type=Path,
         metavar='RUN',
-        help='for runs: a folder that train.py wrote as its --out',
+        help='for runs: the --out folder of a run',
     )
     parser.add_argument(
         '--out',
@@ -191,7 +185,9 @@ def main():
     )
     options = parser.parse_args()
     if options.name == 'runs' and not options.runs:
-        parser.refuse('runs needs folders: ./run_mpi.sh figures runs RUN ...')
+        parser.refuse(
+            "figures runs needs at least one run's folder: ./run_mpi.sh figures runs RUN ..."
+        )
     if options.name != 'runs' and options.runs:
         parser.refuse(f'{options.name} takes no folder, but got {options.runs[0]}: leave it out')
     logs = {}

@@ -101,15 +101,15 @@ def check(root, n_processes: int) -> dict:
     context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(n_processes, context) as pool:
         try:
-            for path, (reason, kinds) in zip(paths, pool.map(inspect, paths, chunksize=32)):
-                if reason:
-                    broken[path] = reason
+            for path, (why, kinds) in zip(paths, pool.map(inspect, paths, chunksize=32)):
+                if why:
+                    broken[path] = why
                 for kind in kinds:
                     odd[kind].append(path)
                 progress(len(broken))
         except concurrent.futures.process.BrokenProcessPool as error:
             raise DataError(
-                'a decoding process died, perhaps for want of memory: lower --processes'
+                'a decoding process died, perhaps because memory ran out: lower --processes'
             ) from error
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -166,7 +166,7 @@ def _report(root, found: dict):
         print(f'odd, {kind}: {len(paths):,}')
         print(''.join(f'  {path}\n' for path in paths), end='')
     print(f'broken: {len(found["broken"]):,}')
-    print(''.join(f'  {reason}\n' for reason in found['broken'].values()), end='')
+    print(''.join(f'  {why}\n' for why in found['broken'].values()), end='')
 
 
 def arrange(flat, labels, target, classes=None) -> int:
@@ -250,7 +250,8 @@ def _numbered(row, by_number, path, classes) -> str:
     number = int(row[0]) if row[0].isdigit() else 0
     if not 1 <= number <= len(by_number):
         raise DataError(
-            f'{path}: {row[0]} is not a number from 1 to {len(by_number):,}, a line of {classes}'
+            f'{path}: class number {row[0]} must be 1 to {len(by_number):,} '
+            f'({classes} has {len(by_number):,} line{"s" * (len(by_number) != 1)})'
         )
     return by_number[number - 1]
 

@@ -18,6 +18,10 @@ import json
 import sys
 from pathlib import Path
 
+import extensions  # noqa: F401  isort: skip  (first: makes Chainer importable on NumPy 2)
+import chainer
+from mpi4py import MPI
+
 from reproduce import train
 from reproduce.job import ranks
 
@@ -40,7 +44,7 @@ def digests(trainer, log) -> dict:
         'BN statistics': {
             f'{name}/{kind}': getattr(link, kind)
             for name, link in optimizer.target.namedlinks()
-            if isinstance(link, train.chainer.links.BatchNormalization)
+            if isinstance(link, chainer.links.BatchNormalization)
             for kind in ('avg_mean', 'avg_var')
         },
         'optimizer': {
@@ -70,7 +74,7 @@ def _digest(part) -> str:
 def main(arguments):
     out, *options = arguments
     trainer = train.main([*options, '--out', out])
-    if train.MPI.COMM_WORLD.rank == 0:
+    if MPI.COMM_WORLD.rank == 0:
         log = json.loads((Path(out) / 'log').read_text())
         (Path(out) / 'digests.json').write_text(json.dumps(digests(trainer, log), indent=2))
 

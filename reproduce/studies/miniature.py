@@ -23,10 +23,9 @@ import sys
 import time
 from pathlib import Path
 
-from reproduce.job import report
+from reproduce.job import BLAS_THREADS, report
 from reproduce.job.command_line import Parser, reason
 from reproduce.studies import figures
-from reproduce.studies.speed import THREADS
 
 N_EPOCHS = 10
 COMMON = (
@@ -123,7 +122,7 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         self.folder.mkdir(parents=True, exist_ok=True)
-        environment = {**dict.fromkeys(THREADS, '1'), **os.environ}
+        environment = {**dict.fromkeys(BLAS_THREADS, '1'), **os.environ}
         with open(self.folder / 'output.txt', 'a') as output:
             return subprocess.Popen(
                 [sys.executable, *self.command],

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from reproduce import dataset, images, train
-from reproduce.dataset import InputError
 from reproduce.job import plots
 from reproduce.job.options import parse
 from reproduce.resnet50 import ResNet50
+from reproduce.settings import InputError
 from reproduce.train import decayed_parameters
 
 

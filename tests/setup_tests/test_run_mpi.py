@@ -21,6 +21,10 @@ if [[ $1 == -ISc ]]; then
     exit
 fi
 if [[ $1 == -c && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
+if [[ $2 == reproduce.job.options ]]; then
+    echo "$MPI4PY_RC_INITIALIZE: ${{*:3}}" >"$FAKE_LOG.options"
+    exit ${{FAKE_OPTIONS_STATUS:-0}}
+fi
 echo "$*" >>"$FAKE_LOG"
 env >"$FAKE_LOG.env"
 case "$1 $2" in
@@ -643,6 +647,27 @@ def test_hostfiles(root, tmp_path):
     assert 'node001 slots=8' in (tmp_path / 'hostfiles' / 'mn1').read_text().splitlines()
 
 
+@pytest.mark.parametrize(
+    'words, checked',
+    [
+        ('smoke --seed 3', '2 train --preset smoke --overwrite --seed 3'),
+        ('train -n 3 -- --epochs 4', '3 train --epochs 4'),
+        ('-- --dry-run', '1 train --dry-run'),
+        ('preflight -n 5 -- --seed 1', '5 preflight --seed 1'),
+    ],
+)
+def test_options_are_checked_before_mpiexec_starts(tree, words, checked):
+    done = tree.run(*words.split(), FAKE_OPTIONS_STATUS='2')
+    assert done.returncode == 2 and done.stdout == ''
+    assert (tree.path.parent / 'log.options').read_text() == f'0: {checked}\n'
+    assert tree.run(*words.split()).stdout  # of mpiexec
+
+
+@pytest.mark.parametrize('words', ['-n 2 -- my.py --epoch 3', '-n 2 -- -m mine', 'smoke --help'])
+def test_nothing_else_is_checked(tree, words):
+    assert tree.run(*words.split(), FAKE_OPTIONS_STATUS='2').returncode == 0
+
+
 @pytest.mark.slow
 def test_an_interrupted_installation_is_done_again(tmp_path, root):
     """Really installs, is killed twice with all its children, and really installs again; without a
@@ -685,3 +710,13 @@ def test_an_interrupted_installation_is_done_again(tmp_path, root):
         command, cwd=here, env=environment, capture_output=True, text=True, check=True
     )
     assert third.stderr == ''
+    wrong = subprocess.run(
+        ['/bin/bash', here / 'run_mpi.sh', 'smoke', '--epoch', '3'],
+        cwd=here,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2 and wrong.stdout == ''
+    assert wrong.stderr == 'error: there is no option --epoch; did you mean --epochs?\n'

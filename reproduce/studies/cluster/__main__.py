@@ -44,6 +44,7 @@ def print_inputs(cluster, job):
     for name, source in JOB_SOURCES.items():
         value = getattr(job, name)
         print(f'  {name:32}{value if isinstance(value, str) else f"{value:,}":<12}{source}')
+    print('Letters:')
     print('\n'.join(f'  {letter}: {text}' for letter, text in SOURCES.items()))
 
 

@@ -109,7 +109,7 @@ def read(name) -> Cluster:
     except OSError as error:
         names = ', '.join(sorted(path.stem for path in _DESCRIPTIONS.glob('*.json')))
         raise ClusterError(
-            f'--cluster {path}: {error.strerror}; the included clusters are {names}'
+            f'--cluster {path}: {error.strerror}; included: {names}'
         ) from error
     except ValueError as error:
         raise ClusterError(
@@ -159,13 +159,14 @@ def _parse(kind, data, where, sources):
             raise ClusterError(f'{where}: {value} is not an integer')
         return value
     kinds = {f.name: f.type for f in dataclasses.fields(_KINDS[kind]) if f.name not in _EXTRA}
-    differing = set(_object(data, where)) ^ set(kinds)
-    if differing:
-        problems = (
-            f'{"lacks" if name in kinds else "does not know"} {prefix}{name}'
-            for name in sorted(differing)
-        )
-        raise ClusterError('the description ' + ', '.join(problems))
+    given = set(_object(data, where))
+    problems = [
+        words + ', '.join(prefix + name for name in sorted(names))
+        for words, names in (('lacks ', set(kinds) - given), ('unknown: ', given - set(kinds)))
+        if names
+    ]
+    if problems:
+        raise ClusterError('; '.join(problems))
     values = {name: _parse(kinds[name], data[name], f'{prefix}{name}', sources) for name in kinds}
     return values if kind == 'Cluster' else _KINDS[kind](**values)
 

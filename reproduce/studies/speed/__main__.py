@@ -1,8 +1,8 @@
-"""How fast is each part of this program, compared with its peer?
+"""How fast is each part of this program, compared with the usual alternative?
 
 ./run_mpi.sh benchmark NAME
 
-NAME          what is timed
+NAME          what is measured
 update        the update rule on ResNet-50's parameters, on one core
 statistics    the all-reduce of BN statistics, on 16 ranks
 allreduce     the all-reduce of ResNet-50's gradients, on 4 ranks
@@ -28,10 +28,10 @@ import platform
 import sys
 from pathlib import Path
 
-from reproduce.studies.speed import THREADS
+from reproduce.job import BLAS_THREADS
 
 if __name__ == '__main__':  # NumPy reads these variables when it is imported
-    for variable in THREADS:
+    for variable in BLAS_THREADS:
         os.environ.setdefault(variable, '1')
 
 import numpy as np

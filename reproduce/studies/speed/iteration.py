@@ -13,7 +13,8 @@
 A round is an epoch of as many iterations as --iterations sets. Both systems end a round with the BN
 statistics and a validation of one minibatch per rank. The time of an iteration excludes the
 validation. The table has means over the ranks, and over the half of the rounds whose iterations are
-nearest the median. So the parts sum to the iteration, which the host's clock measures on its own.
+nearest the median. The parts sum to the iteration. The host's clock measures the iteration
+separately.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from reproduce.job import BLAS_THREADS
 from reproduce.job.command_line import reason
-from reproduce.studies.speed import THREADS
 
 
 def side_by_side(candidates, repeat, synchronize=lambda: None) -> dict:
@@ -107,7 +107,7 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
         # A bound rank would share its one core with its loader processes.
         'PRTE_MCA_hwloc_default_binding_policy': 'none',
         'OMPI_MCA_hwloc_base_binding_policy': 'none',
-        **{name: '1' for name in THREADS},
+        **{name: '1' for name in BLAS_THREADS},
         **os.environ,
     }
     if os.geteuid() == 0:
@@ -116,7 +116,7 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
     try:
         if hostfile and b'Open' in subprocess.check_output([mpiexec, '--version']):
             # Open MPI passes on to other hosts only the variables that are named.
-            names = (*THREADS, 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH')
+            names = (*BLAS_THREADS, 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH')
             on_hosts += [word for name in names if name in environment for word in ('-x', name)]
         command = [mpiexec, '-n', str(n), *on_hosts, sys.executable, '-m', module, *arguments]
         return subprocess.run(command, env=environment, check=False, **options)

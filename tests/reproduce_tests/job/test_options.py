@@ -3,9 +3,8 @@ import dataclasses
 import pytest
 
 from extensions import SOURCES
-from reproduce.dataset import InputError
-from reproduce.job.options import check, parse
-from reproduce.settings import PRESETS, Settings
+from reproduce.job.options import check, main, parse
+from reproduce.settings import PRESETS, InputError, Settings
 
 
 def test_the_default_is_the_papers_run():
@@ -120,3 +119,26 @@ def test_help_teaches(capsys):
         assert preset.__doc__.split()[-2] in text
     for field in dataclasses.fields(Settings):
         assert '--' + field.name.replace('_', '-') in text
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        ('2 train --epoch 3', 'error: there is no option --epoch; did you mean --epochs?'),
+        ('2 preflight --dry-run', 'error: there is no option --dry-run'),
+        ('3 train --preset smoke --workers 4', 'error: --workers: 4 workers cannot be spread'),
+        ('2 train --mu1 1', 'error: --mu1 must be at least 0 and below 1, not 1.0'),
+    ],
+)
+def test_a_job_is_checked_before_its_ranks_start(capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == ''
+    assert told.err.startswith(message) and told.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('words', ['2 train --preset smoke', '5 train --dry-run', '2 preflight'])
+def test_a_job_that_may_start(capsys, words):
+    main(words.split())
+    assert capsys.readouterr().err == ''

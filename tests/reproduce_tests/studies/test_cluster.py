@@ -262,7 +262,7 @@ def damaged(path, value):
     'path, value, message',
     [
         ('host/bus/latency', None, 'lacks host.bus.latency'),
-        ('host/bus/speed', [1, 'B'], 'does not know host.bus.speed'),
+        ('host/bus/speed', [1, 'B'], 'unknown: host.bus.speed'),
         ('uplinks', 2, 'uplinks must be [number'),
         ('uplinks', [2, ''], 'uplinks must be [number'),
         ('uplinks', [2.5, 'B'], 'uplinks: 2.5 is not an integer'),
@@ -305,7 +305,7 @@ def command(root, *options):
     [
         (
             '--cluster nowhere',
-            'nowhere: No such file or directory; the included clusters are dgx-h100, mn1',
+            'nowhere: No such file or directory; included: dgx-h100, mn1',
         ),
         ('--cluster setup.py', 'setup.py is not JSON'),
         ('--processes 8,many', '--processes takes integers'),

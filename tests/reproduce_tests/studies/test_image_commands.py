@@ -205,8 +205,8 @@ def test_arrange_makes_the_usual_layout(root, flat, tmp_path, kind):
     'labels, classes, message',
     [
         ('3\n1\n3\n2\n1\n', 'a\nb\nc\n', 'has 5 lines for 6 images'),
-        ('0\n1\n2\n2\n1\n0\n', 'a\nb\nc\n', '0 is not a number from 1 to 3'),
-        ('3\n1\n3\n4\n1\n3\n', 'a\nb\nc\n', '4 is not a number from 1 to 3'),
+        ('0\n1\n2\n2\n1\n0\n', 'a\nb\nc\n', 'class number 0 must be 1 to 3 ('),
+        ('3\n1\n3\n4\n1\n3\n', 'a\nb\nc\n', 'class number 4 must be 1 to 3 ('),
         ('3\n1\n3\n2\n1\n3\n', None, 'need --classes FILE'),
         ('ILSVRC2012_val_00000001.JPEG a\n', None, 'no class for ILSVRC2012_val_00000002.JPEG'),
         (LABELS['names'][0] + 'other.JPEG n01\n', None, 'no image for other.JPEG'),
