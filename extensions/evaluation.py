@@ -26,9 +26,10 @@ def shard(rank, size, n_images, batch_size=1) -> tuple[int, int]:
 class ExactEvaluator(training.Extension):
     """Evaluates on shards without duplicates.
 
-    It sums counts, and does not average the ranks' averages. ChainerMN's evaluator pads the shards with duplicates (176 of 50,000 at 1,024 workers) and
-    averages the workers' means. Both bias top-1. This extension sums integers over all processes:
-    the number of correct images and the number of images. A process may have no image.
+    It sums counts, and does not average the ranks' averages. ChainerMN's evaluator pads the shards
+    with duplicates (176 of 50,000 at 1,024 workers) and averages the workers' means. Both bias
+    top-1. This extension sums integers over all processes: the number of correct images and the
+    number of images. A process may have no image.
 
     The loss does not depend on the number of processes either. The minibatches are the same on any
     number, because the last bits of a matrix product depend on its size. Their losses are added in

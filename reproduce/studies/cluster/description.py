@@ -108,9 +108,7 @@ def read(name) -> Cluster:
         data = json.loads(path.read_text())
     except OSError as error:
         names = ', '.join(sorted(path.stem for path in _DESCRIPTIONS.glob('*.json')))
-        raise ClusterError(
-            f'--cluster {path}: {error.strerror}; included: {names}'
-        ) from error
+        raise ClusterError(f'--cluster {path}: {error.strerror}; included: {names}') from error
     except ValueError as error:
         raise ClusterError(
             f'{path} is not JSON ({error}): copy reproduce/studies/cluster/mn1.json'

@@ -98,7 +98,10 @@ def test_the_command(root, tmp_path):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['runs'], "figures runs needs at least one run's folder: ./run_mpi.sh figures runs RUN ..."),
+        (
+            ['runs'],
+            "figures runs needs at least one run's folder: ./run_mpi.sh figures runs RUN ...",
+        ),
         (['comparison', 'stray'], 'comparison takes no folder, but got stray'),
         (
             ['runs', 'nowhere'],
