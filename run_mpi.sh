@@ -416,7 +416,8 @@ check_options() { # VERB OPTION...
     for word; do
         if [[ $word == -h || $word == --help ]]; then return; fi
     done
-    MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -m reproduce.job.options "${n:-1}" "$@" || exit
+    # From the project's folder: a folder "extensions" or "reproduce" of the user's would be taken for the package.
+    (cd "$here" && MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -m reproduce.job.options "${n:-1}" "$@") || exit
 }
 
 # Starts mpiexec with `options`, and with the program that `verb` and `words` name.
