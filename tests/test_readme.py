@@ -50,6 +50,12 @@ def anchors_of(text):
     return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
 
 
+def lines_at(path, anchor):
+    """The lines of a source at GitHub's anchor, as L7 or L7-L13."""
+    first, last = re.fullmatch(r'L(\d+)(?:-L(\d+))?', anchor).groups()
+    return path.read_text().splitlines()[int(first) - 1 : int(last or first)]
+
+
 def section(text, heading):
     (found,) = re.findall(
         rf'^## {re.escape(heading)}\n(.*?)(?=^## |\Z)', text, re.DOTALL | re.MULTILINE
@@ -109,8 +115,10 @@ def computes(path, tag):
 def test_every_link_leads_somewhere(name):
     for words, path, anchor in links_of(name, TEXTS[name]):
         assert path.exists(), f'{words}: {path}'
-        if anchor:
+        if anchor and path.suffix == '.md':
             assert anchor in anchors_of(path.read_text()), f'{words}: {path}#{anchor}'
+        elif anchor:
+            assert lines_at(path, anchor), f'{words}: {path}#{anchor}'
 
 
 @pytest.mark.parametrize('name', TEXTS)
@@ -268,10 +276,13 @@ def test_from_an_equation_one_link_leads_to_its_lines():
     for line in text.splitlines():
         tags = re.findall(r'\[[A-Z]\d?\]', line.split('**')[1]) if line.startswith('**') else []
         if tags:
-            ((_, path, _),) = links_of('README.md', line)
+            ((_, path, anchor),) = links_of('README.md', line)
             found += tags
             if tags != ['[H]']:
-                assert all(computes(path, tag) for tag in tags), line
+                lines = lines_at(path, anchor)
+                ends = [re.search(r' (?:#|//) (\[\w+\])$', line) for line in lines]
+                assert [end[1] for end in ends if end] == tags, line
+                assert ends[0] and ends[-1], f'{line}: the tagged lines have moved'
     assert found == TAGS
     assert next(links_of('README.md', text))[1].name == 'rmsprop_warmup_element.h'
 
