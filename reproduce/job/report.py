@@ -178,7 +178,8 @@ class Progress(training.Extension):
     def __call__(self, trainer):
         now, images = time.monotonic(), trainer.updater.images_done
         then, before = self._last
-        if now - then < self._seconds:
+        # After a wait for a slower rank there may be no image since the last line.
+        if now - then < self._seconds or images == before:
             return
         self._last = (now, images)
         rate = (images - before) / (now - then)

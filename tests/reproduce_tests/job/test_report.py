@@ -63,6 +63,27 @@ def test_progress_in_training_and_in_a_long_validation(clock, capsys):
     assert capsys.readouterr().out == ''
 
 
+def test_progress_after_a_wait_for_a_slower_rank(clock, capsys):
+    """The line after a worker counts its images; after the iteration there is no further one."""
+    updater = types.SimpleNamespace(images_done=0, epoch_detail=0.5, after_worker=None)
+    updater.iteration = 0
+    trainer = types.SimpleNamespace(updater=updater)
+    evaluator = types.SimpleNamespace(minibatches_left=None, after_minibatch=None)
+    progress = report.Progress(100, 50, evaluator)
+    progress.initialize(trainer)
+    clock.now += 20
+    updater.images_done = 100
+    updater.after_worker()
+    assert ' 5 images/s, ' in capsys.readouterr().out
+    clock.now += 30  # in the all-reduce
+    progress(trainer)
+    assert capsys.readouterr().out == ''
+    clock.now += 20
+    updater.images_done = 200
+    progress(trainer)
+    assert ' 2 images/s, 40 min 00 s left' in capsys.readouterr().out
+
+
 def test_plan_stretches_to_the_epochs_of_the_run():
     settings = dataclasses.replace(PRESETS['cifar10'](), epochs=30, workers=8)
     rows = [row.split() for row in report.plan(settings, 50_000).splitlines() if row.strip()]
