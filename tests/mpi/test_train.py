@@ -216,7 +216,7 @@ BAD = {
     'preset': (2, ['--preset', 'imagenet'], 'imagenet is not one of'),
     'option': (2, [*SMOKE, '--batchsize', '3'], '--batchsize'),
     'number': (2, [*SMOKE, '--epochs', 'ten'], "'ten'"),
-    'mu1': (2, [*SMOKE, '--mu1', '1.5'], '--mu1 must be below 1, not 1.5'),
+    'mu1': (2, [*SMOKE, '--mu1', '1.5'], '--mu1 must be at least 0 and below 1, not 1.5'),
     'nan': (2, [*SMOKE, '--weight-decay', 'nan'], '--weight-decay'),
     'form': (2, [*SMOKE, '--alpha-form', 'smooth'], 'smooth is not one of'),
     'communicator': (2, [*SMOKE, '--communicator', 'pure_nccl'], 'needs a GPU'),
