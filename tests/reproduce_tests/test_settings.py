@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 
+from extensions import alpha_sgd, learning_rate
 from reproduce.settings import PRESETS, Settings
 
 
@@ -50,3 +52,19 @@ def test_manifests_lie_beside_the_output():
     assert Settings(out='results/paper').manifests_folder == 'results/manifests'
     assert Settings(out='here/').manifests_folder == 'manifests'
     assert Settings(manifests='/lists').manifests_folder == '/lists'
+
+
+def test_schedules_of_the_settings():
+    epochs = np.array([0, 9, 11, 12, 40, 89])
+    settings = Settings(beta_center=9, beta_period=6, alpha_form='continuous')
+    expected = alpha_sgd(epochs, 9, 6, 'continuous')
+    np.testing.assert_array_equal(settings.alpha_sgd(epochs), expected)
+    np.testing.assert_array_equal(settings.lr(epochs), learning_rate(epochs, 32768))
+    assert Settings(lr_schedule='steps').lr(29) == 12.8
+    assert Settings(epochs=30).epoch_of_90(10) == 30
+
+
+def test_without_a_transition_it_is_sgd_throughout():
+    settings = Settings(alpha_form='sgd')
+    np.testing.assert_array_equal(settings.alpha_sgd(np.array([0, 11, 89])), np.ones(3))
+    assert settings.alpha_sgd(0) == 1
