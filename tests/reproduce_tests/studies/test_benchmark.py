@@ -23,6 +23,22 @@ def test_ratio_is_the_median_of_the_rounds(capsys):
     assert 'title' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('of_the_user, expected', [(None, '1'), ('3', '3')])
+def test_ranks_have_one_blas_thread_unless_the_user_says_otherwise(
+    monkeypatch, of_the_user, expected
+):
+    """With another number of threads, BLAS gives other bits."""
+    started = []
+    monkeypatch.setattr(side_by_side.subprocess, 'run', lambda *a, **k: started.append(k['env']))
+    names = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if of_the_user:
+            monkeypatch.setenv(name, of_the_user)
+    side_by_side.start_ranks(2, [])
+    assert [started[0][name] for name in names] == [expected] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.mpi
 @pytest.mark.parametrize(
