@@ -410,34 +410,40 @@ count_cores() {
     echo $((cores > 0 && cores < threads ? cores : threads))
 }
 
-# Ends with one line if train.py's options are wrong: mpiexec would add a page to the line that its ranks print.
+# Ends with one line if train.py's options are wrong: mpiexec would add a page to the line that its ranks print. Sets
+# `out`, the folder of a training's results, and `added`, options that the verb needs.
 check_options() { # VERB OPTION...
-    local word
+    local word lines=() folder=$PWD
     for word; do
         if [[ $word == -h || $word == --help ]]; then return; fi
     done
     # From the project's folder: a folder "extensions" or "reproduce" of the user's would be taken for the package.
-    (cd "$here" && MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -m reproduce.job.options "${n:-1}" "$@") || exit
+    lines=$(cd "$here" && MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -m reproduce.job.options "${n:-1}" "$folder" "$@") || exit
+    if [[ -z $lines ]]; then return; fi
+    while read -r word; do
+        if [[ -z $out ]]; then out=$word; else added+=("$word"); fi
+    done <<<"$lines"
 }
 
 # Starts mpiexec with `options`, and with the program that `verb` and `words` name.
 start_job() {
-    local name program=() again=--overwrite
+    local name out='' added=() program=() start=("$0" "${verb:-train}" "${options[@]}" --)
     case $verb in
-        smoke) # may be repeated, but goes on where it is told to
+        smoke)
+            start=("$0" "${options[@]}" smoke)
             if [[ -z $hosts && -z $n ]]; then options=(-n 2 "${options[@]}") n=2; fi
-            case " ${words[*]}" in *" --resume"*) again='' ;; esac
-            words=(--preset smoke ${again:+"$again"} "${words[@]}")
+            check_options smoke "${words[@]}"
+            words=(--preset smoke "${added[@]}" "${words[@]}")
             ;;
         preflight)
             check_options preflight "${words[@]}"
             words=(-m reproduce.job.preflight "${words[@]}")
             ;;
+        *)
+            if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then check_options train "${words[@]}"; fi
+            ;;
     esac
-    if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then
-        check_options train "${words[@]}"
-        program=("$here/reproduce/train.py")
-    fi
+    if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=("$here/reproduce/train.py"); fi
 
     hosts=${hosts:-${SLURM_JOB_ID:-$PBS_JOBID}}
     if [[ -z $hosts && -z $n ]]; then options=(-n 1 "${options[@]}"); fi
@@ -445,6 +451,7 @@ start_job() {
         if [[ $(id -u) == 0 ]]; then options+=(--allow-run-as-root); fi
         if [[ -n $hosts ]]; then
             # Of the environment, ranks on other hosts get what is named here.
+            options+=(-x REPRODUCE_GO_ON)
             for name in $(compgen -e); do
                 case $name in
                     OMP_NUM_THREADS | OPENBLAS_NUM_THREADS | MKL_NUM_THREADS | PATH | LD_LIBRARY_PATH | PYTHONPATH | \
@@ -460,7 +467,8 @@ start_job() {
     fi
     local command=("$mpiexec" "${options[@]}" "$venv/bin/python" "${program[@]}" "${words[@]}")
     { printf '%q ' "${settings[@]}" "${command[@]}" && echo; } >&2
-    exec "${command[@]}"
+    # It turns Ctrl-C into a checkpoint, and takes the place of this script.
+    exec "$venv/bin/python" -I "$here/reproduce/job/launch.py" "$out" "$(typed "${start[@]}")" "${command[@]}"
 }
 
 # ---------------------------------------------------------------- main

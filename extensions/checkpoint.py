@@ -7,23 +7,43 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-import zipfile
+import uuid
 from pathlib import Path
 
 import chainer
 import numpy as np
 from chainer import training
+from chainer.backends import cuda
 from mpi4py import MPI
 
-_PREFIX, _SUFFIX = 'checkpoint-', '.npz'
-_MANIFEST = 'manifest'  # names of all other entries, names of the None entries, and identity
-_BLOCK = 1 << 20  # bytes compared at a time
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from extensions.checkpoint_files import (
+    BRANCH,
+    PREFIX,
+    SUFFIX,
+    CheckpointError,
+    as_json,
+    checkpoints,
+    iteration_of,
+    newest,
+    properties_of,
+    read,
+    write,
+)
 
-
-class CheckpointError(Exception):
-    """No checkpoint can be used. The message names the refused files and the reasons."""
+__all__ = [
+    'CheckpointError',
+    'Checkpointer',
+    'Stopped',
+    'checkpoints',
+    'interval',
+    'newest',
+    'read',
+    'resume',
+    'write',
+]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -42,20 +62,29 @@ class Stopped(Exception):
 
 
 class Checkpointer(training.Extension):
-    """Saves the trainer, on rank 0, in FOLDER/checkpoint-ITERATION.npz.
+    """Saves the trainer, on rank 0, in FOLDER/checkpoint-ITERATION.npz, while the training goes on.
 
-    The last ``keep`` checkpoints remain. FOLDER/best.npz is the checkpoint with the highest top-1.
+    All ranks wait while rank 0 copies the state. A thread of rank 0 then writes the copy: under a
+    temporary name, flushed to the disk, read back, and renamed. So a file with its final name is
+    complete. At most one checkpoint is under way. The copy takes as much memory as the file.
 
-    A checkpoint is written under a temporary name, flushed to the disk, read back, and renamed. So
-    a file with its final name is complete. A checksum covers every number in the file, and loading
-    the file executes nothing from it. The file holds the state of all processes, so a run can
-    continue on another number of processes. To collect this state, all ranks first call ``gather``
-    of every extension that has this method.
+    A checksum covers every number in the file, and loading the file executes nothing from it. The
+    file holds the state of all processes, so a run can continue on another number of processes. To
+    collect this state, all ranks first call ``gather`` of every extension that has this method.
+    Beside :class:`~extensions.VirtualWorkersUpdater` this is all that a run needs to continue. Any
+    other updater is saved as rank 0 has it, with rank 0's iterator.
 
-    SIGTERM, SIGINT and SIGUSR1, on any rank, end the training after the current iteration, with a
-    checkpoint. All ranks then raise :class:`Stopped`. A second SIGINT ends the process at once. A
-    second SIGTERM or SIGUSR1 has no effect, since a scheduler may signal both mpiexec and the
-    ranks.
+    The last ``keep`` checkpoints remain. Only checkpoints that this run has written, before or
+    after it was resumed, and that are older than the newest are removed.
+
+    FOLDER/best.npz is the checkpoint with the highest ``validation/main/accuracy`` in the folder. A
+    validation that exceeds it makes a checkpoint, whatever ``every`` says.
+
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP, on any rank, end the training after the current iteration,
+    with a checkpoint. All ranks then raise :class:`Stopped`. A second SIGINT ends the process at
+    once. A second signal of another kind has no effect, since a scheduler may signal both mpiexec
+    and the ranks. A SIGHUP that is ignored, as under nohup, stays so. Outside the main thread,
+    where Python allows no handlers, signals do what they did before.
 
     If a checkpoint cannot be written, for instance on a full disk, a warning is printed and the
     training continues.
@@ -68,32 +97,50 @@ class Checkpointer(training.Extension):
         keep (int): Number of checkpoints to keep.
 
     Raises:
-        ValueError: ``every`` is neither a number of epochs nor of minutes.
+        ValueError: ``every`` is neither a number of epochs nor of minutes; ``keep`` is below 1;
+            ``identity`` has a value that JSON has not.
     """
 
     trigger = (1, 'iteration')
     priority = -200  # after all reports, logs and prints of an iteration
 
     def __init__(self, comm, folder, identity, every='1', keep=2):
+        if keep < 1:
+            raise ValueError(f'the number of checkpoints to keep must be at least 1, not {keep}')
         self._comm = comm
-        self._folder = Path(folder)
-        self._identity = identity
+        self._folder = Path(folder).absolute()
+        self._identity = as_json(identity)
         self._epochs, self._seconds = interval(every)
         self._keep = keep
         self._signum = 0
         self._handlers = {}
         self._last = time.monotonic()
+        self._epoch = 0
+        self._copy = {}  # the state; its memory serves all checkpoints
+        self._writer = None
+        self._written = False  # whether the last one was
         self._best = -1.0  # top-1 accuracy of best.npz
+        self._run = uuid.uuid4().hex  # goes on when the run is resumed
+        self._at = 0  # the iteration of the last checkpoint
+        self._own: list[int] = []  # iterations of the checkpoints that this run has written
 
     def initialize(self, trainer):
         if self._comm.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in self._folder.glob(f'.{_PREFIX}*'):
+            for unfinished in self._folder.glob(f'.{PREFIX}*'):
                 unfinished.unlink()
+            self._best = properties_of(self._folder / 'best.npz').get('top1', -1.0)
+        self._epoch, self._at = trainer.updater.epoch, trainer.updater.iteration
+        self._signum = 0
+        if threading.current_thread() is not threading.main_thread():
+            return
         for signum in SIGNALS:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             self._handlers[signum] = signal.signal(signum, self._remember)
 
     def finalize(self):
+        self._wait()
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers.clear()
@@ -105,65 +152,188 @@ class Checkpointer(training.Extension):
         self._signum = signum
 
     def __call__(self, trainer):
-        due = (
-            trainer.updater.is_new_epoch
-            and self._epochs
-            and not (trainer.updater.epoch % self._epochs)
-        )
-        if self._seconds and self._comm.rank == 0:
-            due = time.monotonic() - self._last >= self._seconds
-        wishes = np.array([self._signum, bool(due)], np.int64)
+        wishes = np.array([self._signum, self._is_due(trainer)], np.int64)
         self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, wishes, MPI.MAX)
-        signum, due = wishes
+        signum, due = map(int, wishes)
         if not (signum or due):
             return
         self._last = time.monotonic()
-        path = self.save(trainer)
+        path = self.save(trainer, wait=bool(signum))
         if signum:
+            self._signum = 0
             raise Stopped(
-                int(signum),
-                f'stopped by {signal.Signals(signum).name} after iteration '
-                f'{trainer.updater.iteration:,}; '
-                + (f'checkpoint: {path}' if path else 'no checkpoint could be written'),
+                signum,
+                f'stopped after iteration {trainer.updater.iteration:,}, '
+                + (f'with checkpoint {path}' if path else 'but no checkpoint could be written'),
             )
 
-    def save(self, trainer):
-        """Saves a checkpoint. Collective: all ranks get its path, or None if it was not written."""
+    def _is_due(self, trainer) -> bool:
+        epoch, before = trainer.updater.epoch, self._epoch
+        self._epoch = epoch
+        if self._epochs and epoch // self._epochs > before // self._epochs:
+            return True
+        if self._comm.rank > 0:
+            return False
+        if self._seconds and time.monotonic() - self._last >= self._seconds:
+            return True
+        top1 = _top1(trainer)
+        if top1 is None:
+            return False
+        self._wait()  # the checkpoint under way may be the best
+        return top1 > self._best
+
+    def save(self, trainer, wait=True):
+        """Saves a checkpoint. Collective: all ranks must call this method together.
+
+        Args:
+            trainer (~chainer.training.Trainer): The trainer to save.
+            wait (bool): Whether to return only when the checkpoint is on the disk.
+
+        Returns:
+            str: The path of the checkpoint, on all ranks. With ``wait``, None if it was not
+                written.
+        """
         for entry in trainer._extensions.values():
             if hasattr(entry.extension, 'gather'):
                 entry.extension.gather()
-        path = None
+        path, error = None, None
         if self._comm.rank == 0:
-            path = self._folder / f'{_PREFIX}{trainer.updater.iteration:09d}{_SUFFIX}'
-            top1 = trainer.observation.get('validation/main/accuracy', -1.0)
-            is_best, self._best = top1 > self._best, max(top1, self._best)
-            serializer = chainer.serializers.DictionarySerializer()
-            serializer.save(trainer)
             try:
-                write(path, serializer.target, self._identity)
-                if is_best:
-                    self._keep_as_best(path)
-                for old in checkpoints(self._folder)[self._keep :]:
-                    old.unlink()
-            except OSError as error:
-                print(
-                    f'warning: checkpoint {path} was not written: {error.strerror or error}',
-                    file=sys.stderr,
-                    flush=True,
-                )
-                path = None
-        return self._comm.mpi_comm.bcast(path and str(path))
+                path = self._start(trainer)
+                if wait:
+                    self._wait()
+                    path = path if self._written else None
+            except Exception as raised:  # noqa: BLE001  (the other ranks must not wait)
+                error = raised
+        path, failed = self._comm.mpi_comm.bcast((path and str(path), repr(error or '')))
+        if error:
+            raise error
+        if failed != repr(''):
+            raise RuntimeError(f'rank 0 could not save a checkpoint: {failed}')
+        return path
+
+    def _start(self, trainer) -> Path:
+        """Copies the state, and starts the thread that writes it."""
+        self._wait()
+        iteration, top1 = trainer.updater.iteration, _top1(trainer)
+        path, self._written = self._path(iteration), False
+        is_own = iteration in self._own
+        self._own = [*(i for i in self._own if i < iteration), iteration]
+        try:
+            copy: dict = {}
+            _Copier(copy, self._copy).save(trainer)
+        except MemoryError as error:
+            _warn(f'checkpoint {path} was not written', error)
+            return path
+        self._copy = copy
+        self._writer = threading.Thread(target=self._write, args=(path, iteration, is_own, top1))
+        self._writer.start()
+        return path
+
+    def _wait(self):
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+
+    def _write(self, path, iteration, is_own, top1):
+        properties = {'run': self._run, 'top1': top1}
+        try:
+            write(
+                path, self._copy, self._identity, properties, lambda: self._set_apart(path, is_own)
+            )
+        except (OSError, MemoryError) as error:
+            _warn(f'checkpoint {path} was not written', error)
+            return
+        self._written, self._at = True, iteration
+        try:
+            if (self._folder / BRANCH).exists():
+                self._mark_branch(iteration)
+            if top1 is not None and top1 > self._best:
+                self._keep_as_best(path)
+                self._best = top1
+            self._remove_older(iteration)
+        except OSError as error:
+            _warn(f'{self._folder} was not put in order', error)
+
+    def _set_apart(self, path, is_own):
+        """Makes clear which checkpoints in the folder are of another run, before one is added."""
+        abandoned = [
+            other
+            for other in checkpoints(self._folder)
+            if iteration_of(other) > self._at and iteration_of(other) not in self._own
+        ]
+        if abandoned and not (self._folder / BRANCH).exists():
+            self._mark_branch(self._at)
+        if path.exists() and not is_own:
+            names = (path.with_name(f'{path.stem}-before{n or ""}{SUFFIX}') for n in range(10**6))
+            free = next(name for name in names if not name.exists())
+            print(f'{path} is of another run: it is kept as {free.name}', flush=True)
+            os.replace(path, free)
+
+    def _mark_branch(self, iteration):
+        unfinished = self._folder / f'.{PREFIX}{BRANCH}'
+        unfinished.write_text(str(iteration))
+        os.replace(unfinished, self._folder / BRANCH)
 
     def _keep_as_best(self, path):
-        link = self._folder / f'.{_PREFIX}best'
+        link = self._folder / f'.{PREFIX}best'
         try:
             os.link(path, link)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, link)
         os.replace(link, self._folder / 'best.npz')
 
+    def _remove_older(self, iteration):
+        paths = [self._path(i) for i in self._own if i < iteration]
+        own = [path for path in paths if properties_of(path).get('run') == self._run]
+        for path in own[: max(0, len(own) + 1 - self._keep)]:
+            path.unlink()
+        self._own = self._own[-self._keep :]
+
+    def _path(self, iteration) -> Path:
+        return self._folder / f'{PREFIX}{iteration:09d}{SUFFIX}'
+
     def serialize(self, serializer):
-        self._best = serializer('best', self._best)
+        own = json.dumps({'run': self._run, 'iterations': self._own[-self._keep :]})
+        found = serializer('own', own)
+        if found != own:
+            self._run, self._own = (json.loads(found)[name] for name in ('run', 'iterations'))
+
+
+class _Copier(chainer.serializers.DictionarySerializer):
+    """Copies what it saves, into the memory of an earlier copy where this fits."""
+
+    def __init__(self, target, earlier, path=''):
+        super().__init__(target, path)
+        self._earlier = earlier
+
+    def __getitem__(self, key):
+        return _Copier(self.target, self._earlier, f'{self.path}{key.strip("/")}/')
+
+    def __call__(self, key, value):
+        name = self.path + key.lstrip('/')
+        if not isinstance(value, (np.ndarray, cuda.ndarray)):
+            return super().__call__(key, value)
+        copy = self._earlier.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (value.shape, value.dtype):
+            copy = np.empty(value.shape, value.dtype)
+        if isinstance(value, np.ndarray):
+            np.copyto(copy, value)
+        else:
+            cuda.cupy.ascontiguousarray(value).get(out=copy)
+        self.target[name] = copy
+        return value
+
+
+def _top1(trainer):
+    """The top-1 accuracy of a validation in this iteration; None if there was none, or NaN."""
+    top1 = trainer.observation.get('validation/main/accuracy')
+    return None if top1 is None or np.isnan(float(top1)) else float(top1)
+
+
+def _warn(what, error):
+    reason = getattr(error, 'strerror', None) or repr(error)
+    print(f'warning: {what}: {reason}', file=sys.stderr, flush=True)
 
 
 def interval(every: str) -> tuple[int, float]:
@@ -178,138 +348,16 @@ def interval(every: str) -> tuple[int, float]:
     return (0, 60 * number) if minutes else (int(number), 0)
 
 
-def checkpoints(folder) -> list[Path]:
-    """Returns the checkpoints in a folder, the newest first."""
-    return sorted(Path(folder).glob(f'{_PREFIX}*{_SUFFIX}'), reverse=True)
-
-
-def write(path: Path, entries: dict, identity: dict):
-    """Writes a checkpoint. The file at ``path`` is either complete or absent.
-
-    Args:
-        path (Path): Path of the file.
-        entries (dict): Maps names to arrays, as Chainer's DictionarySerializer does.
-        identity (dict): JSON values.
-
-    Raises:
-        OSError: The file could not be written, or reads back differently.
-    """
-    none = [name for name, array in entries.items() if array.dtype == object]
-    arrays = {name: array for name, array in entries.items() if name not in none}
-    manifest = json.dumps({'names': sorted(arrays), 'none': none, 'identity': identity})
-    unfinished = path.with_name('.' + path.name)
-    try:
-        with open(unfinished, 'wb') as file:
-            _savez(file, {_MANIFEST: np.array(manifest), **arrays})
-            file.flush()
-            os.fsync(file.fileno())
-        if not _reads_as(unfinished, arrays):
-            raise OSError(f'{path} does not read back as it was written')
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename, too, must survive a power failure
-    finally:
-        os.close(folder)
-
-
-def _savez(file, arrays):
-    """Does the same as np.savez, but closes the archive when the disk is full."""
-    with zipfile.ZipFile(file, 'w') as archive:
-        for name, array in arrays.items():
-            with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-
-
-def _reads_as(path, arrays) -> bool:
-    """Whether a file from :func:`_savez` holds these arrays.
-
-    Bytes are compared, since this is faster than checksums.
-    """
-    buffer = np.empty(_BLOCK, np.uint8)
-    with open(path, 'rb', buffering=0) as file, zipfile.ZipFile(path) as archive:
-        members = {info.filename[: -len('.npy')]: info for info in archive.infolist()}
-        if set(members) != {_MANIFEST, *arrays}:
-            return False
-        for name, array in arrays.items():
-            # Zip's local header ends with a name and an extra field. It contains their lengths.
-            file.seek(members[name].header_offset + 26)
-            lengths = np.frombuffer(file.read(4), '<u2')
-            member = members[name].header_offset + 30 + int(lengths.sum())
-            file.seek(member + members[name].file_size - array.nbytes)
-            expected = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            for start in range(0, array.nbytes, _BLOCK):
-                part = expected[start : start + _BLOCK]
-                n_read = file.readinto(buffer.data[: part.size])
-                if n_read != part.size or not np.array_equal(buffer[:n_read], part):
-                    return False
-    return True
-
-
-def read(path) -> tuple[dict, dict]:
-    """Reads a checkpoint and checks every byte that matters.
-
-    Returns:
-        tuple: The entries, for Chainer's NpzDeserializer, and the identity.
-
-    Raises:
-        CheckpointError: The file is damaged or not a checkpoint.
-    """
-    try:
-        with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise TypeError('not an archive')
-            arrays = {name: file[name] for name in file.files}
-        manifest = json.loads(str(arrays.pop(_MANIFEST)))
-        if manifest['names'] != sorted(arrays):
-            raise ValueError('entries are missing')
-    except Exception as error:  # a damaged archive can raise anything
-        raise CheckpointError(f'{path} is damaged or not a checkpoint ({error})') from error
-    return {**arrays, **dict.fromkeys(manifest['none'], np.array(None))}, manifest['identity']
-
-
-def newest(path, identity: dict) -> tuple[Path, dict] | None:
-    """Reads the newest checkpoint that can be read.
-
-    Args:
-        path (str or Path): A checkpoint, or a folder of checkpoints.
-        identity (dict): The checkpoint must have this identity.
-
-    Returns:
-        tuple: The checkpoint's path and entries; None if there is no checkpoint at all.
-
-    Raises:
-        CheckpointError: There are checkpoints, but none can be read.
-        CheckpointError: The newest readable one has another identity. The message names the
-            differing items.
-    """
-    if not os.path.exists(path):
-        return None
-    refused = []
-    candidates = checkpoints(path) if os.path.isdir(path) else [Path(path)]
-    for candidate in candidates:
-        try:
-            entries, found = read(candidate)
-        except CheckpointError as error:
-            refused.append(str(error))
-            print(f'warning: {error}; trying an older one', file=sys.stderr, flush=True)
-            continue
-        differing = [
-            f'{name} {found.get(name)} (now {identity.get(name)})'
-            for name in sorted({*found, *identity})
-            if found.get(name) != identity.get(name)
-        ]
-        if differing:
-            raise CheckpointError(f'{candidate} was made with {", ".join(differing)}')
-        return candidate, entries
-    if refused:
-        raise CheckpointError('; '.join(refused))
-    return None
-
-
 def resume(trainer, entries: dict):
-    """Restores the trainer's state. The trainer must have the same extensions."""
-    trainer.serialize(chainer.serializers.NpzDeserializer(entries))
+    """Restores the trainer's state. The trainer must have the same extensions.
+
+    Raises:
+        CheckpointError: The checkpoint lacks an entry that this trainer needs.
+    """
+    try:
+        trainer.serialize(chainer.serializers.NpzDeserializer(entries))
+    except KeyError as error:
+        raise CheckpointError(
+            f'the checkpoint has no entry {error}: it is of a program with other parts, or of '
+            'another version; go on with the program that wrote it, or start anew'
+        ) from error

@@ -204,7 +204,7 @@ class Settings:
     )
     overwrite: bool = _setting(
         False,
-        'delete an earlier run in --out, and start anew; "./run_mpi.sh smoke" gives this option',
+        'delete an earlier run in --out, and start anew',
     )
     watchdog: float = _setting(
         300.0,

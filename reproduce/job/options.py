@@ -7,11 +7,13 @@ import dataclasses
 import math
 import sys
 import textwrap
+from pathlib import Path
 
 from extensions import SOURCES
 from extensions.checkpoint import interval
 from reproduce import loader
 from reproduce.dataset import check_workers
+from reproduce.job import output
 from reproduce.job.command_line import Parser
 from reproduce.settings import PRESETS, InputError, Settings
 
@@ -37,6 +39,7 @@ _RANGES = (
     (('beta_center',), 'finite', math.isfinite),
     (('seed',), 'at least 0 and below 2**32', lambda x: 0 <= x < 2**32),
 )
+_OWN_PLACE = ('--out', '--resume', '--overwrite')  # with one of these, smoke is but a preset
 _FORMATS = {'checkpoint_every': interval, 'loader': loader.parse}
 
 
@@ -156,18 +159,27 @@ def parse(argv, n_processes: int, description=None, verb='train') -> tuple[Setti
 
 
 def main(argv):
-    """Checks the options of a job before mpiexec starts its ranks: N VERB OPTIONS...
+    """Checks the options of a job before mpiexec starts its ranks: N FOLDER VERB OPTIONS...
 
-    mpiexec would add a page of its own to the line that the ranks print.
+    mpiexec would add a page of its own to the line that the ranks print. FOLDER is the user's.
+    Prints, for a training, the absolute path of its results, and the options that the verb smoke
+    adds, each on a line.
     """
-    n_processes, verb, *words = argv
+    n_processes, folder, verb, *words = argv
+    preset = ['--preset', 'smoke'] if verb == 'smoke' else []
+    parser = 'train' if verb == 'smoke' else verb
     try:
-        settings, dry_run = parse(words, int(n_processes), verb=verb)
+        settings, dry_run = parse([*preset, *words], int(n_processes), verb=parser)
         if not dry_run:
             check_workers(settings, int(n_processes))
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    out, added = settings.out, []
+    if verb == 'smoke' and not any(word.split('=')[0] in _OWN_PLACE for word in words):
+        out, added = output.for_smoke(settings, folder)
+    if verb != 'preflight' and not dry_run:
+        print(Path(folder, out), *added, sep='\n')
 
 
 if __name__ == '__main__':

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import shutil
+import itertools
+import json
 import sys
 from pathlib import Path
 
 from extensions import checkpoint
+from extensions.checkpoint_files import as_json, difference, properties_of
 from reproduce.settings import InputError
 
-_OF_A_RUN = ('log', 'settings.json', 'summary.json', 'model.npz', 'curves.png', 'checkpoints')
+_OF_A_RUN = ('log', 'settings.json', 'summary.json', 'model.npz', 'curves.png')
+_LONGER = (
+    'a run cannot be made longer, since --epochs sets the learning rates from its start; start anew'
+)
 _locks = []  # stay open until the process ends, however it ends
 
 
@@ -41,22 +47,98 @@ def prepare(settings):
         raise InputError(
             f'--out {out} cannot be written: {error.strerror}; choose another folder'
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f'--out {out} is in use by another run; choose another folder') from error
-    except OSError:
-        pass  # a file system without locks
+    if _is_locked(lock):
+        raise InputError(f'--out {out} is in use by another run; choose another folder')
     _locks.append(lock)
     if settings.overwrite:
-        for name in _OF_A_RUN:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _delete_run(out)
         return
     if (out / 'summary.json').exists() and settings.resume == 'auto':
+        _refuse_other_settings(out, settings)
         print(f'the run in {out} is finished', flush=True)
         sys.exit()
     refuse_other_run(settings)
+
+
+def _is_locked(file) -> bool:
+    """Locks a file for this process, unless another has done so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # a file system without locks
+    return False
+
+
+def _delete_run(out):
+    """Deletes what a run wrote, and says what that is; leaves all else in the folder."""
+    checkpoints = checkpoints_of(out)
+    paths = [out / name for name in _OF_A_RUN]
+    paths += [
+        checkpoints / 'best.npz',
+        checkpoints / 'branch',
+        *checkpoint.checkpoints(checkpoints),
+    ]
+    paths = [path for path in paths if path.exists()]
+    if paths:
+        names = ', '.join(str(path.relative_to(out)) for path in paths)
+        print(f'--overwrite deletes the earlier run in {out}: {names}', flush=True)
+    for path in paths:
+        path.unlink()
+
+
+def _refuse_other_settings(out, settings):
+    """Raises InputError if a finished run had other settings than those given now."""
+    try:
+        found = json.loads((out / 'settings.json').read_text())
+    except (OSError, ValueError):
+        return
+    now = as_json(settings.identity)
+    differing = difference({name: found.get(name) for name in now}, now)
+    if differing:
+        raise InputError(
+            f'the finished run in {out} was made with {", ".join(differing.values())}: '
+            + (_LONGER if 'epochs' in differing else 'choose another folder, or give --overwrite')
+        )
+
+
+def for_smoke(settings, folder) -> tuple[str, list[str]]:
+    """Finds the place of a smoke run: nothing is deleted, and what was stopped goes on.
+
+    Args:
+        settings (Settings): Settings of the run. Its ``out`` is the first folder to be tried.
+        folder (str): The folder to which ``out`` is relative.
+
+    Returns:
+        tuple: The output folder: one with an unfinished run of the same settings, or the first that
+            holds no run. And the options that the run needs to use it.
+    """
+    numbers = itertools.count(2)
+    out = settings.out
+    while True:
+        path = Path(folder, out)
+        found = checkpoint.checkpoints(checkpoints_of(path))
+        if not (path / 'summary.json').exists() and not _is_in_use(path):
+            if not found:
+                return out, ['--out', out]
+            if _is_of(found, as_json(settings.identity)):
+                return out, ['--out', out, '--resume', 'auto']
+        out = f'{settings.out}-{next(numbers)}'
+
+
+def _is_in_use(out) -> bool:
+    with contextlib.suppress(OSError), open(out / '.lock', 'r+') as lock:
+        return _is_locked(lock)
+    return False
+
+
+def _is_of(checkpoints, identity) -> bool:
+    for path in checkpoints:
+        found = properties_of(path).get('identity')
+        if found:
+            return not difference({name: found.get(name) for name in identity}, identity)
+    return False
 
 
 def refuse_other_run(settings):
@@ -85,13 +167,18 @@ def find_checkpoint(settings, identity):
         dict: The entries of the checkpoint; None to start from the beginning.
 
     Raises:
-        InputError: There is no checkpoint, and --resume is not auto.
+        InputError: There is no checkpoint, and --resume is not auto; or the checkpoint is of
+            another number of epochs.
         ~extensions.CheckpointError: No checkpoint can be read, or the newest has another identity.
     """
     if settings.resume is None:
         return None
     auto = settings.resume == 'auto'
-    found = checkpoint.newest(checkpoints_of(settings.out) if auto else settings.resume, identity)
+    place = checkpoints_of(settings.out) if auto else settings.resume
+    try:
+        found = checkpoint.newest(place, identity)
+    except checkpoint.CheckpointError as error:
+        raise InputError(f'{error}: {_LONGER}') if 'epochs' in error.differing else error from None
     if found is None and not auto:
         raise InputError(f'--resume {settings.resume}: there is no checkpoint; give another path')
     if found is None:

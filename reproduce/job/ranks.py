@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 from mpi4py import MPI
 
 from extensions import CheckpointError, CommunicatorError, NonFiniteGradients, Stopped
+from reproduce.job import launch
 from reproduce.job.start import abort
 from reproduce.listing import DataError, print_any_name
 from reproduce.settings import InputError
 
+_PART = 1 << 30  # bytes that are sent at a time: MPI counts to 2**31
 _USER_ERRORS = (InputError, DataError, CommunicatorError, CheckpointError)
 
 
@@ -60,6 +63,30 @@ def on_rank_zero(mpi_comm, function):
     return mpi_comm.bcast(result)
 
 
+def bcast_arrays(mpi_comm, arrays):
+    """Sends rank 0's arrays to all ranks, one by one: ``bcast`` would need twice their memory.
+
+    Args:
+        mpi_comm (mpi4py.MPI.Comm): The ranks.
+        arrays (dict): Arrays by name, on rank 0. Those of dtype object are None.
+
+    Returns:
+        dict: The same on all ranks.
+    """
+    kinds = [(name, array.shape, array.dtype) for name, array in (arrays or {}).items()]
+    result = {}
+    for name, shape, dtype in mpi_comm.bcast(kinds):
+        if dtype == object:
+            result[name] = np.array(None)
+            continue
+        array = np.ascontiguousarray(arrays[name]) if mpi_comm.rank == 0 else np.empty(shape, dtype)
+        octets = array.reshape(-1).view(np.uint8)
+        for start in range(0, octets.size, _PART):
+            mpi_comm.Bcast(octets[start : start + _PART])
+        result[name] = array.reshape(shape)
+    return result
+
+
 def run(main):
     """Runs ``main()``. An exception on any rank ends all ranks at once.
 
@@ -76,9 +103,13 @@ def run(main):
     except AgreedExit:
         raise
     except (NonFiniteGradients, Stopped) as error:  # all ranks raise these together
+        stopped = isinstance(error, Stopped)
         if MPI.COMM_WORLD.rank == 0:
-            print(f'error: {error}', file=sys.stderr, flush=True)
-        raise AgreedExit(128 + error.signum if isinstance(error, Stopped) else 1) from None
+            line = (
+                f'{error}. To go on: {launch.command_to_go_on()}' if stopped else f'error: {error}'
+            )
+            print(line, file=sys.stderr, flush=True)
+        raise AgreedExit(128 + error.signum if stopped else 1) from None
     except BaseException as error:
         abort(error)
         raise

@@ -75,7 +75,7 @@ def run(mpi, comm, settings, argv, trainer, batches):
     model = updater.get_optimizer('main').target
     time_report, log_report = _extend(settings, comm, trainer, batches)
     identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
-    checkpoint = ranks.on_rank_zero(mpi, lambda: output.find_checkpoint(settings, identity))
+    checkpoint = _find_checkpoint(mpi, settings, identity)
     if comm.rank == 0:
         print(report.header(settings, comm, train, val, model.count_params()), flush=True)
         report.write_settings(settings, settings.out)
@@ -88,7 +88,8 @@ def run(mpi, comm, settings, argv, trainer, batches):
         )
     )
     if checkpoint:
-        extensions.checkpoint.resume(trainer, checkpoint)
+        ranks.on_every_rank(mpi, lambda: extensions.checkpoint.resume(trainer, checkpoint))
+        checkpoint.clear()  # it is as large as the model and the optimizer's state
 
     # Before the first iteration, check that all ranks have the same program and numbers.
     sample = agreement.sample(train, val)
@@ -98,6 +99,15 @@ def run(mpi, comm, settings, argv, trainer, batches):
         with batches:
             trainer.run(show_loop_exception_msg=False)
         _conclude(settings, comm, trainer, batches, time_report, log_report)
+
+
+def _find_checkpoint(mpi, settings, identity):
+    """Reads the checkpoint that --resume names, on rank 0, and sends it to all ranks."""
+
+    def on_rank_zero():
+        return output.find_checkpoint(settings, identity) if mpi.rank == 0 else None
+
+    return ranks.bcast_arrays(mpi, ranks.on_every_rank(mpi, on_rank_zero))
 
 
 def _extend(settings, comm, trainer, batches):

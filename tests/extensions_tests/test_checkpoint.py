@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from extensions import CheckpointError, checkpoint
+from extensions import CheckpointError, checkpoint, checkpoint_files
 
 IDENTITY = {'seed': 0, 'workers': 8}
 
@@ -124,11 +124,11 @@ def test_it_is_on_the_disk_and_verified_before_it_has_its_name(entries, tmp_path
 
     note(os, 'fsync', os.fsync)
     note(os, 'replace', os.replace)
-    note(checkpoint, '_reads_as', checkpoint._reads_as)
+    note(checkpoint_files, '_reads_as', checkpoint_files._reads_as)
     checkpoint.write(path, entries, IDENTITY)
     before = [('fsync', False), ('_reads_as', False), ('replace', False)]
     assert calls == [*before, ('fsync', True)]
-    monkeypatch.setattr(checkpoint, '_reads_as', lambda *_: False)
+    monkeypatch.setattr(checkpoint_files, '_reads_as', lambda *_: False)
     with pytest.raises(OSError, match='does not read back'):
         checkpoint.write(tmp_path / 'checkpoint-000000008.npz', entries, IDENTITY)
     assert os.listdir(tmp_path) == [path.name]
@@ -136,12 +136,12 @@ def test_it_is_on_the_disk_and_verified_before_it_has_its_name(entries, tmp_path
 
 def test_what_reads_otherwise_is_noticed(saved, entries):
     arrays = {name: array for name, array in entries.items() if array.dtype != object}
-    assert checkpoint._reads_as(saved, arrays)
-    assert not checkpoint._reads_as(saved, {**arrays, 'more': np.zeros(1)})
+    assert checkpoint_files._reads_as(saved, arrays)
+    assert not checkpoint_files._reads_as(saved, {**arrays, 'more': np.zeros(1)})
     for name in ('updater/model:main/W', 'updater/iteration'):
         other = arrays[name].copy()
         other.reshape(-1)[-1] += 1
-        assert not checkpoint._reads_as(saved, {**arrays, name: other})
+        assert not checkpoint_files._reads_as(saved, {**arrays, name: other})
 
 
 def test_no_space_left_loses_nothing(saved, entries, tmp_path):
