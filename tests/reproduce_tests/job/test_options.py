@@ -124,10 +124,10 @@ def test_help_teaches(capsys):
 @pytest.mark.parametrize(
     'words, message',
     [
-        ('2 train --epoch 3', 'error: there is no option --epoch; did you mean --epochs?'),
-        ('2 preflight --dry-run', 'error: there is no option --dry-run'),
-        ('3 train --preset smoke --workers 4', 'error: --workers: 4 workers cannot be spread'),
-        ('2 train --mu1 1', 'error: --mu1 must be at least 0 and below 1, not 1.0'),
+        ('2 . train --epoch 3', 'error: there is no option --epoch; did you mean --epochs?'),
+        ('2 . preflight --dry-run', 'error: there is no option --dry-run'),
+        ('3 . train --preset smoke --workers 4', 'error: --workers: 4 workers cannot be spread'),
+        ('2 . train --mu1 1', 'error: --mu1 must be at least 0 and below 1, not 1.0'),
     ],
 )
 def test_a_job_is_checked_before_its_ranks_start(capsys, words, message):
@@ -138,7 +138,7 @@ def test_a_job_is_checked_before_its_ranks_start(capsys, words, message):
     assert told.err.startswith(message) and told.err.count('\n') == 1
 
 
-@pytest.mark.parametrize('words', ['2 train --preset smoke', '5 train --dry-run', '2 preflight'])
+@pytest.mark.parametrize('words', ['2 . train --preset smoke', '5 . train --dry-run', '2 . preflight'])
 def test_a_job_that_may_start(capsys, words):
     main(words.split())
     assert capsys.readouterr().err == ''

@@ -1,0 +1,40 @@
+"""The parent of mpiexec: the command that goes on, and what is left out of its output."""
+
+import pytest
+
+from reproduce.job import launch
+
+
+@pytest.mark.parametrize(
+    ('words', 'start', 'expected'),
+    [
+        ('--preset smoke', 'S train --', 'S train -- --preset smoke --resume auto'),
+        ('--preset smoke --out a --seed 3', 'S smoke', 'S smoke --out a --seed 3 --resume auto'),
+        ('--overwrite --out b', 'S --', 'S -- --out b --resume auto'),
+        ('--resume c --out b', 'S --', 'S -- --out b --resume auto'),
+        ('--resume=c --out b', 'S --', 'S -- --out b --resume auto'),
+        ('--out b --resume', 'S --', 'S -- --out b --resume auto'),
+    ],
+)
+def test_the_command_that_goes_on(words, start, expected):
+    assert launch.command_to_go_on(['train.py', *words.split()], start) == expected
+
+
+def test_the_command_of_a_bare_mpiexec(monkeypatch):
+    monkeypatch.delenv('REPRODUCE_GO_ON', raising=False)
+    monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '4')
+    monkeypatch.setattr('sys.argv', ['reproduce/train.py', '--out', 'a b'])
+    command = launch.command_to_go_on()
+    assert command.startswith('mpiexec -n 4 python')
+    assert command.endswith(" reproduce/train.py --out 'a b' --resume auto")
+    monkeypatch.setenv('REPRODUCE_GO_ON', './run_mpi.sh smoke')
+    assert launch.command_to_go_on() == './run_mpi.sh smoke'
+
+
+@pytest.mark.parametrize('size', [1, 7, 1000])
+def test_mpiexecs_banners_are_left_out_however_the_output_is_cut(size):
+    dashes = b'-' * 74 + b'\n'
+    said = b'one\n' + dashes + b'prterun ...\n\nmore\n' + dashes + b'two\n-- no banner --\nthree'
+    banners = launch._Banners()
+    parts = [said[i : i + size] for i in range(0, len(said), size)]
+    assert b''.join(map(banners.drop, [*parts, b''])) == b'one\ntwo\n-- no banner --\nthree\n'
