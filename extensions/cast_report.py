@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chainer
 import numpy as np
 from chainer import reporter, training
 from chainer.training import extension
@@ -18,12 +19,20 @@ class CastReport(training.Extension):
 
     Args:
         comm (HalfPrecisionMpiCommunicator): Its ``cast_counts`` are read and set to zero.
+
+    Raises:
+        TypeError: ``comm`` counts nothing, as on GPUs.
     """
 
     trigger = (1, 'epoch')
     priority = extension.PRIORITY_WRITER
 
     def __init__(self, comm):
+        if not hasattr(comm, 'cast_counts'):
+            raise TypeError(
+                f'CastReport needs the communicator mpi: {type(comm).__name__} does not count what '
+                'the cast loses'
+            )
         self._comm = comm
         self._counts = np.zeros(4, np.int64)  # summed over all processes
 
@@ -43,3 +52,5 @@ class CastReport(training.Extension):
 
     def serialize(self, serializer):
         self._counts = serializer('counts', self._counts)
+        if isinstance(serializer, chainer.Deserializer):
+            self._comm.cast_counts[...] = 0  # of iterations after the saved one

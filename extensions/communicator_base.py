@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -120,6 +121,29 @@ def first_few(items, separator=', ', n=3) -> str:
     """Joins the first ``n`` texts, and counts the others: ``a, b, c and 2 more``."""
     more = f' and {len(items) - n} more' if len(items) > n else ''
     return separator.join(items[:n]) + more
+
+
+def raise_together(mpi_comm, error):
+    """Raises on every rank if a rank has an error. Collective: call it on all ranks.
+
+    Args:
+        mpi_comm (mpi4py.MPI.Comm): The ranks.
+        error (Exception): This rank's error, or None.
+
+    Raises:
+        Exception: ``error``, on the ranks that have one.
+        RuntimeError: On the others. The message names the first rank with an error, and its error.
+    """
+    failed = np.array([error is not None], np.int64)
+    mpi_comm.Allreduce(MPI.IN_PLACE, failed, MPI.MAX)
+    if not failed[0]:
+        return
+    texts = mpi_comm.allgather(error and f'{type(error).__name__}: {error}')
+    if error is not None:
+        raise error
+    time.sleep(1)  # the first error that is not caught ends all ranks: let it be the rank's own
+    rank, text = next(item for item in enumerate(texts) if item[1])
+    raise RuntimeError(f'rank {rank} failed: {text}')
 
 
 def params_with_grad(model, zero_fill):

@@ -10,6 +10,7 @@ from chainer.backends import cuda
 from chainer.training import extension
 from mpi4py import MPI
 
+from extensions.communicator_base import raise_together
 from extensions.timing import untimed
 
 
@@ -58,6 +59,11 @@ class ExactEvaluator(training.Extension):
 
     Raises:
         RuntimeError: ``batches`` yielded a wrong number of images, or no image can be counted.
+        ValueError: ``batch_size`` is not above 0, or ``n_images`` is below 0.
+        ValueError: A label is neither a class of the predictor nor -1.
+        TypeError: The labels are not signed integers.
+        RuntimeError: The evaluation failed on another rank, for one of these reasons or within an
+            argument. The message names the rank and its error. So all ranks raise together.
     """
 
     trigger = (1, 'epoch')
@@ -67,6 +73,11 @@ class ExactEvaluator(training.Extension):
     def __init__(
         self, batches, predictor, comm, n_images, batch_size=1, converter=lambda batch: batch
     ):
+        if batch_size < 1 or n_images < 0:
+            raise ValueError(
+                f'batch_size must be 1 or more, and n_images 0 or more, not {batch_size} and '
+                f'{n_images}'
+            )
         self._batches = batches
         self._predictor = predictor
         self._comm = comm
@@ -93,27 +104,18 @@ class ExactEvaluator(training.Extension):
         """Evaluates on all processes together. All processes return the same dict."""
         counts = np.zeros(3, np.int64)  # images, top-1 correct, top-5 correct
         losses = np.zeros(-(-self._n_images // self._batch_size))  # one per minibatch
-        start, stop = shard(self._comm.rank, self._comm.size, self._n_images, self._batch_size)
-        self.minibatches_left = -(-(stop - start) // self._batch_size)
-        self.after_minibatch()
-        seen = 0
-        if start < stop:
-            with chainer.using_config('train', False), chainer.no_backprop_mode():
-                for batch in self._batches(start, stop):
-                    number = (start + seen) // self._batch_size
-                    seen += len(batch[1])
-                    batch_counts, loss = self._count(*self._converter(batch))
-                    counts += batch_counts
-                    losses[min(number, len(losses) - 1)] += loss
-                    self.minibatches_left -= 1
-                    self.after_minibatch()
-        if seen != stop - start:
-            raise RuntimeError(
-                f'rank {self._comm.rank} evaluated {seen} images of its {stop - start}'
-            )
-        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, counts, MPI.SUM)
-        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, losses, MPI.SUM)  # adds only zeros: exact
-        self.minibatches_left = None
+        error = None
+        try:
+            try:
+                self._evaluate_shard(counts, losses)
+            except Exception as raised:  # noqa: BLE001  (the other ranks must not wait)
+                error = raised
+            self.minibatches_left = 0
+            raise_together(self._comm.mpi_comm, error)
+            self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, counts, MPI.SUM)
+            self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, losses, MPI.SUM)  # adds only zeros: exact
+        finally:
+            self.minibatches_left = None
         images, top1, top5 = (int(count) for count in counts)
         if images == 0:
             raise RuntimeError('no validation image can be counted')
@@ -124,10 +126,39 @@ class ExactEvaluator(training.Extension):
             'images': images,
         }
 
+    def _evaluate_shard(self, counts, losses):
+        start, stop = shard(self._comm.rank, self._comm.size, self._n_images, self._batch_size)
+        self.minibatches_left = -(-(stop - start) // self._batch_size)
+        self.after_minibatch()
+        seen = 0
+        if start < stop:
+            with chainer.using_config('train', False), chainer.no_backprop_mode():
+                for batch in self._batches(start, stop):
+                    x, t = self._converter(batch)
+                    number = (start + seen) // self._batch_size
+                    seen += len(t)
+                    batch_counts, loss = self._count(x, t)
+                    counts += batch_counts
+                    losses[min(number, len(losses) - 1)] += loss
+                    self.minibatches_left -= 1
+                    self.after_minibatch()
+        if seen != stop - start:
+            raise RuntimeError(
+                f'rank {self._comm.rank} evaluated {seen} images of its {stop - start}'
+            )
+
     def _count(self, x, t):
-        logits = self._predictor(x).array
-        loss = F.softmax_cross_entropy(logits, t, reduce='no').array
+        logits = chainer.as_array(self._predictor(x))
         xp = chainer.backend.get_array_module(logits)
+        if t.dtype.kind != 'i':
+            raise TypeError(f'labels must be signed integers, not {t.dtype}')
+        impossible = t[(t < -1) | (t >= logits.shape[1])]
+        if impossible.size:
+            raise ValueError(
+                f'label {int(impossible[0])}: the predictor has the classes 0 to '
+                f'{logits.shape[1] - 1}, and -1 is for an image that is not counted'
+            )
+        loss = F.softmax_cross_entropy(logits, t, reduce='no').array
         # Count the classes that come before the true class. Among equal logits, the first class
         # comes first, as in argmax. A NaN logit comes before the true class; if the true class's
         # logit is NaN, all classes do.

@@ -108,6 +108,11 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
             self._add_exactly(params)
         self._n_added += 1
 
+    def discard(self):
+        """Forgets the gradients that were added since the last mean: their iteration has failed."""
+        self._n_added = 0
+        self._kept.clear()
+
     def mean_grad(self, model):
         """Replaces the model's gradients by the mean over all added workers.
 

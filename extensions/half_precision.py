@@ -7,9 +7,12 @@ calls it. On GPUs, ChainerMN's pack kernel does the cast;
 
 from __future__ import annotations
 
+import sys
+
 import chainermn
 import numpy as np
 from chainer.backends import cuda
+from chainermn import global_except_hook
 from mpi4py import MPI
 
 from extensions import nccl
@@ -53,6 +56,9 @@ def create_communicator(
         stop_on_nonfinite (bool): For ``'mpi'`` and ``'pure_nccl'``. Whether an infinite or NaN mean
             raises an error, on every rank and before the update.
 
+    With several ranks, an uncaught exception on one rank then ends all ranks, by ChainerMN's
+    ``global_except_hook``. A program that has set ``sys.excepthook`` keeps its own.
+
     Returns:
         ~chainermn.CommunicatorBase: Its attribute ``reason`` says why it was chosen. On GPUs, the
             rank's GPU becomes the current device.
@@ -67,6 +73,8 @@ def create_communicator(
     mpi_comm = MPI.COMM_WORLD if mpi_comm is None else mpi_comm
     if mpi_comm == MPI.COMM_NULL:
         raise CommunicatorError('mpi_comm is MPI.COMM_NULL: this process does not belong to it')
+    if mpi_comm.size > 1 and sys.excepthook is sys.__excepthook__:
+        global_except_hook.add_hook()
     if name not in NAMES:
         raise CommunicatorError(f'communicator must be one of {", ".join(NAMES)}, not {name!r}')
     options = {

@@ -26,7 +26,7 @@ class Timer:
 
     One clock runs all the time. Each moment belongs to one part: the part of the innermost open
     ``with``, or ``'extensions'`` if none is open. So the parts sum to the whole. The end of each
-    ``'update'`` completes an iteration.
+    ``'update'`` without an exception completes an iteration.
 
     On a CPU the clock is ``time.perf_counter``. On a GPU it is the clock of the current stream. A
     CUDA event is recorded at the beginning and end of each part, and is read after the device has
@@ -60,10 +60,12 @@ class Timer:
     def __call__(self, part):
         self._end(False)
         self._open.append(part)
+        complete = False
         try:
             yield
+            complete = True
         finally:
-            self._end(True)
+            self._end(complete)
             self._open.pop()
 
     def _end(self, complete):
@@ -146,8 +148,8 @@ class TimedSteps:
 class TimeReport(training.Extension):
     """Reports the time of each part since the last call, in seconds.
 
-    Each value is the mean over the iterations, without the first ones of the run, and the largest
-    mean of all ranks:
+    Each value is the mean over the iterations, without the first ones after ``trainer.run()``, and
+    the largest mean of all ranks:
 
     - ``time/data``: waiting for the images, and copying them to the device
     - ``time/forward_backward``
@@ -164,32 +166,51 @@ class TimeReport(training.Extension):
     If a process plays several workers, its times are sums over these workers. ChainerMN's ``naive``
     does not pack, so ``time/allreduce`` includes everything it does with gradients.
 
-    The extension sets the ``timer`` of the updater, the communicator and the evaluator. Each call
-    sends one message. Times that were not reported yet can be saved after :meth:`gather`.
+    During the training, the extension sets the ``timer`` of the updater, the communicator and the
+    evaluator. Each call sends one message. Times that were not reported yet can be saved after
+    :meth:`gather`. An exception that ends ``trainer.run()`` loses them.
 
     Args:
         comm (~chainermn.CommunicatorBase): The processes.
-        evaluator (~extensions.evaluation.ExactEvaluator): Runs before this extension.
+        evaluator (~extensions.evaluation.ExactEvaluator): Runs before this extension. None if there
+            is no validation.
         skip (int): See :class:`Timer`.
+
+    Raises:
+        TypeError: ``evaluator`` times nothing, as Chainer's Evaluator.
+        TypeError: When the training starts: the updater times nothing, as Chainer's
+            StandardUpdater. :class:`~extensions.virtual_workers.VirtualWorkersUpdater` does.
     """
 
     trigger = (1, 'epoch')
     priority = extension.PRIORITY_WRITER - 1
 
     def __init__(self, comm, evaluator, skip=3):
+        if evaluator is not None:
+            _check_that_it_times(evaluator, 'ExactEvaluator, or None without a validation')
         self._comm = comm
         self._evaluator = evaluator
         self._skip = skip
         self._timer = None
+        self._timed = []
         # Seconds of the parts, the iteration and the validation; numbers of iterations and reports.
         self._since_report = np.zeros(len(_ALL) + 3)
         self._of_run = np.zeros(len(_ALL) + 3)
 
     def initialize(self, trainer):
+        _check_that_it_times(trainer.updater, 'VirtualWorkersUpdater')
         device = trainer.updater.get_optimizer('main').target.device
         self._timer = Timer(device.xp is not np, self._skip)
-        for timed in (trainer.updater, self._comm, self._evaluator):
+        self._timed = [trainer.updater, self._comm]
+        if self._evaluator is not None:
+            self._timed.append(self._evaluator)
+        for timed in self._timed:
             timed.timer = self._timer
+
+    def finalize(self):
+        for timed in self._timed:
+            if timed.timer is self._timer:  # not that of a later TimeReport
+                timed.timer = untimed
 
     def __call__(self, trainer=None):
         self.gather()
@@ -223,6 +244,13 @@ class TimeReport(training.Extension):
     def serialize(self, serializer):
         self._since_report = serializer('since_report', self._since_report)
         self._of_run = serializer('of_run', self._of_run)
+
+
+def _check_that_it_times(timed, remedy):
+    if not hasattr(timed, 'timer'):
+        raise TypeError(
+            f'TimeReport needs {remedy}: {type(timed).__name__} does not time its parts'
+        )
 
 
 def _means(sums) -> dict:

@@ -92,6 +92,9 @@ class Rank:
         self.rank, self.size, self.mpi_comm, self._sent = rank, size, self, sent
 
     def Allreduce(self, _, values, op):
+        if op is MPI.MAX:  # has a rank failed?
+            assert values[0] == 0
+            return
         assert op is MPI.SUM
         self._sent.setdefault(values.dtype.kind, []).append(values.copy())
         values[0] = max(values[0], 1)
@@ -133,6 +136,34 @@ def test_an_image_without_a_label_is_not_counted(comm):
     assert result == expected and result['images'] == 8
     with pytest.raises(RuntimeError, match='no validation image can be counted'):
         evaluator_of(logits, np.full(10, -1), comm).evaluate()
+
+
+def test_minibatches_as_lists_with_chainers_converter(comm):
+    rng = np.random.RandomState(0)
+    logits, labels = rng.standard_normal((10, 9)).astype(np.float32), rng.randint(9, size=10)
+
+    def batches(start, stop):
+        for i in range(start, stop, 4):
+            yield [(logits[j], labels[j]) for j in range(i, min(i + 4, stop))]
+
+    result = ExactEvaluator(
+        batches, lambda x: x, comm, 10, 4, chainer.dataset.concat_examples
+    ).evaluate()
+    assert result == evaluator_of(logits, labels, comm).evaluate()
+
+
+@pytest.mark.parametrize('label', [-2, 3, np.iinfo(np.int32).min])
+def test_a_label_that_is_no_class_is_named(comm, label):
+    evaluator = evaluator_of(np.zeros((6, 3)), [0, 1, label, 2, 0, 1], comm)
+    with pytest.raises(ValueError, match=f'label {label}: the predictor has the classes 0 to 2'):
+        evaluator.evaluate()
+    assert evaluator.minibatches_left is None
+    evaluator = evaluator_of(np.zeros((6, 3)), [0] * 6, comm)
+    evaluator._converter = lambda batch: (batch[0], batch[1].astype(np.float32))
+    with pytest.raises(TypeError, match='labels must be signed integers, not float32'):
+        evaluator.evaluate()
+    with pytest.raises(ValueError, match='batch_size must be 1 or more.* not 0 and 6'):
+        evaluator_of(np.zeros((6, 3)), [0] * 6, comm, batch=0)
 
 
 def test_progress_sees_every_minibatch(comm):

@@ -103,6 +103,9 @@ def test_parts_sum_to_the_whole_when_an_iteration_fails(clock):
     iterate(timer, clock, SECONDS)
     seconds, n = timer.take()
     assert n == 1 and seconds == {**SECONDS, 'allreduce': 9, 'validation': 0}
+    with pytest.raises(ArithmeticError), timer('update'):
+        raise ArithmeticError
+    assert timer.take()[1] == 0
 
 
 def test_the_first_iterations_are_left_out(clock):
@@ -170,8 +173,8 @@ def report_of(comm=None, skip=1):
     comm = comm or extensions.create_communicator('mpi', mpi_comm=MPI.COMM_SELF)
     target = types.SimpleNamespace(device=chainer.get_device('@numpy'))
     optimizer = types.SimpleNamespace(target=target)
-    updater = types.SimpleNamespace(get_optimizer=lambda name: optimizer)
-    evaluator = types.SimpleNamespace()
+    updater = types.SimpleNamespace(get_optimizer=lambda name: optimizer, timer=timing.untimed)
+    evaluator = types.SimpleNamespace(timer=timing.untimed)
     report = TimeReport(comm, evaluator, skip)
     report.initialize(types.SimpleNamespace(updater=updater))
     assert updater.timer is comm.timer is evaluator.timer
@@ -219,6 +222,17 @@ def test_a_checkpoint_within_an_epoch_loses_nothing(clock):
     iterate(timer, clock, SECONDS)
     assert observed(again)['time/pack'] == 4 * (5 + 1) / 2
     assert again.summary()['pack'] == pytest.approx(4 * (1 + 5 + 1) / 3)
+
+
+def test_a_report_that_ends_removes_its_own_timer_only():
+    comm = extensions.create_communicator('mpi', mpi_comm=MPI.COMM_SELF)
+    report, timer = report_of(comm)
+    later, later_timer = report_of(comm)
+    report.finalize()
+    assert comm.timer is later_timer
+    assert all(timed.timer is not timer for timed in report._timed)
+    later.finalize()
+    assert comm.timer is timing.untimed
 
 
 def test_without_a_timer_nothing_is_timed():

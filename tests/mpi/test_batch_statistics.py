@@ -3,6 +3,7 @@ from pathlib import Path
 
 import chainer
 import chainer.links as L
+import chainermn
 import numpy as np
 import pytest
 from chainer.training import extension
@@ -16,7 +17,7 @@ from extensions import (
 
 PROGRAMS = Path(__file__).parent / 'programs'
 sys.path.insert(0, str(PROGRAMS))
-from tests_common import images_of
+from tests_common import Network, images_of, validation_set
 
 
 @pytest.mark.mpi
@@ -204,3 +205,127 @@ def test_it_runs_before_evaluators_and_snapshots():
     assert AllreduceBatchStatistics.priority > ExactEvaluator.priority > snapshot.priority
     assert AllreduceBatchStatistics.priority > chainer.training.extensions.Evaluator.priority
     assert ExactEvaluator.priority > extension.PRIORITY_READER  # before the log
+
+
+def test_copies_of_the_model_see_the_averages():
+    """As Evaluator(iterator, model.copy()): the copy is made before anything else."""
+    model = chainer.Chain(bn=L.BatchNormalization(5, decay=0))
+    copy = model.copy()
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'))
+    for step in range(2):
+        statistics.clear()
+        for worker in range(2):
+            model.bn(images_of(worker, step, 5))
+            statistics.add_worker()
+        statistics()
+        expected = np.mean([images_of(w, step, 5).mean(axis=(0, 2, 3)) for w in range(2)], axis=0)
+        np.testing.assert_allclose(copy.bn.avg_mean, expected, rtol=1e-5)
+        np.testing.assert_array_equal(copy.bn.avg_var, model.bn.avg_var)
+
+
+def test_a_link_with_two_names_counts_once_and_extensions_share_links():
+    bn = L.BatchNormalization(5, decay=0)
+    model = chainer.Chain(a=chainer.Sequential(bn), b=bn)
+    comm = create_communicator('mpi')
+    pooled, again, plain = (
+        AllreduceBatchStatistics(model, comm, pooled_variance=kind) for kind in (True, True, False)
+    )
+    for step in range(2):
+        x = images_of(0, step, 5)
+        model.b(x)
+        for statistics in (plain, pooled, again, plain):
+            statistics()
+        np.testing.assert_allclose(bn.avg_var, x.var(axis=(0, 2, 3), dtype=float), rtol=1e-5)
+
+
+def test_pooled_variance_is_never_negative():
+    model = chainer.Chain(bn=L.BatchNormalization(2, decay=0, dtype=np.float64))
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'), pooled_variance=True)
+    for value in np.random.RandomState(0).uniform(1e6, 1e8, size=30):
+        for _ in range(3):
+            model.bn(np.full((3, 2), value))
+            statistics.add_worker()
+        statistics()
+        assert model.bn.avg_var.min() >= 0
+
+
+def test_other_links_with_statistics_are_refused_by_name():
+    comm = create_communicator('mpi')
+    for other in (
+        L.DecorrelatedBatchNormalization(16, decay=0),
+        L.BatchRenormalization(16, decay=0),
+        chainermn.links.MultiNodeBatchNormalization(16, comm, decay=0),
+    ):
+        model = chainer.Chain(good=L.BatchNormalization(3, decay=0), other=other)
+        with pytest.raises(TypeError, match=rf'/other \({type(other).__name__}\)') as raised:
+            AllreduceBatchStatistics(model, comm)
+        assert 'good' not in str(raised.value)
+
+
+@pytest.mark.parametrize('kind', ['pooled', 'moving'])
+def test_after_loading_the_loaded_statistics_count(tmp_path, kind):
+    model, comm = chainer.Chain(bn=L.BatchNormalization(5, decay=0)), create_communicator('mpi')
+    if kind == 'pooled':
+        statistics = AllreduceBatchStatistics(model, comm, pooled_variance=True)
+    else:
+        statistics = MovingBatchStatistics(model, comm)
+    model.bn(images_of(0, 0, 5))
+    statistics.add_worker()
+    statistics()
+    saved = model.bn.avg_mean.copy(), model.bn.avg_var.copy()
+    for name, part in (('model', model), ('statistics', statistics)):
+        chainer.serializers.save_npz(tmp_path / f'{name}.npz', part)
+    model.bn(images_of(1, 1, 5))  # an iteration after the saved one
+    statistics.add_worker()
+    for name, part in (('model', model), ('statistics', statistics)):
+        chainer.serializers.load_npz(tmp_path / f'{name}.npz', part)
+    statistics()
+    np.testing.assert_allclose(model.bn.avg_mean, saved[0], rtol=1e-6)
+    np.testing.assert_allclose(model.bn.avg_var, saved[1], rtol=1e-6)
+
+
+def test_one_minibatch_that_is_not_finite_does_not_stay():
+    model = chainer.Chain(bn=L.BatchNormalization(5, decay=0))
+    statistics = AllreduceBatchStatistics(model, create_communicator('mpi'))
+    x = images_of(0, 0, 5)
+    x[0, 2] = np.nan
+    x[0, 3] = np.inf
+    with np.errstate(invalid='ignore'):
+        model.bn(x)
+    statistics.discard()
+    np.testing.assert_array_equal(model.bn.avg_var[2:4], [1, 1])  # as in a new link
+    y = images_of(0, 1, 5)
+    model.bn(y)
+    statistics()
+    np.testing.assert_allclose(model.bn.avg_mean, y.mean(axis=(0, 2, 3)), rtol=1e-5)
+
+
+def standard_trainer(model, out):
+    iterator = chainer.iterators.SerialIterator(list(zip(*validation_set())), 4)
+    updater = chainer.training.StandardUpdater(
+        iterator, chainer.optimizers.SGD(0.01).setup(L.Classifier(model))
+    )
+    return chainer.training.Trainer(updater, (3, 'iteration'), out)
+
+
+def test_beside_standard_updater(tmp_path):
+    model, comm = Network(0), create_communicator('mpi')
+    trainer = standard_trainer(model, tmp_path)
+    trainer.extend(AllreduceBatchStatistics(model, comm, True), trigger=(1, 'iteration'))
+    h = []
+    model.fc1.add_hook(Outputs(h))
+    trainer.run()
+    np.testing.assert_allclose(model.bn.avg_var, h[-1].var(axis=0), rtol=1e-5)
+    trainer = standard_trainer(model, tmp_path)
+    trainer.extend(MovingBatchStatistics(model, comm))
+    with pytest.raises(ValueError, match='MovingBatchStatistics.*StandardUpdater does not pass'):
+        trainer.run()
+    assert trainer.updater.iteration == 0
+
+
+class Outputs(chainer.LinkHook):
+    def __init__(self, outputs):
+        self._outputs = outputs
+
+    def forward_postprocess(self, args):
+        self._outputs.append(args.out.array)

@@ -1,14 +1,30 @@
 """n workers on P processes, against the same run on other P, and against the paper's equations in
 float64."""
 
+import os
+import signal
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import chainer
+import chainermn
 import numpy as np
 import pytest
 
-from extensions import NonFiniteGradients, RMSpropWarmup, VirtualWorkersUpdater, create_communicator
+from extensions import (
+    AllreduceBatchStatistics,
+    CastReport,
+    MeanTrainingLoss,
+    MovingBatchStatistics,
+    NonFiniteGradients,
+    RMSpropWarmup,
+    TimeReport,
+    VirtualWorkersUpdater,
+    create_communicator,
+)
+from extensions.timing import untimed
 from extensions.virtual_workers import workers_of
 
 PROGRAMS = Path(__file__).parent / 'programs'
@@ -307,3 +323,328 @@ def test_chainermns_own_communicator_gives_the_same_numbers(train, processes):
     for name in ours:
         if name not in ('mean', 'var'):
             np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+class Failure(Exception):
+    pass
+
+
+def small_training(comm, kind=AllreduceBatchStatistics, actions=None):
+    """Four workers. ``actions`` maps a place, worker and iteration to what happens there once."""
+    model = Network(seed=0)
+    current = []
+
+    def at(place):
+        action = (actions or {}).pop((place, current[-1], updater.iteration), None)
+        if action:
+            action()
+
+    def batches(iteration, worker):
+        current.append(worker)
+        at('batches')
+        return minibatch(iteration, worker)
+
+    def loss(x, t):
+        y = model(x)
+        at('loss')
+        return chainer.functions.softmax_cross_entropy(y, t)
+
+    statistics = kind(model, comm)
+    updater = VirtualWorkersUpdater(
+        batches,
+        RMSpropWarmup(0.1, alpha_rmsprop=1e-3).setup(model),
+        loss,
+        comm,
+        4,
+        (4 * BATCH, IMAGES),
+        batch_statistics=statistics,
+    )
+    updater.after_worker = lambda: at('after')
+    updater.losses = []
+    return updater, statistics
+
+
+def everything(updater, statistics):
+    """All that a training has: parameters, states, losses, counts and averaged statistics."""
+    statistics()
+    model = updater.get_optimizer('main').target
+    arrays = {name: param.array for name, param in model.namedparams()}
+    for name, param in model.namedparams():
+        arrays.update({f'{name} {kind}': a for kind, a in param.update_rule.state.items()})
+    arrays.update(mean=model.bn.avg_mean, var=model.bn.avg_var, losses=updater.losses)
+    optimizer = updater.get_optimizer('main')
+    return arrays, (updater.iteration, updater.images_done, optimizer.t, optimizer.epoch)
+
+
+def assert_equal(one, other):
+    assert one[1] == other[1]
+    for name, array in one[0].items():
+        np.testing.assert_array_equal(array, other[0][name], err_msg=name)
+
+
+@pytest.mark.parametrize('error', [Failure, KeyboardInterrupt])
+@pytest.mark.parametrize('where', ['batches', 'loss', 'after'])
+@pytest.mark.parametrize('kind', [AllreduceBatchStatistics, MovingBatchStatistics])
+@pytest.mark.parametrize(
+    'name, dtype, options',
+    [
+        ('mpi', 'float16', {}),
+        ('mpi', 'float16', {'accumulate': 'ring'}),
+        ('naive', 'float32', {}),
+    ],
+)
+def test_a_failed_iteration_leaves_no_trace(name, dtype, options, kind, where, error):
+    def fail():
+        chainer.config.enable_backprop = False  # as Ctrl-C at the border of a using_config
+        raise error
+
+    comm = create_communicator(name, dtype, **options)
+    updater, statistics = small_training(comm, kind, {(where, 2, 1): fail})
+    updater.update()
+    with pytest.raises(error):
+        updater.update()
+    assert updater.images_done == 4 * BATCH
+    for _ in range(2):
+        updater.update()
+    without, its_statistics = small_training(create_communicator(name, dtype, **options), kind)
+    for _ in range(3):
+        without.update()
+    assert_equal(everything(updater, statistics), everything(without, its_statistics))
+
+
+@pytest.mark.parametrize('n_workers', [1, 2])
+def test_statistics_that_are_not_finite_do_not_outlive_their_iteration(n_workers):
+    model, comm = Network(0), create_communicator('mpi')
+    statistics = AllreduceBatchStatistics(model, comm)
+
+    def batches(iteration, worker):
+        x, t = minibatch(iteration, worker)
+        return x * np.float32(np.nan if iteration == updater.iteration == bad else 1), t
+
+    updater = VirtualWorkersUpdater(
+        batches,
+        RMSpropWarmup(0.1).setup(model),
+        lambda x, t: chainer.functions.softmax_cross_entropy(model(x), t),
+        comm,
+        n_workers,
+        (8, 20),
+        batch_statistics=statistics,
+    )
+    for bad in (0, None):  # the first minibatch, then the same again
+        try:
+            updater.update()
+        except NonFiniteGradients:
+            assert bad == 0
+        else:
+            assert bad is None
+    statistics()
+    means = [minibatch(0, worker)[0] @ Network(0).fc1.W.array.T for worker in range(n_workers)]
+    np.testing.assert_allclose(model.bn.avg_mean, np.mean(means, axis=(0, 1)), rtol=1e-4, atol=1e-6)
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_the_parameters_update():
+    """A real signal, before and after the parameters are written."""
+    updater, statistics = small_training(create_communicator('mpi'))
+    optimizer = updater.get_optimizer('main')
+    for timing in ('pre', 'post'):
+        optimizer.add_hook(lambda _: ctrl_c(), 'ctrl-c', timing)
+        with pytest.raises(KeyboardInterrupt):
+            updater.update()
+        optimizer.remove_hook('ctrl-c')
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    updater.update()
+    without, its_statistics = small_training(create_communicator('mpi'))
+    for _ in range(3):
+        without.update()
+    assert_equal(everything(updater, statistics), everything(without, its_statistics))
+
+
+def test_a_trainer_that_was_interrupted_runs_again(tmp_path):
+    """As a cell of a notebook: Ctrl-C in iteration 3 of 6, then the cell again."""
+    logs = []
+    for interrupted in (True, False):
+        comm = create_communicator('mpi')
+        actions = {('loss', 1, 2): ctrl_c} if interrupted else {}
+        updater, statistics = small_training(comm, actions=actions)
+        updater.losses = None
+        trainer = chainer.training.Trainer(updater, (6, 'iteration'), tmp_path)
+        log = chainer.training.extensions.LogReport(trigger=(6, 'iteration'), filename=None)
+        trainer.extend(log)
+        trainer.extend(statistics, trigger=(2, 'iteration'))
+        trainer.extend(MeanTrainingLoss(comm), trigger=(6, 'iteration'))
+        trainer.extend(TimeReport(comm, None, skip=0), trigger=(6, 'iteration'))
+        trainer.extend(CastReport(comm), trigger=(6, 'iteration'))
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run()
+            assert updater.timer is comm.timer is untimed
+        trainer.run()
+        (entry,) = log.log
+        logs.append({k: v for k, v in entry.items() if not k.startswith(('time/', 'elapsed'))})
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_losses_of_iterations_after_the_loaded_snapshot_do_not_count(tmp_path):
+    comm = create_communicator('mpi')
+    updater, _ = small_training(comm)
+    loss, cast = MeanTrainingLoss(comm), CastReport(comm)
+    loss.initialize(types.SimpleNamespace(updater=updater))
+    updater.update()
+    for report in (loss, cast):
+        report.gather()
+        chainer.serializers.save_npz(tmp_path / f'{type(report).__name__}.npz', report)
+    updater.update()
+    assert len(updater.losses) == 1 and comm.cast_counts.any()
+    for report in (loss, cast):
+        chainer.serializers.load_npz(tmp_path / f'{type(report).__name__}.npz', report)
+    assert loss._losses.shape == (1, 4) and not updater.losses
+    assert not comm.cast_counts.any()
+
+
+@pytest.mark.parametrize('scale', [None, 2.0**20])
+@pytest.mark.parametrize('name, dtype', [('mpi', 'float16'), ('naive', 'float32')])
+def test_the_loss_scale_is_honoured(name, dtype, scale):
+    """Gradients of 2**-30 are zero in float16 unless they are scaled."""
+    model = chainer.Chain(a=chainer.links.Linear(1, 1, nobias=True, initialW=0))
+    x = np.full((1, 1), 2.0**-30, np.float32)
+    updater = updater_of(
+        model,
+        create_communicator(name, dtype),
+        loss=lambda iteration, worker: chainer.functions.sum(model.a(x)),
+    )
+    optimizer = updater.get_optimizer('main')
+    if scale:
+        optimizer.set_loss_scale(scale)
+    updater.losses = []
+    for _ in range(2):
+        updater.update()
+    kept = scale or dtype == 'float32'
+    # lr 0.1 times the sum of the momenta 1 and 1.9
+    assert model.a.W.array[0, 0] == pytest.approx(-0.1 * 2.9 * 2.0**-30 if kept else 0, rel=1e-6)
+    assert np.abs(updater.losses).max() < 1e-15  # not scaled
+
+
+def test_a_dynamic_loss_scale_skips_updates_or_is_refused():
+    model = chainer.Chain(a=chainer.links.Linear(1, 1, nobias=True, initialW=0))
+    x = np.ones((1, 1), np.float32)
+    optimizer = RMSpropWarmup(0.1).setup(model)
+    optimizer.loss_scaling()
+    optimizer._loss_scale = 2.0**17  # above float16's largest
+
+    def loss(iteration, worker):
+        return chainer.functions.sum(model.a(x))
+
+    def updater(**options):
+        comm = create_communicator('mpi', **options)
+        return VirtualWorkersUpdater(lambda *which: which, optimizer, loss, comm, 2, (8, 20))
+
+    with pytest.raises(ValueError, match='dynamic loss scale.*stop_on_nonfinite=False'):
+        updater()
+    permissive = updater(stop_on_nonfinite=False)
+    written = []
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            permissive.update()
+        written.append(float(model.a.W.array[0, 0]))
+    assert written == [0, pytest.approx(-0.1)]
+
+
+def test_optimizers_that_would_not_do_are_refused():
+    comm = create_communicator('mpi')
+    model = Network(0)
+    several = chainermn.create_multi_node_optimizer(RMSpropWarmup(0.1).setup(model), comm)
+    for optimizer in (several, RMSpropWarmup(0.1)):
+        with pytest.raises(TypeError, match='needs a plain Chainer optimizer that is set up'):
+            VirtualWorkersUpdater(minibatch, optimizer, model, comm, 2, (8, 20))
+    for sizes in ((0, 20), (8, 0), (8, -1)):
+        with pytest.raises(ValueError, match='epoch_size must be above 0'):
+            VirtualWorkersUpdater(minibatch, RMSpropWarmup(0.1).setup(model), model, comm, 2, sizes)
+
+
+@pytest.mark.parametrize('form', ['tuple', 'dict', 'array', 'concat_examples'])
+def test_minibatches_reach_the_loss_function_as_from_standard_updater(form):
+    model, comm = Network(0), create_communicator('mpi')
+    x, t = minibatch(0, 0)
+    seen = []
+
+    def loss(x, t=t):
+        seen.append((x, t))
+        return chainer.functions.softmax_cross_entropy(model(x), t)
+
+    converter = {
+        'tuple': lambda batch: batch,
+        'dict': lambda batch: {'t': batch[1], 'x': batch[0]},
+        'array': lambda batch: batch[0],
+        'concat_examples': lambda batch: chainer.dataset.concat_examples(list(zip(*batch))),
+    }[form]
+    VirtualWorkersUpdater(
+        minibatch, RMSpropWarmup(0.1).setup(model), loss, comm, 1, (4, 20), converter
+    ).update()
+    np.testing.assert_array_equal(seen[0][0], x)
+    np.testing.assert_array_equal(seen[0][1], t)
+
+
+def test_reports_that_need_the_updater_say_so_before_the_first_iteration(tmp_path):
+    comm = create_communicator('mpi')
+    x, t = validation_set()
+    for report, name in ((MeanTrainingLoss(comm), 'Mean'), (TimeReport(comm, None), 'Time')):
+        updater = chainer.training.StandardUpdater(
+            chainer.iterators.SerialIterator(list(zip(x, t)), 4),
+            RMSpropWarmup(0.1).setup(chainer.links.Classifier(Network(0))),
+        )
+        trainer = chainer.training.Trainer(updater, (3, 'iteration'), tmp_path)
+        trainer.extend(report, trigger=(1, 'iteration'))
+        with pytest.raises(TypeError, match=f'^{name}.*VirtualWorkersUpdater: StandardUpdater'):
+            trainer.run()
+        assert updater.iteration == 0
+    with pytest.raises(TypeError, match='CastReport needs the communicator mpi: NaiveComm'):
+        CastReport(create_communicator('naive', 'float32'))
+    evaluator = chainer.training.extensions.Evaluator(updater.get_iterator('main'), Network(0))
+    with pytest.raises(TypeError, match='TimeReport needs ExactEvaluator.*: Evaluator does not'):
+        TimeReport(comm, evaluator)
+
+
+def test_losses_that_train_nothing_are_refused():
+    x, t = minibatch(0, 0)
+    losses = {
+        'one number as a Variable, not 1.0': lambda model: 1.0,
+        'one number as a Variable, not variable': lambda model: model(x),
+        'does loss_function use another model': lambda model: (
+            chainer.functions.softmax_cross_entropy(Network(0)(x), t)
+        ),
+    }
+    for message, loss in losses.items():
+        model = Network(0)
+        updater = updater_of(
+            model,
+            create_communicator('mpi'),
+            loss=lambda *_, loss=loss, model=model: loss(model),
+        )
+        with pytest.raises((TypeError, ValueError), match=message):
+            updater.update()
+    updater, _ = small_training(create_communicator('mpi'))
+    with chainer.using_config('train', False), pytest.raises(RuntimeError, match='config.train'):
+        updater.update()
+
+
+def test_statistics_of_several_workers_need_the_updater(tmp_path):
+    updater, _ = small_training(create_communicator('mpi'))
+    trainer = chainer.training.Trainer(updater, (1, 'iteration'), tmp_path)
+    trainer.extend(AllreduceBatchStatistics(updater.get_optimizer('main').target, updater._comm))
+    with pytest.raises(ValueError, match='every worker in every iteration.*batch_statistics'):
+        trainer.run()
+    assert updater.iteration == 0
+
+
+def test_dropout_that_is_seeded_by_the_worker_gives_the_same_bits(mpirun, tmp_path):
+    digests = set()
+    for processes in (1, 2, 4):
+        done = mpirun(processes, PROGRAMS / 'dropout.py')
+        assert done.returncode == 0, done.stdout
+        digests.update(line for line in done.stdout.splitlines() if line.startswith('digest'))
+    assert len(digests) == 1
