@@ -18,7 +18,9 @@ from extensions import (
 
 PROGRAMS = Path(__file__).parent / 'programs'
 sys.path.insert(0, str(PROGRAMS))
-from tests_common import gradients, model_of, shuffled
+from odd_arrays import CASES as ODD_CASES
+from odd_arrays import DTYPE, SHAPES
+from tests_common import gradients, model_of, shuffled, whole_numbers
 
 pytestmark = pytest.mark.mpi
 
@@ -252,8 +254,11 @@ def test_workers_of_one_process_with_different_gradients_are_an_error():
         param.grad = gradients(0)[name]
     comm.add_grad(model)
     model.conv.cleargrad()
+    comm.add_grad(model)  # other ranks may be on their way to the mean
+    comm.add_grad(model)
     with pytest.raises(ValueError, match='worker 1 of rank 0 .*: /conv'):
-        comm.add_grad(model)
+        comm.mean_grad(model)
+    comm.multi_node_mean_grad(model)  # and nothing is left of it
 
 
 def test_a_mean_without_workers_is_an_error():
@@ -344,6 +349,44 @@ def test_chainermns_optimizer_evaluator_and_extensions_accept_it(mpirun, tmp_pat
                 )
 
 
+@pytest.mark.parametrize('name', ['mpi', 'pure_nccl'])
+def test_arrays_that_are_shared_or_lie_otherwise_in_memory(request, mpirun, tmp_path, name):
+    if name == 'mpi':
+        done = mpirun(2, PROGRAMS / 'odd_arrays.py', tmp_path, name)
+        assert done.returncode == 0, done.stdout
+    else:
+        request.getfixturevalue('pretended_nccl')(2, 'odd_arrays.py', tmp_path, name)
+    for case in ODD_CASES:
+        dtype = DTYPE.get(case, np.float32)
+        given = [{n: whole_numbers(r, n, s, dtype) for n, s in SHAPES.items()} for r in range(2)]
+        if case in ('shared', 'shared by one'):
+            for rank in range(2 if case == 'shared' else 1):
+                given[rank]['b'] = given[rank]['a']
+        elif case == 'view':
+            given = [{**arrays, 'a': arrays['b']} for arrays in given]
+        elif case == 'broadcast':
+            given = [{'a': np.full((4, 3), rank + 1)} for rank in range(2)]
+        elif case == 'none':
+            given = [{}, {}]
+        elif case == 'two names':
+            given = [{**arrays, 'other': arrays['a']} for arrays in given]
+        for scale in (1, 2**-3, 2**10):
+            for rank in range(2):
+                actual = np.load(tmp_path / f'{case} {scale:g} {rank}.npz')
+                assert set(actual.files) == set(given[0]), case
+                for n, first in given[0].items():
+                    expected = (first.astype(float) + given[1][n]) / 2
+                    message = f'{case}, scale {scale}, rank {rank}, {n}'
+                    np.testing.assert_array_equal(actual[n], expected, message)
+                    assert actual[n].dtype == dtype, message
+    for case in ('fortran', 'strided', 'read only'):
+        for rank in range(2):
+            actual = np.load(tmp_path / f'bcast {case} {rank}.npz')
+            for n, shape in SHAPES.items():
+                message = f'broadcast, {case}, rank {rank}, {n}'
+                np.testing.assert_array_equal(actual[n], whole_numbers(0, n, shape), message)
+
+
 @pytest.fixture
 def pretended_nccl(mpirun, tmp_path):
     """``pretended_nccl(n, program, *arguments)``: pure_nccl without GPUs, as far as that goes.
@@ -393,6 +436,44 @@ def test_pure_nccl_stops_on_an_infinite_gradient(pretended_nccl, tmp_path):
     for rank in range(3):
         assert f'rank {rank}: the mean gradient is infinite or NaN' in said
     assert said.count('updated: /edge (3 inf and 0 NaN from rank 2 on ') == 3
+
+
+ERRORS = {
+    'missing': 'ranks 0 and 1 must have gradients of the same parameters (different: /b)',
+    'lacking': 'ValueError: ranks 0 and 1 must have gradients of the same parameters (different: ',
+    'shape': '(different: /b)',
+    'never_set': 'rank 1 on',
+    'broadcast_without_size': 'must have the same parameters, shapes and dtypes (different: /b)',
+    'broadcast_of_another_shape': '(different: /a)',
+    'broadcast_of_another_dtype': '(different: /a)',
+    'one_broadcasts': 'do the same: one averages gradients, the other broadcasts parameters',
+    'options': 'the same options of the communicator: stop_on_nonfinite (True and False)',
+    'bad_option': 'gradient_scale must be a power of two',
+    'other_dtype': 'CommunicatorError: ranks 0 and 1 ask for different communicators',
+    'other_communicator': 'CommunicatorError: ranks 0 and 1 ask for different communicators',
+    'broadcast_into_read_only': 'the parameter /a is read-only',
+    'workers_that_differ': 'worker 1 of rank 1 and the previous worker have gradients of different',
+    'no_worker': 'the same number of workers (1 and 0)',
+    'no_worker_anywhere': 'RuntimeError: mean_grad needs a call of add_grad before it',
+    'broken_gpu': 'CommunicatorError: ',
+}
+
+
+@pytest.mark.parametrize('name', ['mpi', 'pure_nccl'])
+def test_an_error_on_one_rank_is_raised_on_every_rank(request, mpirun, name):
+    if name == 'mpi':
+        done = mpirun(2, PROGRAMS / 'one_rank_errs.py', name, timeout=60)
+        assert done.returncode == 0, done.stdout
+        said = done.stdout
+    else:
+        said, _ = request.getfixturevalue('pretended_nccl')(2, 'one_rank_errs.py', name)
+    of_mpi = ('broadcast_into_read_only', 'workers_that_differ', 'no_worker', 'no_worker_anywhere')
+    for case, message in ERRORS.items():
+        if (case in of_mpi and name != 'mpi') or (case == 'broken_gpu' and name == 'mpi'):
+            continue
+        for rank in range(2):
+            lines = [li for li in said.splitlines() if li.startswith(f'rank {rank}: {case}: ')]
+            assert len(lines) == 1 and message in lines[0], (case, rank, said)
 
 
 @pytest.mark.gpu
