@@ -84,28 +84,40 @@ def averaged(tmp_path_factory):
     """``averaged(mpirun, case)``: what each rank got. One job has all cases of n processes."""
     folders = {}
 
-    def run(mpirun, case):
+    def run(mpirun, case, *longest):
         processes = case[0]
         cases = [options for n, *options in CASES if n == processes]
-        if processes not in folders:
+        job = (processes, *longest)
+        if job not in folders:
             folder = tmp_path_factory.mktemp('averaged')
-            done = mpirun(processes, PROGRAMS / 'allreduce.py', folder, json.dumps(cases))
+            done = mpirun(processes, PROGRAMS / 'allreduce.py', folder, json.dumps(cases), *longest)
             assert done.returncode == 0, done.stdout
-            folders[processes] = folder
+            folders[job] = folder
         number = cases.index(list(case[1:]))
-        return [np.load(folders[processes] / f'{number}-{r}.npz') for r in range(processes)]
+        return [np.load(folders[job] / f'{number}-{r}.npz') for r in range(processes)]
 
     return run
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join(map(str, case)))
 def test_mean_equals_the_reference(mpirun, averaged, case):
+    check(case, averaged(mpirun, case))
+
+
+@pytest.mark.parametrize('longest', [100, 1001])
+@pytest.mark.parametrize('case', [case for case in CASES if case[0] in (1, 3)], ids=str)
+def test_messages_that_are_longer_than_mpi_counts(mpirun, averaged, case, longest):
+    """With a small number in the place of 2**30."""
+    check(case, averaged(mpirun, case, longest))
+
+
+def check(case, averaged):
     processes, each, dtype, seed, accumulate, scale = case
     order = [p * each + i for p in shuffled(processes, seed) for i in range(each)]
     wires = [sent(worker, dtype, scale) for worker in order]
     with np.errstate(all='ignore'):
         mean = (exact_mean if accumulate == 'exact' else ring_mean)(wires, dtype)
-    for rank, actual in enumerate(averaged(mpirun, case)):
+    for rank, actual in enumerate(averaged):
         assert set(actual.files) == {*mean, 'cast_counts'}
         for name in mean:
             assert actual[name].dtype == np.float32
@@ -387,6 +399,31 @@ def test_arrays_that_are_shared_or_lie_otherwise_in_memory(request, mpirun, tmp_
                 np.testing.assert_array_equal(actual[n], whole_numbers(0, n, shape), message)
 
 
+@pytest.mark.parametrize('name', ['mpi', 'pure_nccl'])
+def test_loss_scales_in_chainermns_optimizer(request, mpirun, tmp_path, name):
+    if name == 'mpi':
+        done = mpirun(2, PROGRAMS / 'loss_scale.py', tmp_path, name, timeout=60)
+        assert done.returncode == 0, done.stdout
+    else:
+        request.getfixturevalue('pretended_nccl')(2, 'loss_scale.py', tmp_path, name)
+    results = {
+        how: [np.load(tmp_path / f'{how}-{rank}.npz') for rank in range(2)]
+        for how in ('none', 'static', 'dynamic', 'overflow')
+    }
+    expected = results['none'][0]
+    assert np.all(expected['W'] != 0.25)
+    for how in ('none', 'static', 'dynamic'):
+        for actual in results[how]:
+            np.testing.assert_array_equal(actual['W'], expected['W'], how)
+            np.testing.assert_array_equal(actual['lr'], expected['lr'], how)
+            assert actual['scale'] == {'none': 0, 'static': 64, 'dynamic': 2**5}[how]
+    # One rank's third gradient is infinite: no rank makes this update, and the scale is halved.
+    for actual in results['overflow']:
+        assert actual['scale'] == 2 * 2 / 2 * actual['growth'] ** 2
+        np.testing.assert_array_equal(actual['W'], results['overflow'][0]['W'])
+        assert np.all(np.isfinite(actual['W'])) and actual['t'] == 5
+
+
 @pytest.fixture
 def pretended_nccl(mpirun, tmp_path):
     """``pretended_nccl(n, program, *arguments)``: pure_nccl without GPUs, as far as that goes.
@@ -436,6 +473,19 @@ def test_pure_nccl_stops_on_an_infinite_gradient(pretended_nccl, tmp_path):
     for rank in range(3):
         assert f'rank {rank}: the mean gradient is infinite or NaN' in said
     assert said.count('updated: /edge (3 inf and 0 NaN from rank 2 on ') == 3
+
+
+@pytest.mark.parametrize('how', ['scale', 'check', 'neither'])
+def test_double_buffering_leaves_out_neither_scale_nor_check(pretended_nccl, how):
+    said, logs = pretended_nccl(2, 'double_buffering.py', how)
+    for rank in range(2):
+        line = next(li for li in said.splitlines() if li.startswith(f'rank {rank}: '))
+        if how == 'neither':
+            # Two updates, with the mean gradients 1.5 and 2.5 of the iterations before.
+            assert line == f'rank {rank}: [-4.0, -4.0]'
+        else:
+            assert 'CommunicatorError: double buffering leaves no place for' in line
+            assert not any('allReduce' in call for call in logs[rank])
 
 
 ERRORS = {
