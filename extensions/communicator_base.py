@@ -148,8 +148,8 @@ class CommunicatorOptions:
         raise NonFiniteGradients(
             f'the mean gradient is infinite or NaN, and nothing was updated: '
             f'{first_few(culprits, "; ")}. If values overflow {self.allreduce_grad_dtype}, choose '
-            f'a gradient_scale below {self.gradient_scale:g}. If not, check the learning rate and '
-            'the images'
+            f'a gradient_scale below {self.gradient_scale:g}, or a smaller loss scale. If not, '
+            'check the learning rate and the images'
         )
 
 

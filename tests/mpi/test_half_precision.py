@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import extensions  # isort: skip
 import chainer
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from extensions import (
     CastReport,
     CommunicatorError,
     HalfPrecisionMpiCommunicator,
+    NonFiniteGradients,
     create_communicator,
 )
 
@@ -559,4 +561,46 @@ def test_an_iteration_that_was_given_up_leaves_nothing(accumulate):
         comm.add_grad(model)
     model.a.grad = np.full(3, 2, np.float32)
     comm.multi_node_mean_grad(model)
+    np.testing.assert_array_equal(model.a.grad, np.full(3, 2))
+
+
+@pytest.mark.parametrize('accumulate', ['exact', 'ring'])
+@pytest.mark.parametrize('n_before', [0, 1, 2])
+def test_an_interrupted_worker_leaves_nothing(monkeypatch, accumulate, n_before):
+    """Ctrl-C in the middle of a cast; the cell of the notebook is run again."""
+
+    def add(*values):
+        for value in values:
+            model.a.grad = np.full(3, value, np.float32)
+            comm.add_grad(model)
+
+    def interrupt(grads, scale, target, counts):
+        target[...] = 1000
+        counts += 1
+        raise KeyboardInterrupt
+
+    comm = create_communicator('mpi', accumulate=accumulate)
+    model = model_of({'/a': np.zeros(3)})
+    add(*range(5, 5 + n_before))
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(extensions.kernels, 'pack', interrupt)
+        add(9)
+    add(1, 3)
+    comm.mean_grad(model)
+    np.testing.assert_array_equal(model.a.grad, np.full(3, 2))
+    assert list(comm.cast_counts) == [6, 6, 0, 0]
+
+
+def test_a_failed_iteration_leaves_nothing():
+    comm = create_communicator('mpi')
+    model = model_of({'/a': np.zeros(3)})
+    for value in (np.nan, 1):
+        model.a.grad = np.full(3, value, np.float32)
+        comm.add_grad(model)
+    with pytest.raises(NonFiniteGradients, match=r'/a \(0 inf and 3 NaN of worker 0'):
+        comm.mean_grad(model)
+    for value in (1, 3):
+        model.a.grad = np.full(3, value, np.float32)
+        comm.add_grad(model)
+    comm.mean_grad(model)
     np.testing.assert_array_equal(model.a.grad, np.full(3, 2))
