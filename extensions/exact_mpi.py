@@ -100,18 +100,11 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
 
         Raises:
             ValueError: On every rank: the ranks have parameters of different names, shapes or
-                dtypes, or a rank other than 0 has a read-only one.
+                dtypes, one is on a GPU, or a rank other than 0 has a read-only one.
         """
         params = sorted_params(model)
-        read_only = [name for name, param in params if not param.array.flags.writeable]
-        error = None
-        if read_only and self.rank > 0:
-            error = ValueError(
-                f'the parameter {first_few(read_only)} is read-only, as memory-mapped files and '
-                'buffers are. Set a copy: array.copy()'
-            )
         layout = [(name, param.shape, param.dtype.str) for name, param in params]
-        self.agree(BROADCASTS, layout, error=error)
+        self.agree(BROADCASTS, layout, error=self._obstacle(params))
         for _, param in params:
             array = param.array
             in_order = array if array.flags.c_contiguous else np.array(array, order='C')
@@ -119,6 +112,21 @@ class HalfPrecisionMpiCommunicator(CommunicatorOptions, mpi_communicator_base.Mp
                 self.mpi_comm.Bcast(piece)
             if in_order is not array and self.rank > 0:
                 array[...] = in_order
+
+    def _obstacle(self, params):
+        """Returns what keeps this rank from a broadcast; None if nothing does."""
+        for name, param in params:
+            if not isinstance(param.array, np.ndarray):
+                return ValueError(
+                    f'the parameter {name} is not on the CPU: call model.to_cpu(), or choose the '
+                    'communicator pure_nccl'
+                )
+            if self.rank > 0 and not param.array.flags.writeable:
+                return ValueError(
+                    f'the parameter {name} is read-only, as memory-mapped files and buffers are. '
+                    'Set a copy: array.copy()'
+                )
+        return None
 
     def add_grad(self, model, zero_fill=False):
         """Adds one worker's gradients, rounded to the wire's dtype, to this process's sum.

@@ -73,7 +73,26 @@ class HalfPrecisionNcclCommunicator(
             ValueError: On every rank: two ranks have gradients of different parameters or shapes.
             NonFiniteGradients: On every rank: the mean is infinite or NaN.
         """
-        params = params_with_grad(model, zero_fill)
+        params, error = [], None
+        try:
+            params = params_with_grad(model, zero_fill)
+            every = self._scaled_gradients(params)
+        except Exception as its_error:  # noqa: BLE001  (raised on every rank)
+            error = its_error
+        self.agree(AVERAGES, [(name, param.shape) for name, param in params], error=error)
+        if not any(param.size for param in every):
+            return  # CUDA has no kernel of no element
+        super().multi_node_mean_grad(model, zero_fill)
+        if self.gradient_scale != 1:
+            for param in every:
+                _multiply(param, 1 / self.gradient_scale)
+                if param.grad.dtype != param.dtype:
+                    param.grad = param.grad.astype(param.dtype)
+        if self.stop_on_nonfinite:
+            self._check_mean(params)
+
+    def _scaled_gradients(self, params):
+        """Returns each parameter once, with a gradient of its own, multiplied by the scale."""
         every = list({id(param): param for _, param in params}.values())  # one may have two names
         for param in every:
             if param.grad is None:
@@ -83,27 +102,19 @@ class HalfPrecisionNcclCommunicator(
         if self.gradient_scale != 1:
             for param in every:
                 _multiply(param, self.gradient_scale)
-        super().multi_node_mean_grad(model, zero_fill)
-        if self.gradient_scale != 1:
-            for param in every:
-                _multiply(param, 1 / self.gradient_scale)
-                if param.grad.dtype != param.dtype:
-                    param.grad = param.grad.astype(param.dtype)
-        if self.stop_on_nonfinite and any(param.size for param in every):
-            self._check_mean(params)
+        return every
 
     def _multi_node_mean_grad_async(self, model, zero_fill, stream):
-        double_buffering = stream != cuda.Stream.null
-        if double_buffering and (self.gradient_scale != 1 or self.stop_on_nonfinite):
-            raise CommunicatorError(
-                'double buffering leaves no place for the gradient scale and for the check of the '
-                'mean: choose gradient_scale=1 and stop_on_nonfinite=False, or '
-                'double_buffering=False'
-            )
-        params = params_with_grad(model, zero_fill)
-        self.agree(AVERAGES, [(name, param.shape) for name, param in params])
-        if any(param.size for _, param in params):  # CUDA has no kernel of no element
-            super()._multi_node_mean_grad_async(model, zero_fill, stream)
+        if stream != cuda.Stream.null:  # double buffering
+            if self.gradient_scale != 1 or self.stop_on_nonfinite:
+                raise CommunicatorError(
+                    'double buffering leaves no place for the gradient scale and for the check of '
+                    'the mean: choose gradient_scale=1 and stop_on_nonfinite=False, or '
+                    'double_buffering=False'
+                )
+            layout = [(name, param.shape) for name, param in params_with_grad(model, zero_fill)]
+            self.agree(AVERAGES, layout)
+        super()._multi_node_mean_grad_async(model, zero_fill, stream)
 
     def _check_mean(self, params):
         sent, mean = (

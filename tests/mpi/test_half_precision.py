@@ -495,6 +495,7 @@ ERRORS = {
     'lacking': 'ValueError: ranks 0 and 1 must have gradients of the same parameters (different: ',
     'shape': '(different: /b)',
     'never_set': 'rank 1 on',
+    'cannot_be_read': 'Cannot retrieve Variable.grad',
     'broadcast_without_size': 'must have the same parameters, shapes and dtypes (different: /b)',
     'broadcast_of_another_shape': '(different: /a)',
     'broadcast_of_another_dtype': '(different: /a)',

@@ -50,6 +50,12 @@ def never_set(model):
     comm.multi_node_mean_grad(model)
 
 
+def cannot_be_read(model):
+    if second:
+        model.b._grad_valid = False  # as after it got its size, without cleargrads
+    comm.multi_node_mean_grad(model)
+
+
 def broadcast_without_size(model):
     if second:
         with model.init_scope():
@@ -130,7 +136,15 @@ def broken_gpu(model):
         cuda.get_device_from_id = use
 
 
-CASES = [missing, lacking, shape, never_set, broadcast_without_size, broadcast_of_another_shape]
+CASES = [
+    missing,
+    lacking,
+    shape,
+    never_set,
+    cannot_be_read,
+    broadcast_without_size,
+    broadcast_of_another_shape,
+]
 CASES += [broadcast_of_another_dtype, one_broadcasts, options]
 CASES += [bad_option, other_dtype, other_communicator]
 ONLY = {
