@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import chainer
 import numpy as np
 
@@ -16,30 +18,28 @@ def own_gradients(params):
     Args:
         params (iterable of ~chainer.Parameter): Have a size, and are all on one device.
     """
-    arrays = []
+    owners, starts, sizes = [], [], []
+    addressof, as_buffer = ctypes.addressof, ctypes.c_char.from_buffer  # the fastest way
     for param in {id(param): param for param in params}.values():
         grad = param.grad
         if grad is None:
             continue
-        flags = grad.flags
+        on_cpu = isinstance(grad, np.ndarray)
         # CuPy's arrays have no flag for writing: all can be written.
-        if isinstance(grad, np.ndarray) and not flags.carray or not flags.c_contiguous:
+        if not (grad.flags.carray if on_cpu else grad.flags.c_contiguous):
             _copy(param)
-        else:
-            start = _address(grad)
-            arrays.append((start, start + grad.nbytes, len(arrays), param))
-    last_end = 0
-    for start, end, _, param in sorted(arrays, key=lambda array: array[:3]):
-        if start < min(last_end, end):
-            _copy(param)
-        last_end = max(last_end, end)
+        elif grad.size:
+            owners.append(param)
+            starts.append(addressof(as_buffer(grad)) if on_cpu else grad.data.ptr)
+            sizes.append(grad.nbytes)
+    order = np.argsort(starts, kind='stable')
+    starts = np.array(starts, np.uint64)[order]
+    ends = starts + np.array(sizes, np.uint64)[order]
+    for i in order[1:][starts[1:] < np.maximum.accumulate(ends)[:-1]]:
+        _copy(owners[i])
 
 
 def _copy(param):
     # CuPy copies on the current device.
     with chainer.using_device(param.device):
         param.grad = param.device.xp.array(param.grad, order='C')
-
-
-def _address(array) -> int:
-    return array.__array_interface__['data'][0] if isinstance(array, np.ndarray) else array.data.ptr
