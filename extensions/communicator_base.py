@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +12,10 @@ from mpi4py import MPI
 
 _DTYPES = ('float16', 'float32', 'float64')
 ACCUMULATE = ('exact', 'ring')
+
+# What a rank does in a collective, for the messages.
+AVERAGES = 'averages gradients'
+BROADCASTS = 'broadcasts parameters'
 
 
 class CommunicatorError(Exception):
@@ -95,6 +100,38 @@ class CommunicatorOptions:
         options = {name: getattr(self, name) for name in self.checks}
         return type(self)(self.mpi_comm.Split(color, key), **options, reason=self.reason)
 
+    def agree(self, action, layout, n_workers=1, error=None):
+        """Raises on every rank if an error on one rank would leave the others waiting. Collective.
+
+        It comes before every other message, so that ranks which do different things meet in it.
+
+        Args:
+            action (str): What the rank does next.
+            layout (list of tuples): Name, shape and so on of each parameter that it does this with.
+            n_workers (int): Number of workers whose gradients it has added.
+            error (Exception): What is wrong on this rank; None if nothing is.
+
+        Raises:
+            ValueError: A rank has an error, or two ranks differ.
+        """
+        options = {name: str(getattr(self, name)) for name in self.checks}
+        own = (action, layout, n_workers, options)
+        digest = zlib.crc32(repr(own).encode())
+        extremes = np.array([digest, -digest, error is not None], np.int64)
+        self.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
+        if extremes[0] == -extremes[1] and not extremes[2]:
+            return
+        where = f'rank {self.rank} on {MPI.Get_processor_name()}'
+        said = error and f'{where}: {error}'
+        everyone = self.mpi_comm.allgather((said, own))
+        errors = [said for said, _ in everyone if said]
+        if errors:
+            raise ValueError(first_few(errors, '; ')) from error
+        first = everyone[0][1]
+        for rank, (_, other) in enumerate(everyone):
+            if other != first:
+                raise ValueError(f'ranks 0 and {rank} must {_difference(first, other)}')
+
     def raise_nonfinite(self, names, sent):
         """Raises :class:`NonFiniteGradients`. Collective: all ranks have the same mean.
 
@@ -112,9 +149,25 @@ class CommunicatorOptions:
         raise NonFiniteGradients(
             f'the mean gradient is infinite or NaN, and nothing was updated: '
             f'{first_few(culprits, "; ")}. If values overflow {self.allreduce_grad_dtype}, choose '
-            f'a gradient_scale below {self.gradient_scale:g}. If not, check the learning rate and '
-            'the images'
+            f'a gradient_scale below {self.gradient_scale:g}, or a smaller loss scale. If not, '
+            'check the learning rate and the images'
         )
+
+
+def _difference(first, other) -> str:
+    """Says what two ranks must have alike, from what :meth:`CommunicatorOptions.agree` gathers."""
+    if first[0] != other[0]:
+        return f'do the same: one {first[0]}, the other {other[0]}'
+    options = [f'{k} ({v} and {other[3][k]})' for k, v in first[3].items() if v != other[3][k]]
+    if options:
+        return f'have the same options of the communicator: {", ".join(options)}'
+    differing = sorted({entry[0] for entry in set(first[1]) ^ set(other[1])})
+    return (
+        f'have gradients of the same parameters (different: {first_few(differing) or "none"}) and '
+        f'the same number of workers ({first[2]} and {other[2]})'
+        if first[0] == AVERAGES
+        else f'have the same parameters, shapes and dtypes (different: {first_few(differing)})'
+    )
 
 
 def first_few(items, separator=', ', n=3) -> str:
@@ -148,7 +201,14 @@ def raise_together(mpi_comm, error):
 
 def params_with_grad(model, zero_fill):
     return [
+        (name, param) for name, param in sorted_params(model) if zero_fill or param.grad is not None
+    ]
+
+
+def sorted_params(model):
+    """Returns the names and parameters that have a size, as ChainerMN orders them."""
+    return [
         (name, param)
-        for name, param in sorted(model.namedparams())
-        if param.data is not None and (zero_fill or param.grad is not None)
+        for name, param in sorted(model.namedparams(), key=lambda item: item[0])
+        if param.data is not None
     ]

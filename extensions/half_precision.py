@@ -52,9 +52,12 @@ def create_communicator(
         accumulate (str): For ``'mpi'`` only. ``'exact'`` sums exactly; ``'ring'`` rounds after
             every addition.
         gradient_scale (float): A power of two. Gradients are multiplied by it in float32 before the
-            cast, and their mean is divided by it. The paper has no scale.
+            cast, and their mean is divided by it. The paper has no scale. An optimizer's own loss
+            scale (``optimizer.set_loss_scale``) multiplies the gradients earlier, and the optimizer
+            divides them by it after the all-reduce.
         stop_on_nonfinite (bool): For ``'mpi'`` and ``'pure_nccl'``. Whether an infinite or NaN mean
-            raises an error, on every rank and before the update.
+            raises an error, on every rank and before the update. False is for Chainer's dynamic
+            loss scaling, which skips such an update itself, on every rank.
 
     With several ranks, an uncaught exception on one rank then ends all ranks, by ChainerMN's
     ``global_except_hook``. A program that has set ``sys.excepthook`` keeps its own.
@@ -65,7 +68,7 @@ def create_communicator(
 
     Raises:
         CommunicatorError: On every rank, in one of these cases:
-            An option is unknown, or the communicator does not support it.
+            An option is unknown, or differs between ranks, or the communicator does not support it.
             Some ranks have a GPU and some have none. The message names host and rank.
             Two ranks share a GPU. The message names host and rank.
             NCCL is too old. The message names host and rank.
@@ -75,14 +78,8 @@ def create_communicator(
         raise CommunicatorError('mpi_comm is MPI.COMM_NULL: this process does not belong to it')
     if mpi_comm.size > 1 and sys.excepthook is sys.__excepthook__:
         global_except_hook.add_hook()
-    if name not in NAMES:
-        raise CommunicatorError(f'communicator must be one of {", ".join(NAMES)}, not {name!r}')
-    options = {
-        'allreduce_grad_dtype': wire_dtype(allreduce_grad_dtype),
-        'gradient_scale': power_of_two(gradient_scale),
-        'stop_on_nonfinite': stop_on_nonfinite,
-    }
-    accumulate = checked_accumulate(accumulate)
+    given = (name, allreduce_grad_dtype, accumulate, gradient_scale, stop_on_nonfinite)
+    name, accumulate, options = _agreed(mpi_comm, lambda: _checked(*given))
     reason = 'asked for'
     if name in ('auto', 'pure_nccl'):
         everyone = mpi_comm.allgather(nccl.inspect(mpi_comm.rank))
@@ -93,9 +90,48 @@ def create_communicator(
         return _naive(mpi_comm, options, reason)
     if name == 'pure_nccl':
         number = nccl.own_gpus(everyone)[mpi_comm.rank]
-        cuda.get_device_from_id(number).use()
+        _agreed(mpi_comm, lambda: _use_gpu(number))
         return HalfPrecisionNcclCommunicator(mpi_comm, **options, reason=reason)
     return HalfPrecisionMpiCommunicator(mpi_comm, **options, accumulate=accumulate, reason=reason)
+
+
+def _checked(name, allreduce_grad_dtype, accumulate, gradient_scale, stop_on_nonfinite):
+    if name not in NAMES:
+        raise CommunicatorError(f'communicator must be one of {", ".join(NAMES)}, not {name!r}')
+    options = {
+        'allreduce_grad_dtype': wire_dtype(allreduce_grad_dtype),
+        'gradient_scale': power_of_two(gradient_scale),
+        'stop_on_nonfinite': bool(stop_on_nonfinite),
+    }
+    return name, checked_accumulate(accumulate), options
+
+
+def _use_gpu(number):
+    try:
+        cuda.get_device_from_id(number).use()
+    except Exception as error:
+        raise CommunicatorError(f'GPU {number} cannot be used: {error}') from error
+
+
+def _agreed(mpi_comm, function):
+    """Returns what the function returns, alike on every rank. Raises its error on every rank."""
+    result, error = None, None
+    try:
+        result = function()
+    except CommunicatorError as its_error:
+        error = its_error
+    everyone = mpi_comm.allgather((str(error or ''), result))
+    if error:
+        raise error
+    for rank, (said, its_result) in enumerate(everyone):
+        if said:
+            raise CommunicatorError(f'rank {rank}: {said}')
+        if its_result != everyone[0][1]:
+            raise CommunicatorError(
+                f'ranks 0 and {rank} ask for different communicators: {everyone[0][1]} and '
+                f'{its_result}'
+            )
+    return result
 
 
 def _naive(mpi_comm, options, reason):

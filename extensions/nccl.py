@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import chainer
 import chainermn
+import numpy as np
 from chainer.backends import cuda
 from chainermn.communicators import pure_nccl_communicator
 from mpi4py import MPI
 
-from extensions.communicator_base import CommunicatorError, CommunicatorOptions, params_with_grad
+from extensions.communicator_base import (
+    AVERAGES,
+    BROADCASTS,
+    CommunicatorError,
+    CommunicatorOptions,
+    params_with_grad,
+    sorted_params,
+)
+from extensions.gradients import own_gradients
 from extensions.timing import TimedSteps
 
 
@@ -22,7 +32,12 @@ class HalfPrecisionNcclCommunicator(
     ChainerMN packs the gradients into one buffer of the wire's dtype, and NCCL sums the buffers of
     all ranks. ChainerMN then divides the sum in the wire's dtype and unpacks it. All of this runs
     on the null stream. The check reads one number from the device in every iteration. Losses from
-    rounding are not counted here.
+    rounding are not counted here. Before each call of NCCL, the ranks compare what they are about
+    to do over MPI, in one message, because NCCL hangs if they differ.
+
+    ChainerMN's double buffering all-reduces on another stream, while the next iteration runs. This
+    leaves no place for the scale and the check: it needs ``gradient_scale=1`` and
+    ``stop_on_nonfinite=False``.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks. Each rank's current device is its GPU.
@@ -34,23 +49,72 @@ class HalfPrecisionNcclCommunicator(
         # One kernel packs all parameters, as in ChainerMN's create_communicator.
         self.set_config('batched_copy', True)
 
+    def bcast_data(self, model):
+        """Gives every rank the parameters of rank 0, in arrays of any memory layout.
+
+        Raises:
+            ValueError: On every rank: the ranks have parameters of different names, shapes or
+                dtypes.
+        """
+        params = sorted_params(model)
+        self.agree(BROADCASTS, [(name, param.shape, param.dtype.str) for name, param in params])
+        with _in_c_order(params):
+            super().bcast_data(model)
+
     def multi_node_mean_grad(self, model, zero_fill=False):
         """Replaces the model's gradients by their mean over the ranks.
 
+        Args:
+            model (~chainer.Link): All ranks must have the same parameters.
+            zero_fill (bool): Whether a missing gradient counts as zeros. If not, its parameter is
+                skipped; the gradient must then be missing on all ranks.
+
         Raises:
+            ValueError: On every rank: two ranks have gradients of different parameters or shapes.
             NonFiniteGradients: On every rank: the mean is infinite or NaN.
         """
-        params = params_with_grad(model, zero_fill)
-        if self.gradient_scale != 1:
-            for _, param in params:
-                if param.grad is not None:
-                    param.grad *= self.gradient_scale
+        params, error = [], None
+        try:
+            params = params_with_grad(model, zero_fill)
+            every = self._scaled_gradients(params)
+        except Exception as its_error:  # noqa: BLE001  (raised on every rank)
+            error = its_error
+        self.agree(AVERAGES, [(name, param.shape) for name, param in params], error=error)
+        if not any(param.size for param in every):
+            return  # CUDA has no kernel of no element
         super().multi_node_mean_grad(model, zero_fill)
         if self.gradient_scale != 1:
-            for _, param in params:
-                param.grad *= 1 / self.gradient_scale
+            for param in every:
+                _multiply(param, 1 / self.gradient_scale)
+                if param.grad.dtype != param.dtype:
+                    param.grad = param.grad.astype(param.dtype)
         if self.stop_on_nonfinite:
             self._check_mean(params)
+
+    def _scaled_gradients(self, params):
+        """Returns each parameter once, with a gradient of its own, multiplied by the scale."""
+        every = list({id(param): param for _, param in params}.values())  # one may have two names
+        for param in every:
+            if param.grad is None:
+                with chainer.using_device(param.device):
+                    param.grad = param.device.xp.zeros_like(param.array)
+        own_gradients(every)
+        if self.gradient_scale != 1:
+            for param in every:
+                _multiply(param, self.gradient_scale)
+        return every
+
+    def _multi_node_mean_grad_async(self, model, zero_fill, stream):
+        if stream != cuda.Stream.null:  # double buffering
+            if self.gradient_scale != 1 or self.stop_on_nonfinite:
+                raise CommunicatorError(
+                    'double buffering leaves no place for the gradient scale and for the check of '
+                    'the mean: choose gradient_scale=1 and stop_on_nonfinite=False, or '
+                    'double_buffering=False'
+                )
+            layout = [(name, param.shape) for name, param in params_with_grad(model, zero_fill)]
+            self.agree(AVERAGES, layout)
+        super()._multi_node_mean_grad_async(model, zero_fill, stream)
 
     def _check_mean(self, params):
         sent, mean = (
@@ -70,6 +134,33 @@ class HalfPrecisionNcclCommunicator(
                 if n_inf or n_nan:
                     own[name] = f'{n_inf} inf and {n_nan} NaN'
         self.raise_nonfinite(names, own)
+
+
+def _multiply(param, factor):
+    """Multiplies the gradient in float32, in place unless it is float16."""
+    grad = param.grad
+    dtype = np.promote_types(grad.dtype, np.float32)
+    if grad.dtype == dtype:
+        grad *= dtype.type(factor)
+    else:  # Chainer's setter refuses a gradient of another dtype
+        param._set_grad_without_check(grad.astype(dtype) * dtype.type(factor))
+
+
+@contextlib.contextmanager
+def _in_c_order(params):
+    """Replaces arrays in another memory layout by copies, and writes these back at the end.
+
+    ChainerMN copies a parameter's memory as it lies.
+    """
+    replaced = {}
+    for _, param in params:
+        if not param.array.flags.c_contiguous:
+            replaced[id(param)] = param, param.array
+            param.array = param.device.xp.ascontiguousarray(param.array)
+    yield
+    for param, array in replaced.values():
+        array[...] = param.array
+        param.array = array
 
 
 def device_of(comm):

@@ -56,7 +56,19 @@ def restore_removed_names() -> list[str]:
     return added
 
 
+def forget_failed_imports() -> None:
+    """Lets Chainer be imported after its import failed, as in an earlier cell of a notebook.
+
+    A failed import leaves Chainer's modules behind, which do not fit a second import.
+    """
+    for package in ('chainer', 'chainermn'):
+        if package not in sys.modules:
+            for name in [name for name in sys.modules if name.startswith(f'{package}.')]:
+                del sys.modules[name]
+
+
 restore_removed_names()
+forget_failed_imports()
 
 # Replace Chainer's check of its environment. The check takes longer than the rest of the import,
 # because of modules that current releases lack (numpy.distutils, pkg_resources). It concerns Python

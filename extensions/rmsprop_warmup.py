@@ -12,6 +12,7 @@ from chainer import optimizer, using_device
 from chainer.backends import cuda
 
 from extensions import kernels
+from extensions.gradients import own_gradients
 
 # Elements per block of the NumPy update. Its four streams and the scratch (5 x 256 KiB in float32)
 # stay in a core's second-level cache. At a quarter of this size, calls take 15 % of the time.
@@ -120,6 +121,7 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
         arrays = (param.grad, param.data, self.state['m'], self.state['delta'])
         hyperparameters = self._hyperparameters(param.dtype)
         if not kernels.rmsprop_warmup(arrays, [hyperparameters]):
+            _check_arrays(param.name or 'of this rule', param, self.state)
             self._update_by_numpy(arrays, *hyperparameters)
 
     def _update_by_numpy(
@@ -205,7 +207,10 @@ class RMSpropWarmup(optimizer.GradientMethod):
     Raises:
         TypeError: A hyper-parameter is not a number. Booleans are not accepted.
         ValueError: A hyper-parameter is negative or not finite, or ``mu1`` or ``mu2`` is not below
-            1. At the first update: ``eps`` rounds to zero in the parameter's dtype.
+            1.
+        ValueError: At an update, and on CPUs before any parameter is changed: ``eps`` rounds to
+            zero in the parameter's dtype. A parameter or its state is read-only. The gradient or
+            the state has another shape than the parameter.
     """
 
     def __init__(
@@ -248,19 +253,34 @@ class RMSpropWarmup(optimizer.GradientMethod):
 
         Chainer's :class:`~chainer.GradientMethod` loops over the parameters. For a small parameter,
         the loop takes longer than the arithmetic. On CPUs the loop runs here only if a rule's hook,
-        a loss scale or float16 requires it, or without the C library.
+        a rule of another class, a loss scale, float16, or an array that is not in C order requires
+        it, for the parameters' first update, or without the C library.
+
+        Args:
+            lossfun (callable): As everywhere in Chainer: returns the loss, whose gradients are used
+                instead of those that the parameters have.
         """
-        if lossfun is not None or self._loss_scale is not None:
-            super().update(lossfun, *args, **kwds)
-            return
+        if lossfun is not None:
+            loss = lossfun(*args, **kwds)
+            if getattr(self, '_use_cleargrads', True):  # Chainer's use_cleargrads sets it
+                self.target.cleargrads()
+            else:
+                self.target.zerograds()
+            loss.backward(loss_scale=self._loss_scale)
+            del loss
         self.reallocate_cleared_grads()
+        self.check_nan_in_grads()
         self.call_hooks('pre')
+        in_loop = self.is_safe_to_update() and not self._update_at_once()
+        if in_loop:
+            self._check_all()
         self.t += 1
-        if not self._update_at_once():
+        if in_loop:
             for param in self.target.params():
                 param.update()
         self.reallocate_cleared_grads()
         self.call_hooks('post')
+        self.update_loss_scale()
 
     def reallocate_cleared_grads(self):
         """Calls Chainer's method, which examines every parameter, only if a gradient is missing."""
@@ -290,6 +310,46 @@ class RMSpropWarmup(optimizer.GradientMethod):
         for rule in rules:
             rule.t += 1
         return True
+
+    def _check_all(self):
+        """Raises the errors of all parameters on the CPU before any of them is updated."""
+        scaled = []
+        for name, param in self.target.namedparams():
+            rule = param.update_rule
+            if rule is None or not rule.enabled or param.array is None:
+                continue
+            if param._loss_scale is not None:
+                scaled.append(param)
+            has_master = rule._use_fp32_update and param.dtype == np.float16
+            on_cpu = isinstance(param.array, np.ndarray)
+            if isinstance(rule, RMSpropWarmupRule) and on_cpu and not has_master:
+                rule._hyperparameters(param.dtype)
+                _check_arrays(name, param, rule.state or {})
+        own_gradients(scaled)  # Chainer divides each by the loss scale, in place
+
+
+def _check_arrays(name, param, state):
+    """Raises ValueError for arrays on the CPU that cannot be updated together."""
+    arrays = {
+        f'the parameter {name}': param.array,
+        **{f'the state {key!r} of the parameter {name}': value for key, value in state.items()},
+    }
+    for what, array in arrays.items():
+        if array.shape != param.shape:
+            raise ValueError(
+                f'RMSpropWarmup: {what} has the shape {array.shape}, but the parameter has '
+                f'{param.shape}. Load the state of the same model, or call optimizer.setup'
+            )
+        if not array.flags.writeable:
+            raise ValueError(
+                f'RMSpropWarmup: {what} is read-only, as memory-mapped files and buffers are. Set '
+                'a copy: array.copy()'
+            )
+    if param.grad is not None and param.grad.shape != param.shape:
+        raise ValueError(
+            f'RMSpropWarmup: the gradient of the parameter {name} has the shape '
+            f'{param.grad.shape}, but the parameter has {param.shape}'
+        )
 
 
 def _is_plain(rule, param) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from chainer import reporter, training
-from chainer.training import extension
 
 PAPER_EPOCHS = 90
 
@@ -12,6 +11,10 @@ PAPER_EPOCHS = 90
 _SLOW_START = ((40, 0.5), (70, 0.075), (85, 0.01), (float('inf'), 0.001))
 
 FORMS = ('printed', 'continuous')
+
+# Below that of Chainer's snapshot, -100: an extension is initialized after those above it, and so
+# after a snapshot that is loaded automatically.
+_PRIORITY = -150
 
 
 def alpha_sgd(epoch, beta_center=10.0, beta_period=5.0, form='printed'):
@@ -71,11 +74,14 @@ def alpha_rmsprop(alpha_sgd, lr, lr_rmsprop=3e-4):
         float, or float64 array.
 
     Raises:
-        ValueError: ``lr`` is not above 0.
+        ValueError: ``lr`` is not above 0 where ``alpha_sgd`` is below 1.
     """
-    if not np.all(np.asarray(lr) > 0):
+    share = np.maximum(0.0, 1 - np.asarray(alpha_sgd, np.float64))
+    # From the end of the transition on, a schedule may let lr fall to 0.
+    lr = np.where((share == 0) & (np.asarray(lr) == 0), 1.0, lr)
+    if not np.all(lr > 0):
         raise ValueError(f'lr must be above 0, not {lr}')
-    alpha = np.maximum(0.0, 1 - np.asarray(alpha_sgd, np.float64)) * lr_rmsprop / lr  # [W4]
+    alpha = share * lr_rmsprop / lr  # [W4]
     return alpha if np.ndim(alpha) else float(alpha)
 
 
@@ -130,10 +136,10 @@ def learning_rate(epoch, total_batch_size):
 class _Schedule(training.Extension):
     """Sets hyper-parameters from the fractional epoch at the start of each update.
 
-    Chainer runs extensions after an update. So ``initialize`` sets the values for the first update,
-    also after a resume, and each call sets the values for the next update. The priority is low, so
-    that observers first read the values of the previous update. An optimizer hook reports these
-    values from inside the update.
+    A hook of the optimizer sets and reports the values inside the update. So they fit the iteration
+    after every way of resuming, wherever in the order of the extensions it comes. Between the
+    updates, ``initialize`` and each call set the values of the next update, for those who read
+    them there. The priority is low, so that observers first read the values of the last update.
     """
 
     trigger = (1, 'iteration')
@@ -149,17 +155,34 @@ class _Schedule(training.Extension):
         self._n_images = n_images
         self._epochs = epochs
         self._optimizer = optimizer
+        self._trainer = None
+        if optimizer is not None:
+            self._check(optimizer)
 
     def initialize(self, trainer):
-        self._reporting = self._optimizer_of(trainer)
-        self._reporting.add_hook(self._report, self._hook_name, timing='post')
         self(trainer)
 
     def finalize(self):
-        self._reporting.remove_hook(self._hook_name)
+        if self._trainer is not None and self._hook_of(self._target) == self._before_update:
+            self._target.remove_hook(self._hook_name)
+        self._trainer = None
 
     def __call__(self, trainer):
-        self._set(self._optimizer_of(trainer), self.paper_epoch(trainer.updater.iteration))
+        self._trainer = trainer
+        optimizer = self._target
+        self._check(optimizer)
+        hook = self._hook_of(optimizer)
+        if hook != self._before_update:  # the first time, or optimizer.setup() discarded it
+            if hook is not None:
+                other = hook.__self__
+                if other._trainer is trainer:
+                    raise ValueError(
+                        f'{other.name} and {self.name} both set {" and ".join(self.names)} of one '
+                        'optimizer: extend the trainer by one of them'
+                    )
+                optimizer.remove_hook(self._hook_name)  # of a trainer that never ran
+            optimizer.add_hook(self._before_update, self._hook_name, timing='pre')
+        self._set(optimizer, self.paper_epoch(trainer.updater.iteration))
 
     def paper_epoch(self, iteration) -> float:
         """Epoch, of the paper's 90, after ``iteration`` updates: the start of the next update."""
@@ -168,24 +191,72 @@ class _Schedule(training.Extension):
 
     @property
     def _hook_name(self):
-        return f'{self.default_name}_report'
+        return f'schedule of {" and ".join(self.names)}'
 
-    def _optimizer_of(self, trainer):
-        return self._optimizer or trainer.updater.get_optimizer('main')
+    @property
+    def _target(self):
+        if self._optimizer is not None:
+            return _actual(self._optimizer)
+        try:
+            return _actual(self._trainer.updater.get_optimizer('main'))
+        except KeyError:
+            raise ValueError(
+                f'{self.name}: the updater has no optimizer named main: give the schedule its '
+                'optimizer'
+            ) from None
 
-    def _report(self, optimizer):
-        reporter.report({name: getattr(optimizer, name) for name in self.names})
+    def _check(self, optimizer):
+        """Raises ValueError if the optimizer would ignore the values."""
+        held = getattr(optimizer, 'hyperparam', optimizer)
+        lacking = [name for name in self.names if not hasattr(held, name)]
+        if lacking:
+            raise ValueError(
+                f'{type(self).__name__} sets {" and ".join(lacking)}, which '
+                f'{type(_actual(optimizer)).__name__} does not have'
+            )
+
+    def _hook_of(self, optimizer):
+        hooks = optimizer._hookable._pre_update_hooks if optimizer._hookable else {}
+        return hooks.get(self._hook_name)
+
+    def _before_update(self, optimizer):
+        # A hook that is left, as after another extension's initialize failed, does nothing.
+        if self._trainer is not None and _is_running(self._trainer):
+            self._set(optimizer, self.paper_epoch(self._trainer.updater.iteration))
+            prefix = self._prefix(optimizer)
+            reporter.report({prefix + name: getattr(optimizer, name) for name in self.names})
+
+    def _prefix(self, optimizer):
+        """Returns what tells the values of another than the main optimizer apart."""
+        for name, other in self._trainer.updater.get_all_optimizers().items():
+            if _actual(other) is optimizer:
+                return '' if name == 'main' else f'{name}/'
+        return f'{self.name}/'
 
     def _set(self, optimizer, epoch):
         raise NotImplementedError
+
+
+def _is_running(trainer) -> bool:
+    try:
+        return reporter.get_current_reporter() is trainer.reporter
+    except IndexError:  # no reporter
+        return False
+
+
+def _actual(optimizer):
+    """Returns the optimizer inside ChainerMN's multi-node optimizer, which shares its hooks."""
+    return getattr(optimizer, 'actual_optimizer', optimizer)
 
 
 class StepLearningRate(_Schedule):
     """Sets ``lr``, by default to the paper's slow start, :func:`learning_rate`.
 
     The epoch is fractional: completed updates x total batch / images, at the start of the update.
-    The iterator's own epoch is not used. A run of E epochs maps its epoch e to 90 e / E. Each
-    update reports the ``lr`` that it used.
+    The completed updates are the updater's ``iteration``, from wherever it was loaded. The
+    iterator's own epoch is not used. A run of E epochs maps its epoch e to 90 e / E. Each update
+    reports the ``lr`` that it used. For an optimizer other than the updater's main one, the
+    optimizer's name comes before it, as in ``generator/lr``.
 
     Args:
         total_batch_size (int): B, the images of all workers in one iteration.
@@ -197,9 +268,12 @@ class StepLearningRate(_Schedule):
 
     Raises:
         ValueError: ``total_batch_size``, ``n_images`` or ``epochs`` is not above 0.
+        ValueError: Here or, for the main optimizer, before the first update: the optimizer has no
+            hyper-parameter ``lr``, as Adam.
+        ValueError: Before the first update: another schedule sets ``lr`` of the same optimizer.
     """
 
-    priority = extension.PRIORITY_READER - 50
+    priority = _PRIORITY
     names = ('lr',)
 
     def __init__(
@@ -221,7 +295,8 @@ class AlphaSGDSchedule(_Schedule):
     """The transition: sets ``alpha_sgd``, and the ``alpha_rmsprop`` for it and the current ``lr``.
 
     It runs after :class:`StepLearningRate`, even if it was added first. Each update reports the
-    ``alpha_sgd`` and ``alpha_rmsprop`` that it used.
+    ``alpha_sgd`` and ``alpha_rmsprop`` that it used, named as in :class:`StepLearningRate`. The
+    optimizer is an :class:`~extensions.RMSpropWarmup`: others have no alphas and are refused.
 
     Args:
         total_batch_size, n_images, epochs, optimizer: As in :class:`StepLearningRate`.
@@ -229,10 +304,10 @@ class AlphaSGDSchedule(_Schedule):
         lr_rmsprop (float): As in :func:`alpha_rmsprop`.
 
     Raises:
-        ValueError: As in :class:`StepLearningRate`.
+        ValueError: As in :class:`StepLearningRate`, for ``alpha_sgd`` and ``alpha_rmsprop``.
         ValueError: ``beta_period`` is not above 0.
         ValueError: ``form`` is unknown.
-        ValueError: ``lr`` is not above 0. Raised when values are set.
+        ValueError: ``lr`` is not above 0 before the transition ends. Raised when values are set.
     """
 
     priority = StepLearningRate.priority - 1

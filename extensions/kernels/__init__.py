@@ -88,6 +88,18 @@ def _table(arrays):
     return sizes, np.array(addresses, np.uintp)
 
 
+def _is_readable(array) -> bool:
+    """Whether C can read the array. NumPy's flag ``carray`` says whether C can write it."""
+    flags = array.flags
+    return flags.c_contiguous and flags.aligned
+
+
+def _scaled(array, scale, dtype):
+    """Returns the product in ``dtype``, or in float32 if ``dtype`` is float16."""
+    dtype = np.promote_types(dtype, np.float32)
+    return array.astype(dtype, copy=False) * dtype.type(scale)
+
+
 def _parts(array, sizes):
     """Splits the array into consecutive parts of these sizes."""
     return [array[stop - size : stop] for size, stop in zip(sizes, np.cumsum(sizes))]
@@ -100,7 +112,7 @@ def pack(grads, scale, target, counts):
 
     Args:
         grads (list of arrays): Gradients of any shapes.
-        scale (float): A power of two, applied in the dtype of ``grads``.
+        scale (float): A power of two, applied in the dtype of ``grads``, but at least in float32.
         target (array): Contiguous, with as many elements as ``grads``. A float16 beyond 65,504 is
             infinite.
         counts (array): int64 [len(grads), 4], increased for each gradient. The first count is of
@@ -108,7 +120,7 @@ def pack(grads, scale, target, counts):
             part of ``target``.
     """
     function = compiled.get(f'pack_{_common_name(grads)}_{name_of(target.dtype)}')
-    grads = [np.ascontiguousarray(grad) for grad in grads]
+    grads = [grad if _is_readable(grad) else np.array(grad, order='C') for grad in grads]
     if function:
         sizes, addresses = _table(grads)
         tables = address(sizes), address(addresses)
@@ -119,7 +131,7 @@ def pack(grads, scale, target, counts):
         for start in range(0, grad.size, _BLOCK):
             g, t = grad[start : start + _BLOCK], part[start : start + _BLOCK]
             with np.errstate(over='ignore', invalid='ignore'):
-                t[...] = g if scale == 1 else g * grad.dtype.type(scale)
+                t[...] = g if scale == 1 else _scaled(g, scale, grad.dtype)
             not_finite = t.size - np.count_nonzero(np.isfinite(t))
             nan = np.count_nonzero(np.isnan(t)) if not_finite else 0
             count += (np.count_nonzero(g), np.count_nonzero(t), not_finite - nan, nan)
@@ -132,15 +144,16 @@ def unpack(mean, scale, grads):
 
     Args:
         mean (array): Contiguous, with as many elements as ``grads``.
-        scale (float): A power of two. The division is in the dtype of ``grads``.
-        grads (list of arrays): Gradients of any shapes.
+        scale (float): A power of two. The division is in the dtype of ``grads``, but at least in
+            float32.
+        grads (list of arrays): Gradients of any shapes. They can be written.
 
     Returns:
         array: int64 [len(grads)], the number of infinite or NaN elements in each gradient's part of
             ``mean``.
     """
     function = compiled.get(f'unpack_{name_of(mean.dtype)}_{_common_name(grads)}')
-    if function and all(grad.flags.c_contiguous for grad in grads):
+    if function and all(grad.flags.carray for grad in grads):
         sizes, addresses = _table(grads)
         not_finite = np.empty(len(grads), np.int64)
         tables = address(sizes), address(mean), 1 / scale, address(addresses)
@@ -149,9 +162,8 @@ def unpack(mean, scale, grads):
     parts = _parts(mean, [grad.size for grad in grads])
     for grad, part in zip(grads, parts):
         with np.errstate(over='ignore', invalid='ignore'):
-            grad[...] = part.reshape(grad.shape)
-            if scale != 1:
-                grad *= grad.dtype.type(1 / scale)
+            part = part.reshape(grad.shape)
+            grad[...] = part if scale == 1 else _scaled(part, 1 / scale, grad.dtype)
     return np.array([part.size - np.count_nonzero(np.isfinite(part)) for part in parts], np.int64)
 
 
@@ -160,20 +172,23 @@ def rmsprop_warmup(arrays, values) -> bool:
 
     Args:
         arrays (list): Gradient, parameter, m and delta of the first parameter, then of the second,
-            and so on. All are contiguous, and all are float32 or all are float64.
+            and so on. The four have one shape. All are in C order, and all are float32 or all are
+            float64. All except the gradients can be written.
         values (list of tuples): The eight hyper-parameters of each parameter.
 
     Returns:
         bool: Whether the update was done. It is not done for other arrays or without the library.
     """
     function = compiled.get(f'rmsprop_warmup_{_common_name(arrays)}')
-    if not function or not all(array.flags.c_contiguous for array in arrays):
+    grads, *written = (arrays[i::4] for i in range(4))
+    if not function or not all(map(_is_readable, grads)):
         return False
+    shapes = [grad.shape for grad in grads]
+    for each in written:
+        if [array.shape for array in each] != shapes or not all(a.flags.carray for a in each):
+            return False
     sizes, addresses = _table(arrays)
-    of_each = sizes.reshape(-1, 4)
-    if np.any(of_each != of_each[:, :1]):
-        return False  # NumPy's update raises the error
-    sizes, scalars = of_each[:, 0].copy(), np.array(values, np.float64)
+    sizes, scalars = sizes[::4].copy(), np.array(values, np.float64)
     function(len(sizes), address(sizes), address(addresses), address(scalars))
     return True
 

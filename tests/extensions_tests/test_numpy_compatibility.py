@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 import warnings
@@ -37,3 +39,25 @@ def test_import_says_nothing(root):
         check=True,
     )
     assert done.stdout + done.stderr == ''
+
+
+@pytest.mark.parametrize('first', ['chainer', 'chainermn'])
+def test_a_notebook_goes_on_after_an_import_that_failed(root, first):
+    """Without extensions, current NumPy makes Chainer's import fail somewhere in its middle."""
+    cells = f"""
+import sys
+sys.modules['chainer.distributions.bernoulli'] = None
+try:
+    import {first}
+except ImportError:
+    print('failed')
+del sys.modules['chainer.distributions.bernoulli']
+import extensions, chainer, chainermn
+link = chainer.links.Linear(1, 1, initialW=2)
+extensions.RMSpropWarmup(1).setup(link).update(lambda: chainer.functions.sum(link.W * 3))
+print(link.W.array, chainermn.CommunicatorBase.__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', cells], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == 'failed\n[[-1.]] CommunicatorBase\n', done.stderr

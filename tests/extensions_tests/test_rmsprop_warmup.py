@@ -402,11 +402,235 @@ def test_what_a_rule_or_an_optimizer_was_given_still_acts():
     assert optimizer._loss_scale == 8  # doubled in every step
 
 
-def test_state_of_another_size_is_numpys_error_and_no_write_beyond_its_end():
-    optimizer, _ = changed_by(RMSpropWarmup.update, 1, a=(5,))
-    optimizer.target.a.update_rule.state['m'] = np.zeros(2, np.float32)
-    with pytest.raises(ValueError, match='broadcast'):
+def everything_of(optimizer):
+    """Copies of the parameters and of the state, and the counts of the updates."""
+    arrays, counts = [], [optimizer.t]
+    for param in optimizer.target.params():
+        arrays.append(np.array(param.array))
+        counts.append(param.update_rule.t)
+        arrays += [np.array(array) for array in (param.update_rule.state or {}).values()]
+    return arrays, counts
+
+
+def assert_unchanged(optimizer, before):
+    arrays, counts = everything_of(optimizer)
+    assert counts == before[1]
+    for one, other in zip(arrays, before[0]):
+        np.testing.assert_array_equal(one, other)
+
+
+def in_one_call(optimizer):
+    optimizer.update()
+
+
+def in_a_loop(optimizer):
+    optimizer.target.a.update_rule.add_hook(lambda rule, param: None, 'hook')
+    optimizer.update()
+
+
+def with_a_loss_function(optimizer):
+    optimizer.update(lambda: sum(chainer.functions.sum(p * p) for p in optimizer.target.params()))
+
+
+UPDATES = [in_one_call, in_a_loop, with_a_loss_function]
+
+
+@pytest.mark.usefixtures('arithmetic')
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize('name', ['m', 'delta'])
+@pytest.mark.parametrize('shape', [(2,), (3, 4), (12,), (2, 4, 3), ()])
+def test_state_of_another_shape_is_an_error_and_changes_nothing(update, name, shape):
+    optimizer, _ = changed_by(RMSpropWarmup.update, 1, a=(5,), b=(4, 3))
+    optimizer.target.b.update_rule.state[name] = np.zeros(shape, np.float32)
+    before = everything_of(optimizer)
+    message = f"the state '{name}' of the parameter /b has the shape .* the parameter has .4, 3."
+    with pytest.raises(ValueError, match=message):
+        update(optimizer)
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.usefixtures('arithmetic')
+@pytest.mark.parametrize('shape', [(1, 3), (3,), (3, 4)])
+def test_a_gradient_of_another_shape_is_an_error_and_changes_nothing(shape):
+    optimizer, _ = changed_by(RMSpropWarmup.update, 1, a=(5,), b=(4, 3))
+    optimizer.target.b._grad = np.ones(shape, np.float32)  # or param.array is set after backward
+    before = everything_of(optimizer)
+    with pytest.raises(ValueError, match='the gradient of the parameter /b has the shape'):
         optimizer.update()
+    assert_unchanged(optimizer, before)
+
+
+def from_a_buffer(array, folder):
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+
+def from_a_mapped_file(array, folder):
+    np.save(folder / 'array.npy', array)
+    return np.load(folder / 'array.npy', mmap_mode='r')
+
+
+def made_read_only(array, folder):
+    array = np.asfortranarray(array)
+    array.flags.writeable = False
+    return array
+
+
+READ_ONLY = [from_a_buffer, from_a_mapped_file, made_read_only]
+
+
+@pytest.mark.usefixtures('arithmetic')
+@pytest.mark.parametrize('make', READ_ONLY)
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize('n_before', [0, 2])
+def test_a_parameter_that_is_read_only_is_an_error_and_changes_nothing(
+    tmp_path, make, update, n_before
+):
+    optimizer, _ = changed_by(RMSpropWarmup.update, n_before, a=(5,), b=(4, 3))
+    optimizer.target.cleargrads()
+    link = optimizer.target
+    link.b.array = make(link.b.array, tmp_path)
+    before = everything_of(optimizer)
+    with pytest.raises(ValueError, match='the parameter /b is read-only.* Set a copy'):
+        update(optimizer)
+    assert_unchanged(optimizer, before)
+    link.b.array = link.b.array.copy()  # the remedy
+    update = with_a_loss_function
+    update(optimizer)
+    assert optimizer.t == n_before + 1
+
+
+@pytest.mark.usefixtures('arithmetic')
+@pytest.mark.parametrize('make', READ_ONLY)
+@pytest.mark.parametrize('name', ['m', 'delta'])
+def test_state_that_is_read_only_is_an_error(tmp_path, make, name):
+    optimizer, _ = changed_by(RMSpropWarmup.update, 1, a=(5,), b=(4, 3))
+    state = optimizer.target.b.update_rule.state
+    state[name] = make(state[name], tmp_path)
+    with pytest.raises(ValueError, match=f"the state '{name}' of the parameter /b is read-only"):
+        optimizer.update()
+
+
+@pytest.mark.usefixtures('arithmetic')
+@pytest.mark.parametrize('make', READ_ONLY)
+def test_gradients_may_be_read_only(tmp_path, make):
+    def set_gradient(optimizer, gradient):
+        optimizer.target.b.grad = gradient
+        optimizer.update()
+
+    gradient = np.random.RandomState(3).standard_normal((4, 3)).astype(np.float32)
+    optimizers = [changed_by(RMSpropWarmup.update, 2, a=(5,), b=(4, 3))[0] for _ in range(2)]
+    set_gradient(optimizers[0], gradient)
+    read_only = make(gradient, tmp_path)
+    set_gradient(optimizers[1], read_only)
+    assert_unchanged(optimizers[1], everything_of(optimizers[0]))
+    np.testing.assert_array_equal(read_only, gradient)
+
+
+@pytest.mark.usefixtures('arithmetic')
+@pytest.mark.parametrize('kind', ['unaligned', 'strided', 'reversed', 'big-endian'])
+@pytest.mark.parametrize('what', ['array', 'grad', 'm', 'delta'])
+def test_arrays_that_lie_otherwise_in_memory(kind, what):
+    def otherwise(array):
+        if kind == 'unaligned':
+            memory = np.zeros(array.nbytes + 1, np.uint8)
+            result = memory[1:].view(array.dtype).reshape(array.shape)
+        elif kind == 'strided':
+            result = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)[..., ::2]
+        elif kind == 'reversed':
+            result = np.zeros(array.shape, array.dtype)[::-1]
+        else:
+            result = np.zeros(array.shape, array.dtype.newbyteorder('>'))
+        result[...] = array
+        return result
+
+    gradient = np.random.RandomState(3).standard_normal((400, 3)).astype(np.float32)
+    plain, other = (changed_by(RMSpropWarmup.update, 2, a=(5,), b=(400, 3))[0] for _ in range(2))
+    plain.target.b.grad, other.target.b.grad = gradient, gradient.copy()
+    param = other.target.b
+    if what == 'array':
+        param._data[0] = otherwise(param.array)  # the setter would refuse a big-endian one
+    elif what == 'grad':
+        param._grad = otherwise(param.grad)
+    else:
+        param.update_rule.state[what] = otherwise(param.update_rule.state[what])
+    for optimizer in (plain, other):
+        optimizer.update()
+    assert_unchanged(other, everything_of(plain))
+
+
+@pytest.mark.parametrize('scale', [None, 8])
+def test_a_gradient_that_two_parameters_share(scale):
+    """As in the same model with gradients of their own; Chainer divides it by the loss scale."""
+    link = chainer.Link()
+    with link.init_scope():
+        link.b1, link.b2, link.w = (
+            chainer.Parameter(np.full((1, n), 2, np.float32)) for n in (3, 3, 1)
+        )
+    optimizer = RMSpropWarmup(0.5, alpha_rmsprop=0.1).setup(link)
+    if scale:
+        optimizer.set_loss_scale(scale)
+    x = np.array([[1, 2, 3]], np.float32)
+    for _ in range(3):
+        optimizer.update(lambda: chainer.functions.sum((x + link.b1 + link.b2) * link.w.array))
+    np.testing.assert_array_equal(link.b1.array, link.b2.array)
+    alone = link_of(np.full((1, 3), 2, np.float32))
+    its_optimizer = RMSpropWarmup(0.5, alpha_rmsprop=0.1).setup(alone)
+    for _ in range(3):
+        its_optimizer.update(lambda: chainer.functions.sum(alone.p * 2))
+    np.testing.assert_array_equal(link.b1.array, alone.p.array)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+def test_loss_scales_do_not_change_the_result(dtype):
+    results = []
+    for scale in (None, 'dynamic', 2**7):
+        start, _ = arrays((5, 4), dtype)
+        link = link_of(start)
+        optimizer = RMSpropWarmup(0.1, alpha_rmsprop=0.1, weight_decay_rate=0.01, eps=1e-3)
+        optimizer.use_fp32_update()
+        optimizer.setup(link)
+        if scale == 'dynamic':
+            optimizer.loss_scaling()
+        elif scale:
+            optimizer.set_loss_scale(scale)
+        for _ in range(4):
+            optimizer.update(lambda: chainer.functions.sum(link.p * link.p * 2))  # noqa: B023
+        assert optimizer.t == link.p.update_rule.t == 4
+        results.append(link.p.array)
+    for result in results[1:]:
+        np.testing.assert_array_equal(results[0], result)
+
+
+def test_dynamic_loss_scaling_leaves_out_an_update_that_overflows():
+    link = link_of(np.ones(3, np.float32))
+    optimizer = RMSpropWarmup(0.1).setup(link)
+    optimizer.loss_scaling()
+    optimizer._loss_scale = 4.0
+    with pytest.warns(UserWarning, match='Non finite'):
+        optimizer.update(lambda: chainer.functions.sum(link.p * np.float32(np.inf)))
+    np.testing.assert_array_equal(link.p.array, 1)
+    assert optimizer._loss_scale == 2
+
+
+@pytest.mark.skipif(not kernels.compiled, reason='no C compiler at the installation')
+def test_a_loss_function_does_not_keep_the_update_from_one_call(monkeypatch):
+    calls, in_c = [], kernels.rmsprop_warmup
+    monkeypatch.setattr(
+        kernels,
+        'rmsprop_warmup',
+        lambda arrays, *rest: calls.append(len(arrays)) or in_c(arrays, *rest),
+    )
+    changed_by(with_a_loss_function, 3, a=(2,), b=(3,))
+    assert calls == [4, 4, 8, 8]  # the first update makes the state
+
+
+def test_use_cleargrads_of_chainer_still_acts():
+    link = link_of(np.ones(2, np.float32))
+    optimizer = RMSpropWarmup(0.1).setup(link)
+    with pytest.warns(DeprecationWarning, match='use_cleargrads'):
+        optimizer.use_cleargrads(False)
+    with pytest.warns(DeprecationWarning, match='zerograds'):
+        optimizer.update(lambda: chainer.functions.sum(link.p * 2))
 
 
 def test_missing_gradient_and_disabled_rule_change_nothing():

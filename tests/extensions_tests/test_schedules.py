@@ -1,8 +1,11 @@
 import math
 
+import extensions  # noqa: F401  isort: skip
 import chainer
+import chainermn
 import numpy as np
 import pytest
+from chainer.training import extensions as chainer_extensions
 
 from extensions import (
     AlphaSGDSchedule,
@@ -11,6 +14,7 @@ from extensions import (
     alpha_rmsprop,
     alpha_sgd,
     base_learning_rate,
+    create_communicator,
     learning_rate,
     slow_start_factor,
 )
@@ -248,3 +252,250 @@ def test_fewer_epochs_stretch_the_schedules(tmp_path):
 def test_nothing_can_be_zero(schedule, arguments):
     with pytest.raises(ValueError, match='above 0'):
         schedule(*arguments)
+
+
+# --- Beside Chainer's own updaters, optimizers and snapshots --------------------------------------
+
+
+class Program:
+    """A program of another Chainer user, from its beginning: a linear model on eight numbers."""
+
+    optimizer = RMSpropWarmup
+
+    def __init__(self, out, stop, wrap=lambda optimizer: optimizer, batch=32768, images=1281167):
+        self.model = chainer.links.Linear(1, 1, initialW=0.5)
+        self.used = []
+        optimizer = self.optimizer(0.1).setup(self.model)
+        optimizer.add_hook(self.record, 'record', timing='post')
+        data = np.arange(8, dtype=np.float32).reshape(8, 1)
+        iterator = chainer.iterators.SerialIterator(data, 2)
+        self.updater = chainer.training.StandardUpdater(
+            iterator, wrap(optimizer), loss_func=lambda x: chainer.functions.mean(self.model(x))
+        )
+        self.trainer = chainer.training.Trainer(self.updater, (stop, 'iteration'), str(out))
+        self.schedules = [StepLearningRate(batch, images), AlphaSGDSchedule(batch, images)]
+
+    def record(self, optimizer):
+        names = ('lr', 'alpha_sgd', 'alpha_rmsprop')
+        self.used.append(tuple(getattr(optimizer, name) for name in names))
+
+    def extend(self):
+        for schedule in self.schedules:
+            self.trainer.extend(schedule)
+        return self
+
+
+def multi_node(optimizer):
+    return chainermn.create_multi_node_optimizer(optimizer, create_communicator('mpi'))
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    """A snapshot of a program that stopped after iteration 3,326 of the paper's 3,519."""
+    first = Program(tmp_path, 3326).extend()
+    first.updater.iteration = 3324
+    first.trainer.extend(chainer_extensions.snapshot(), trigger=(1, 'iteration'))
+    first.trainer.run()
+    np.testing.assert_allclose(first.used, expected_sequence(3324, 3326), rtol=1e-12)
+    assert [lr for lr, _, _ in first.used] == pytest.approx([0.0128] * 2, rel=1e-12)
+    return tmp_path / 'snapshot_iter_3326'
+
+
+@pytest.mark.parametrize('wrap', [lambda optimizer: optimizer, multi_node])
+@pytest.mark.parametrize('how', ['autoload', 'autoload last', 'load', 'load before extend'])
+def test_the_first_update_after_every_way_of_resuming(snapshot, how, wrap):
+    second = Program(snapshot.parent, 3329, wrap)
+    autoload = chainer_extensions.snapshot(autoload=True)
+    if how == 'autoload':
+        second.trainer.extend(autoload, trigger=(1, 'iteration'))
+    if how == 'load before extend':
+        chainer.serializers.load_npz(snapshot, second.trainer)
+    second.extend()
+    if how == 'autoload last':
+        second.trainer.extend(autoload, trigger=(1, 'iteration'), priority=-10_000)
+    if how == 'load':
+        chainer.serializers.load_npz(snapshot, second.trainer)
+    observed = []
+    second.trainer.extend(lambda trainer: observed.append(dict(trainer.observation)), name='look')
+    second.trainer.run()
+    skipped = wrap is multi_node  # its first iteration is a broadcast, without an update
+    expected = expected_sequence(3326 + skipped, 3329)
+    np.testing.assert_allclose(second.used, expected, rtol=1e-12)
+    assert [seen['lr'] for seen in observed[skipped:]] == [lr for lr, _, _ in second.used]
+
+
+def test_a_snapshot_that_is_loaded_in_the_middle_of_a_training(snapshot):
+    program = Program(snapshot.parent, 3329).extend()
+
+    @chainer.training.make_extension(trigger=(2, 'iteration'), priority=-10_000)
+    def jump(trainer):
+        if trainer.updater.iteration == 2:
+            chainer.serializers.load_npz(snapshot, trainer.updater, path='updater/')
+
+    program.trainer.extend(jump)
+    program.trainer.run()
+    expected = [*expected_sequence(0, 2), *expected_sequence(3326, 3329)]
+    np.testing.assert_allclose(program.used, expected, rtol=1e-12)
+
+
+def hooks_of(program):
+    hookable = program.updater.get_optimizer('main')._hookable
+    return [*hookable._pre_update_hooks, *hookable._post_update_hooks]
+
+
+def test_a_cell_of_a_notebook_that_is_interrupted_and_run_again(tmp_path):
+    program = Program(tmp_path, 6).extend()
+
+    @chainer.training.make_extension(trigger=(1, 'iteration'), priority=10_000)
+    def interrupt(trainer):
+        if len(program.used) == 3:
+            raise KeyboardInterrupt
+
+    program.trainer.extend(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        program.trainer.run()
+    assert hooks_of(program) == ['record']
+    program.trainer.run()
+    np.testing.assert_allclose(program.used, expected_sequence(0, 6), rtol=1e-12)
+    assert hooks_of(program) == ['record']
+
+
+@pytest.mark.parametrize('priority', [0, -10_000])  # before and after the schedules
+def test_another_extension_that_cannot_be_initialized(tmp_path, priority):
+    first = Program(tmp_path, 6).extend()
+    failures = [OSError('no such file')]
+
+    def initialize(trainer):
+        while failures:
+            raise failures.pop()
+
+    other = chainer.training.make_extension(initializer=initialize)(lambda trainer: None)
+    first.trainer.extend(other, name='other', priority=priority)
+    with pytest.raises(OSError):
+        first.trainer.run()
+    assert hooks_of(first) == ['record'] or priority == -10_000
+    # Outside of its trainer's run, a hook that is left sets nothing.
+    optimizer = first.updater.get_optimizer('main')
+    optimizer.lr = 7
+    optimizer.update(lambda: chainer.functions.sum(first.model.W * 1))
+    assert first.used.pop()[0] == 7
+    # The same optimizer in another trainer, and then the first trainer again.
+    second = Program(tmp_path, 3).extend()
+    second.updater._optimizers['main'] = optimizer
+    second.trainer.run()
+    first.updater.iteration = 3
+    first.trainer.run()
+    np.testing.assert_allclose(first.used, expected_sequence(0, 6), rtol=1e-12)
+    assert hooks_of(first) == ['record']
+
+
+@pytest.mark.parametrize('priority', [0, -10_000])
+def test_an_optimizer_that_is_set_up_again_in_the_middle(tmp_path, priority):
+    program = Program(tmp_path, 6).extend()
+    optimizer = program.updater.get_optimizer('main')
+    reported = []
+
+    @chainer.training.make_extension(trigger=(3, 'iteration'), priority=priority)
+    def set_up_again(trainer):
+        optimizer.setup(program.model)
+        optimizer.add_hook(program.record, 'record', timing='post')
+
+    program.trainer.extend(set_up_again)
+    program.trainer.extend(lambda trainer: reported.append('lr' in trainer.observation), name='o')
+    program.trainer.run()
+    np.testing.assert_allclose(program.used, expected_sequence(0, 6), rtol=1e-12)
+    assert sum(reported) >= 5 and reported[-1]
+
+
+class MomentumProgram(Program):
+    optimizer = chainer.optimizers.MomentumSGD
+
+
+class AdamProgram(Program):
+    optimizer = chainer.optimizers.Adam
+
+
+@pytest.mark.parametrize('wrap', [lambda optimizer: optimizer, multi_node])
+def test_hyperparameters_that_the_optimizer_does_not_have(tmp_path, wrap):
+    momentum = MomentumProgram(tmp_path, 3, wrap)
+    message = 'AlphaSGDSchedule sets alpha_sgd and alpha_rmsprop, which MomentumSGD does not have'
+    with pytest.raises(ValueError, match=message):
+        AlphaSGDSchedule(64, 1437, optimizer=momentum.updater.get_optimizer('main'))
+    momentum.trainer.extend(momentum.schedules[1])
+    with pytest.raises(ValueError, match=message):
+        momentum.trainer.run()
+    assert momentum.updater.iteration == 0
+    adam = AdamProgram(tmp_path, 3, wrap)
+    adam.trainer.extend(adam.schedules[0])
+    with pytest.raises(ValueError, match='StepLearningRate sets lr, which Adam does not have'):
+        adam.trainer.run()
+
+
+def test_the_learning_rate_of_chainers_own_optimizer(tmp_path):
+    program = MomentumProgram(tmp_path, 3)
+    program.record = lambda optimizer: None
+    rates = []
+    program.trainer.extend(program.schedules[0])
+    program.trainer.extend(lambda trainer: rates.append(trainer.observation['lr']), name='look')
+    with pytest.raises(AttributeError):
+        program.updater.get_optimizer('main').alpha_sgd  # noqa: B018
+    program.updater.get_optimizer('main').remove_hook('record')
+    program.trainer.run()
+    assert rates == pytest.approx([6.4] * 3)
+
+
+class EarlyRate(StepLearningRate):
+    pass
+
+
+@pytest.mark.parametrize('second', [StepLearningRate, EarlyRate, AlphaSGDSchedule])
+def test_two_schedules_of_one_hyperparameter_are_an_error(tmp_path, second):
+    program = Program(tmp_path, 3).extend()
+    program.trainer.extend(second(64, 1437))
+    for _ in range(2):  # the second time, too
+        with pytest.raises(ValueError, match=f'{second.__name__}.* both set .* of one optimizer'):
+            program.trainer.run()
+    assert program.used == []
+
+
+def test_several_optimizers_report_under_their_names(tmp_path):
+    links = {name: chainer.links.Linear(1, 1) for name in ('main', 'generator')}
+    optimizers = {name: RMSpropWarmup(0.1).setup(link) for name, link in links.items()}
+
+    class Updater(chainer.training.StandardUpdater):
+        def update_core(self):
+            x = self.converter(self.get_iterator('main').next())
+            for name, link in links.items():
+                self.get_optimizer(name).update(lambda: chainer.functions.mean(link(x)))  # noqa: B023
+
+    iterator = chainer.iterators.SerialIterator(np.ones((8, 1), np.float32), 2)
+    updater = Updater(iterator, optimizers)
+    trainer = chainer.training.Trainer(updater, (2, 'iteration'), str(tmp_path))
+    for batch, name in ((64, 'main'), (128, 'generator')):
+        trainer.extend(StepLearningRate(batch, 1437, optimizer=optimizers[name]))
+        trainer.extend(AlphaSGDSchedule(batch, 1437, optimizer=optimizers[name]))
+    seen = []
+    trainer.extend(lambda trainer: seen.append(dict(trainer.observation)), name='look')
+    trainer.run()
+    for batch, prefix in ((64, ''), (128, 'generator/')):
+        names = [prefix + name for name in ('lr', 'alpha_sgd', 'alpha_rmsprop')]
+        observed = [[observation[name] for name in names] for observation in seen]
+        expected = expected_sequence(0, 2, batch=batch, images=1437)
+        np.testing.assert_allclose(observed, expected, rtol=1e-12)
+
+
+def test_an_updater_without_a_main_optimizer(tmp_path):
+    program = Program(tmp_path, 2).extend()
+    program.updater._optimizers['generator'] = program.updater._optimizers.pop('main')
+    with pytest.raises(ValueError, match='no optimizer named main: give the schedule its'):
+        program.trainer.run()
+
+
+def test_a_learning_rate_that_falls_to_zero_at_the_end(tmp_path):
+    program = Program(tmp_path, 4, batch=1, images=4)
+    falling = StepLearningRate(1, 4, epochs=1, schedule=lambda epoch, batch: 0.1 * (1 - epoch / 90))
+    program.schedules = [falling, AlphaSGDSchedule(1, 4, epochs=1)]
+    program.extend().trainer.run()
+    assert [lr for lr, _, _ in program.used] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert program.updater.get_optimizer('main').lr == 0
+    assert alpha_rmsprop(np.array([1.0, 0.5]), np.array([0.0, 2.0])) == pytest.approx([0, 7.5e-5])

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import extensions  # isort: skip
 import chainer
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from extensions import (
     CastReport,
     CommunicatorError,
     HalfPrecisionMpiCommunicator,
+    NonFiniteGradients,
     create_communicator,
 )
 
 PROGRAMS = Path(__file__).parent / 'programs'
 sys.path.insert(0, str(PROGRAMS))
-from tests_common import gradients, model_of, shuffled
+from odd_arrays import CASES as ODD_CASES
+from odd_arrays import DTYPE, SHAPES
+from tests_common import gradients, model_of, shuffled, whole_numbers
 
 pytestmark = pytest.mark.mpi
 
@@ -82,28 +86,40 @@ def averaged(tmp_path_factory):
     """``averaged(mpirun, case)``: what each rank got. One job has all cases of n processes."""
     folders = {}
 
-    def run(mpirun, case):
+    def run(mpirun, case, *longest):
         processes = case[0]
         cases = [options for n, *options in CASES if n == processes]
-        if processes not in folders:
+        job = (processes, *longest)
+        if job not in folders:
             folder = tmp_path_factory.mktemp('averaged')
-            done = mpirun(processes, PROGRAMS / 'allreduce.py', folder, json.dumps(cases))
+            done = mpirun(processes, PROGRAMS / 'allreduce.py', folder, json.dumps(cases), *longest)
             assert done.returncode == 0, done.stdout
-            folders[processes] = folder
+            folders[job] = folder
         number = cases.index(list(case[1:]))
-        return [np.load(folders[processes] / f'{number}-{r}.npz') for r in range(processes)]
+        return [np.load(folders[job] / f'{number}-{r}.npz') for r in range(processes)]
 
     return run
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join(map(str, case)))
 def test_mean_equals_the_reference(mpirun, averaged, case):
+    check(case, averaged(mpirun, case))
+
+
+@pytest.mark.parametrize('longest', [100, 1001])
+@pytest.mark.parametrize('case', [case for case in CASES if case[0] in (1, 3)], ids=str)
+def test_messages_that_are_longer_than_mpi_counts(mpirun, averaged, case, longest):
+    """With a small number in the place of 2**30."""
+    check(case, averaged(mpirun, case, longest))
+
+
+def check(case, averaged):
     processes, each, dtype, seed, accumulate, scale = case
     order = [p * each + i for p in shuffled(processes, seed) for i in range(each)]
     wires = [sent(worker, dtype, scale) for worker in order]
     with np.errstate(all='ignore'):
         mean = (exact_mean if accumulate == 'exact' else ring_mean)(wires, dtype)
-    for rank, actual in enumerate(averaged(mpirun, case)):
+    for rank, actual in enumerate(averaged):
         assert set(actual.files) == {*mean, 'cast_counts'}
         for name in mean:
             assert actual[name].dtype == np.float32
@@ -252,8 +268,11 @@ def test_workers_of_one_process_with_different_gradients_are_an_error():
         param.grad = gradients(0)[name]
     comm.add_grad(model)
     model.conv.cleargrad()
+    comm.add_grad(model)  # other ranks may be on their way to the mean
+    comm.add_grad(model)
     with pytest.raises(ValueError, match='worker 1 of rank 0 .*: /conv'):
-        comm.add_grad(model)
+        comm.mean_grad(model)
+    comm.multi_node_mean_grad(model)  # and nothing is left of it
 
 
 def test_a_mean_without_workers_is_an_error():
@@ -344,6 +363,69 @@ def test_chainermns_optimizer_evaluator_and_extensions_accept_it(mpirun, tmp_pat
                 )
 
 
+@pytest.mark.parametrize('name', ['mpi', 'pure_nccl'])
+def test_arrays_that_are_shared_or_lie_otherwise_in_memory(request, mpirun, tmp_path, name):
+    if name == 'mpi':
+        done = mpirun(2, PROGRAMS / 'odd_arrays.py', tmp_path, name)
+        assert done.returncode == 0, done.stdout
+    else:
+        request.getfixturevalue('pretended_nccl')(2, 'odd_arrays.py', tmp_path, name)
+    for case in ODD_CASES:
+        dtype = DTYPE.get(case, np.float32)
+        given = [{n: whole_numbers(r, n, s, dtype) for n, s in SHAPES.items()} for r in range(2)]
+        if case in ('shared', 'shared by one'):
+            for rank in range(2 if case == 'shared' else 1):
+                given[rank]['b'] = given[rank]['a']
+        elif case == 'view':
+            given = [{**arrays, 'a': arrays['b']} for arrays in given]
+        elif case == 'broadcast':
+            given = [{'a': np.full((4, 3), rank + 1)} for rank in range(2)]
+        elif case == 'none':
+            given = [{}, {}]
+        elif case == 'two names':
+            given = [{**arrays, 'other': arrays['a']} for arrays in given]
+        for scale in (1, 2**-3, 2**10):
+            for rank in range(2):
+                actual = np.load(tmp_path / f'{case} {scale:g} {rank}.npz')
+                assert set(actual.files) == set(given[0]), case
+                for n, first in given[0].items():
+                    expected = (first.astype(float) + given[1][n]) / 2
+                    message = f'{case}, scale {scale}, rank {rank}, {n}'
+                    np.testing.assert_array_equal(actual[n], expected, message)
+                    assert actual[n].dtype == dtype, message
+    for case in ('fortran', 'strided', 'read only'):
+        for rank in range(2):
+            actual = np.load(tmp_path / f'bcast {case} {rank}.npz')
+            for n, shape in SHAPES.items():
+                message = f'broadcast, {case}, rank {rank}, {n}'
+                np.testing.assert_array_equal(actual[n], whole_numbers(0, n, shape), message)
+
+
+@pytest.mark.parametrize('name', ['mpi', 'pure_nccl'])
+def test_loss_scales_in_chainermns_optimizer(request, mpirun, tmp_path, name):
+    if name == 'mpi':
+        done = mpirun(2, PROGRAMS / 'loss_scale.py', tmp_path, name, timeout=60)
+        assert done.returncode == 0, done.stdout
+    else:
+        request.getfixturevalue('pretended_nccl')(2, 'loss_scale.py', tmp_path, name)
+    results = {
+        how: [np.load(tmp_path / f'{how}-{rank}.npz') for rank in range(2)]
+        for how in ('none', 'static', 'dynamic', 'overflow')
+    }
+    expected = results['none'][0]
+    assert np.all(expected['W'] != 0.25)
+    for how in ('none', 'static', 'dynamic'):
+        for actual in results[how]:
+            np.testing.assert_array_equal(actual['W'], expected['W'], how)
+            np.testing.assert_array_equal(actual['lr'], expected['lr'], how)
+            assert actual['scale'] == {'none': 0, 'static': 64, 'dynamic': 2**5}[how]
+    # One rank's third gradient is infinite: no rank makes this update, and the scale is halved.
+    for actual in results['overflow']:
+        assert actual['scale'] == 2 * 2 / 2 * actual['growth'] ** 2
+        np.testing.assert_array_equal(actual['W'], results['overflow'][0]['W'])
+        assert np.all(np.isfinite(actual['W'])) and actual['t'] == 5
+
+
 @pytest.fixture
 def pretended_nccl(mpirun, tmp_path):
     """``pretended_nccl(n, program, *arguments)``: pure_nccl without GPUs, as far as that goes.
@@ -395,6 +477,58 @@ def test_pure_nccl_stops_on_an_infinite_gradient(pretended_nccl, tmp_path):
     assert said.count('updated: /edge (3 inf and 0 NaN from rank 2 on ') == 3
 
 
+@pytest.mark.parametrize('how', ['scale', 'check', 'neither'])
+def test_double_buffering_leaves_out_neither_scale_nor_check(pretended_nccl, how):
+    said, logs = pretended_nccl(2, 'double_buffering.py', how)
+    for rank in range(2):
+        line = next(li for li in said.splitlines() if li.startswith(f'rank {rank}: '))
+        if how == 'neither':
+            # Two updates, with the mean gradients 1.5 and 2.5 of the iterations before.
+            assert line == f'rank {rank}: [-4.0, -4.0]'
+        else:
+            assert 'CommunicatorError: double buffering leaves no place for' in line
+            assert not any('allReduce' in call for call in logs[rank])
+
+
+ERRORS = {
+    'missing': 'ranks 0 and 1 must have gradients of the same parameters (different: /b)',
+    'lacking': 'ValueError: ranks 0 and 1 must have gradients of the same parameters (different: ',
+    'shape': '(different: /b)',
+    'never_set': 'rank 1 on',
+    'cannot_be_read': 'Cannot retrieve Variable.grad',
+    'broadcast_without_size': 'must have the same parameters, shapes and dtypes (different: /b)',
+    'broadcast_of_another_shape': '(different: /a)',
+    'broadcast_of_another_dtype': '(different: /a)',
+    'one_broadcasts': 'do the same: one averages gradients, the other broadcasts parameters',
+    'options': 'the same options of the communicator: stop_on_nonfinite (True and False)',
+    'bad_option': 'gradient_scale must be a power of two',
+    'other_dtype': 'CommunicatorError: ranks 0 and 1 ask for different communicators',
+    'other_communicator': 'CommunicatorError: ranks 0 and 1 ask for different communicators',
+    'broadcast_into_read_only': 'the parameter /a is read-only',
+    'workers_that_differ': 'worker 1 of rank 1 and the previous worker have gradients of different',
+    'no_worker': 'the same number of workers (1 and 0)',
+    'no_worker_anywhere': 'RuntimeError: mean_grad needs a call of add_grad before it',
+    'broken_gpu': 'CommunicatorError: ',
+}
+
+
+@pytest.mark.parametrize('name', ['mpi', 'pure_nccl'])
+def test_an_error_on_one_rank_is_raised_on_every_rank(request, mpirun, name):
+    if name == 'mpi':
+        done = mpirun(2, PROGRAMS / 'one_rank_errs.py', name, timeout=60)
+        assert done.returncode == 0, done.stdout
+        said = done.stdout
+    else:
+        said, _ = request.getfixturevalue('pretended_nccl')(2, 'one_rank_errs.py', name)
+    of_mpi = ('broadcast_into_read_only', 'workers_that_differ', 'no_worker', 'no_worker_anywhere')
+    for case, message in ERRORS.items():
+        if (case in of_mpi and name != 'mpi') or (case == 'broken_gpu' and name == 'mpi'):
+            continue
+        for rank in range(2):
+            lines = [li for li in said.splitlines() if li.startswith(f'rank {rank}: {case}: ')]
+            assert len(lines) == 1 and message in lines[0], (case, rank, said)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('scale', [1, 2**4, 2**-3, np.inf])
 @pytest.mark.parametrize('processes', [1, 2, 4, 8])
@@ -428,4 +562,46 @@ def test_an_iteration_that_was_given_up_leaves_nothing(accumulate):
         comm.add_grad(model)
     model.a.grad = np.full(3, 2, np.float32)
     comm.multi_node_mean_grad(model)
+    np.testing.assert_array_equal(model.a.grad, np.full(3, 2))
+
+
+@pytest.mark.parametrize('accumulate', ['exact', 'ring'])
+@pytest.mark.parametrize('n_before', [0, 1, 2])
+def test_an_interrupted_worker_leaves_nothing(monkeypatch, accumulate, n_before):
+    """Ctrl-C in the middle of a cast; the cell of the notebook is run again."""
+
+    def add(*values):
+        for value in values:
+            model.a.grad = np.full(3, value, np.float32)
+            comm.add_grad(model)
+
+    def interrupt(grads, scale, target, counts):
+        target[...] = 1000
+        counts += 1
+        raise KeyboardInterrupt
+
+    comm = create_communicator('mpi', accumulate=accumulate)
+    model = model_of({'/a': np.zeros(3)})
+    add(*range(5, 5 + n_before))
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(extensions.kernels, 'pack', interrupt)
+        add(9)
+    add(1, 3)
+    comm.mean_grad(model)
+    np.testing.assert_array_equal(model.a.grad, np.full(3, 2))
+    assert list(comm.cast_counts) == [6, 6, 0, 0]
+
+
+def test_a_failed_iteration_leaves_nothing():
+    comm = create_communicator('mpi')
+    model = model_of({'/a': np.zeros(3)})
+    for value in (np.nan, 1):
+        model.a.grad = np.full(3, value, np.float32)
+        comm.add_grad(model)
+    with pytest.raises(NonFiniteGradients, match=r'/a \(0 inf and 3 NaN of worker 0'):
+        comm.mean_grad(model)
+    for value in (1, 3):
+        model.a.grad = np.full(3, value, np.float32)
+        comm.add_grad(model)
+    comm.mean_grad(model)
     np.testing.assert_array_equal(model.a.grad, np.full(3, 2))

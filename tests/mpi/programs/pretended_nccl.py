@@ -20,13 +20,30 @@ from mpi4py import MPI
 
 calls = []
 DTYPES = {6: np.float16, 7: np.float32, 8: np.float64}
-STREAM = types.SimpleNamespace(ptr=12345, synchronize=lambda: calls.append('synchronize'))
+
+
+class Stream:
+    ptr = 12345
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def synchronize(self):
+        calls.append('synchronize')
+
+
+STREAM = Stream.null = Stream()
 
 
 def host_array(pointer, count, dtype):
     size = count * np.dtype(dtype).itemsize
     buffer = (ctypes.c_ubyte * size).from_address(pointer)
     return np.frombuffer(buffer, dtype)
+
+
+def as_it_lies(array):
+    """The memory of an array from its address on, as one dimension: what CUDA's kernels see."""
+    return host_array(array.__array_interface__['data'][0], array.size, array.dtype)
 
 
 class Nccl:
@@ -69,12 +86,12 @@ class HostMemory:
         return host_array(self.ptr() + offset, count, dtype)
 
     def from_device(self, source, size, offset=0, stream=None):
-        assert stream is STREAM
-        self.memory[offset : offset + size] = np.ascontiguousarray(source).reshape(-1).view('u1')
+        assert isinstance(stream, Stream)
+        self.memory[offset : offset + size] = as_it_lies(source).view('u1')
 
     def to_device(self, target, size, offset=0, stream=None):
-        assert stream is STREAM
-        target[...] = self.array(target.size, offset, target.dtype).reshape(target.shape)
+        assert isinstance(stream, Stream)
+        as_it_lies(target)[...] = self.array(target.size, offset, target.dtype)
 
 
 class ParamsData:
@@ -87,20 +104,20 @@ class ParamsData:
 
 
 def pack(params_data, buffer, dtype, stream=None):
-    assert stream is STREAM
+    assert isinstance(stream, Stream)
     calls.append(f'pack {np.dtype(dtype)}')
     with np.errstate(over='ignore'):
-        flat = [grad.astype(dtype).reshape(-1) for grad in params_data.grads]
+        flat = [as_it_lies(grad).astype(dtype) for grad in params_data.grads]
     buffer.array(sum(part.size for part in flat), dtype=dtype)[...] = np.concatenate(flat)
 
 
 def unpack(params_data, buffer, dtype, stream=None):
-    assert stream is STREAM
+    assert isinstance(stream, Stream)
     calls.append('unpack')
     flat = buffer.array(sum(grad.size for grad in params_data.grads), dtype=dtype)
     for grad in params_data.grads:
         part, flat = flat[: grad.size], flat[grad.size :]
-        grad[...] = part.reshape(grad.shape)
+        as_it_lies(grad)[...] = part
 
 
 def elementwise(in_params, out_params, operation, name):
@@ -108,7 +125,9 @@ def elementwise(in_params, out_params, operation, name):
     dtype, size = kernel.groups()
 
     def divide(array, stream):
-        assert stream is STREAM and array.dtype == dtype and int(size) == MPI.COMM_WORLD.size
+        assert (
+            isinstance(stream, Stream) and array.dtype == dtype and int(size) == MPI.COMM_WORLD.size
+        )
         calls.append(f'divide by {size}')
         array[...] = (array.astype(np.float64) * (1.0 / int(size))).astype(dtype)
 
@@ -125,7 +144,7 @@ _memory_utility.ParamsData = ParamsData
 _memory_utility._batched_pack_params = pack
 _memory_utility._batched_unpack_params = unpack
 cuda.elementwise = elementwise
-cuda.Stream.null = STREAM
+cuda.Stream = Stream
 cuda.get_device_from_id = lambda number: types.SimpleNamespace(
     use=lambda: calls.append(f'use GPU {number}')
 )

@@ -18,6 +18,12 @@ def gradients(worker):
     }
 
 
+def whole_numbers(rank, name, shape, dtype=np.float32):
+    """A rank's gradients or parameters; float16 holds them, their sums and their halves exactly."""
+    rng = np.random.RandomState([rank, *map(ord, name)])
+    return np.asarray(rng.randint(-99, 99, shape) * 2, dtype)
+
+
 def shuffled(n, seed):
     """The numbers below n, in order for seed 0."""
     return list(np.random.RandomState(seed).permutation(n)) if seed else list(range(n))

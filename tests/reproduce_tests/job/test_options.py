@@ -138,7 +138,9 @@ def test_a_job_is_checked_before_its_ranks_start(capsys, words, message):
     assert told.err.startswith(message) and told.err.count('\n') == 1
 
 
-@pytest.mark.parametrize('words', ['2 . train --preset smoke', '5 . train --dry-run', '2 . preflight'])
+@pytest.mark.parametrize(
+    'words', ['2 . train --preset smoke', '5 . train --dry-run', '2 . preflight']
+)
 def test_a_job_that_may_start(capsys, words):
     main(words.split())
     assert capsys.readouterr().err == ''
