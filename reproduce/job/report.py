@@ -140,9 +140,7 @@ def all_reduce_of(comm, settings) -> str:
 
 def arithmetic_of(device) -> str:
     """Describes the implementation that updates parameters on a device."""
-    if device.xp is not np:
-        return 'CUDA'
-    return 'compiled C' if kernels.compiled else 'NumPy (no C compiler at the installation)'
+    return kernels.description() if device.xp is np else 'CUDA'
 
 
 class Progress(training.Extension):
