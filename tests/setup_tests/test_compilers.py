@@ -326,3 +326,26 @@ def test_a_library_that_cannot_be_used(copy, tmp_path, compiler, old, new, reaso
     install(copy, tmp_path, CC=compiler)
     assert (copy / LIBRARY).exists()
     assert re.fullmatch(rf'NumPy \({copy / LIBRARY}.*{reason}.*\)', header(copy))
+
+
+@pytest.mark.mpi
+def test_the_header_tells_of_every_rank(copy, root, mpiexec, job_environment, tmp_path):
+    """Rank 1 runs where there is no library. Its options differ, which ends the job next."""
+    command = [mpiexec]
+    for top, epochs in (root, 1), (copy, 2):
+        command += ['-n', '1', 'env', f'PYTHONPATH={top}', sys.executable]
+        command += [top / 'reproduce/train.py', '--preset', 'smoke', '--epochs', f'{epochs}']
+        command += ['--out', tmp_path / 'out', ':']
+    done = subprocess.run(
+        command[:-1],
+        env=job_environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done
+    other = f'NumPy (there is no {copy / LIBRARY}: install again)'
+    both = f'{header(root)} on 1 of 2 ranks; {other} on 1 of 2 ranks'
+    assert f'update        RMSpropWarmup, {both}\n' in done.stdout
