@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name('programs') / 'call_kernels.c'
 LIBRARY = f'extensions/kernels/_kernels{sysconfig.get_config_var("EXT_SUFFIX")}'
 SOURCE = 'extensions/kernels/kernels.c'
@@ -48,9 +49,7 @@ def values():
     any_bits = rng.randint(0, 2**32, 40_000, dtype=np.uint32).view(np.float32)
     common = rng.standard_normal(40_000) * 10.0 ** rng.randint(-9, 4, 40_000)
     odd = [0, -0.0, 1e-45, -1e-42, 1e-38, 6e-8, 3e-8, 65504, 65519.9, 65520, 3e38, np.inf]
-    tail = rng.standard_normal(44)
-    every = rng.permutation(np.concatenate([any_bits, common, odd * 10]).astype(np.float32))
-    return np.concatenate([every, tail]).astype(np.float32)
+    return rng.permutation(np.concatenate([any_bits, common, odd * 10]).astype(np.float32))
 
 
 def update(quarters, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, one_minus_mu2, eps, rate):
