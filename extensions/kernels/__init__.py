@@ -1,4 +1,4 @@
-"""The CPU's inner loops in C. Without a compiler at installation, NumPy runs the loops.
+"""The CPU's inner loops in C. Without the compiled library, NumPy runs the loops.
 
 Both give the same bits. The library is plain C without Python's headers, loaded by ctypes.
 """
@@ -19,21 +19,34 @@ FILES = ('kernels.c', '../rmsprop_warmup_element.h')
 _BLOCK = 1 << 15
 
 
-def source_digest() -> str:
-    """Returns the digest of the sources. A library compiled from other sources is not used."""
-    return hashlib.sha256(b''.join((_FOLDER / name).read_bytes() for name in FILES)).hexdigest()
+def _open() -> ctypes.CDLL:
+    """Opens the library that setup.py made of these sources; raises OSError or ImportError.
+
+    A damaged file is not loaded: it could kill the process.
+    """
+    path = _FOLDER / f'_kernels{sysconfig.get_config_var("EXT_SUFFIX")}'
+    if not path.exists():
+        raise ImportError(_why_absent(path))
+    content = path.read_bytes()
+    sources = b''.join((_FOLDER / name).read_bytes() for name in FILES)
+    if hashlib.sha256(content[:-64] + sources).hexdigest().encode() != content[-64:]:
+        raise ImportError(f'{path} is damaged or of other sources: install again')
+    return ctypes.CDLL(str(path))
+
+
+def _why_absent(path) -> str:
+    log = path.with_suffix('.log')
+    failure = log.read_text('utf-8', 'replace').split('\n')[0] if log.exists() else ''
+    return f'{failure}; see {log}' if failure else f'there is no {path}: install again'
 
 
 def _load() -> dict:
-    """Returns the compiled functions by their names in ``kernels.c``; empty without the library."""
-    path = _FOLDER / f'_kernels{sysconfig.get_config_var("EXT_SUFFIX")}'
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:
-        return {}
-    library.source_digest.restype = ctypes.c_char_p
-    if library.source_digest().decode() != source_digest():
-        return {}
+    """Returns the compiled functions by their names in ``kernels.c``.
+
+    Raises:
+        OSError, ImportError, AttributeError: The library cannot be used. The text says why.
+    """
+    library = _open()
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     pack = unpack = [size, pointer, pointer, ctypes.c_float, pointer, pointer]
     mean = [size, size, size, pointer, size, pointer, ctypes.c_double, pointer]
@@ -56,7 +69,21 @@ def _load() -> dict:
     return functions
 
 
-compiled = _load()
+compiled: dict = {}
+_why_not = ''
+try:
+    compiled = _load()
+except (OSError, ImportError, AttributeError) as error:
+    _why_not = str(error)
+
+
+def description() -> str:
+    """Says in one line what runs the loops; without the library, also why."""
+    if not compiled:
+        return f'NumPy ({_why_not})' if _why_not else 'NumPy'
+    if 'pack_float32_float16' not in compiled:
+        return 'compiled C, float16 in NumPy (the processor lacks AVX2 or F16C)'
+    return 'compiled C'
 
 
 _NAMES = {np.dtype(name): name for name in ('float16', 'float32', 'float64')}

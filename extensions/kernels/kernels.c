@@ -1,18 +1,22 @@
 /* The CPU's inner loops, called by kernels/__init__.py. They are compiled with -ffp-contract=off: a
    fused multiply-add would round once where NumPy rounds twice. */
 
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 #include <tgmath.h>
 
-/* One copy of a function per instruction set. Loading the library selects the processor's copy. */
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VECTORIZED
+#if defined(__FAST_MATH__) || (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0) || FLT_EVAL_METHOD
+#error "this compiler's float arithmetic is not NumPy's"
 #endif
 
-const char *source_digest(void) { return SOURCE_DIGEST; }
+/* One copy of a function per instruction set. Loading the library selects the processor's copy. The
+   functions are static: Clang before 18 exports them under other names. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && __has_attribute(target_clones)
+#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default"))) static
+#else
+#define VECTORIZED static
+#endif
 
 #define PARAMETERS(T)                                                                       \
     int64_t size, const T *grads, T lr, T alpha_sgd, T alpha_rmsprop, T mu1, T mu2,         \
@@ -133,8 +137,8 @@ UNPACK_ALL(unpack_float32_float32, float, unpack_float32)
 
 /* out = float32(sum of the rows / divisor), summed in float64. `own` may be out. The received rows
    begin at `in`, and their beginnings are `stride` values apart. */
-VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t place, const float *own,
-                                     int64_t stride, const float *in, double divisor, float *out)
+VECTORIZED void mean_float32(int64_t size, int64_t rows, int64_t place, const float *own,
+                             int64_t stride, const float *in, double divisor, float *out)
 {
     double sum[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
@@ -149,16 +153,28 @@ VECTORIZED void mean_float32_float32(int64_t size, int64_t rows, int64_t place, 
     }
 }
 
+void mean_float32_float32(int64_t size, int64_t rows, int64_t place, const float *own,
+                          int64_t stride, const float *in, double divisor, float *out)
+{
+    mean_float32(size, rows, place, own, stride, in, divisor, out);
+}
+
 /* ---- float16, with instructions that x86-64 processors have had since 2013. On other processors,
    NumPy converts. */
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #define HALF __attribute__((target("avx2,f16c")))
 #define LARGE (1 << 17) /* values: a cache does not keep so many until they are needed */
 
-int has_float16(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+/* Compilers ask for AVX2 (and for the system's support of it), but not all of them for F16C. */
+int has_float16(void)
+{
+    unsigned a, b, c = 0, d;
+    return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
 
 static inline HALF void to_float16(int64_t size, const float *in, uint16_t *out)
 {

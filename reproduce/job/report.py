@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -94,7 +95,7 @@ def plan(settings, n_images: int) -> str:
     return '\n'.join(lines)
 
 
-def header(settings, comm, train, val, n_parameters: int) -> str:
+def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
     """Returns the header, which is printed before the first iteration.
 
     Args:
@@ -102,6 +103,7 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
         comm (~chainermn.CommunicatorBase): The processes.
         train, val (ImageFolder): Training and validation images.
         n_parameters (int): Number of the model's parameters.
+        arithmetic (list of str): Result of :func:`arithmetic_of` on each rank.
 
     Returns:
         str: A line for each property of the run.
@@ -119,7 +121,7 @@ def header(settings, comm, train, val, n_parameters: int) -> str:
         'learning rate': f'base {s.lr_base:g}, first {s.lr(0):g}',
         'communicator': f'{type(comm).__name__}; {comm.reason}',
         'all-reduce': all_reduce_of(comm, s),
-        'update': f'RMSpropWarmup, {arithmetic_of(device)}',
+        'update': f'RMSpropWarmup, {"; ".join(_with_ranks(arithmetic))}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
         'training': f'{len(train):,} images in {train.root}',
         'validation': f'{len(val):,} images in {val.root}',
@@ -140,9 +142,15 @@ def all_reduce_of(comm, settings) -> str:
 
 def arithmetic_of(device) -> str:
     """Describes the implementation that updates parameters on a device."""
-    if device.xp is not np:
-        return 'CUDA'
-    return 'compiled C' if kernels.compiled else 'NumPy (no C compiler at the installation)'
+    return kernels.description() if device.xp is np else 'CUDA'
+
+
+def _with_ranks(texts) -> list:
+    """Returns the different texts; if there are several, each with the number of its ranks."""
+    counts = collections.Counter(texts)
+    if len(counts) == 1:
+        return texts[:1]
+    return [f'{text} on {n:,} of {len(texts):,} ranks' for text, n in counts.items()]
 
 
 class Progress(training.Extension):

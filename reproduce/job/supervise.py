@@ -76,8 +76,10 @@ def run(mpi, comm, settings, argv, trainer, batches):
     time_report, log_report = _extend(settings, comm, trainer, batches)
     identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
     checkpoint = _find_checkpoint(mpi, settings, identity)
+    arithmetic = mpi.gather(report.arithmetic_of(extensions.device_of(comm)))
     if comm.rank == 0:
-        print(report.header(settings, comm, train, val, model.count_params()), flush=True)
+        n_parameters = model.count_params()
+        print(report.header(settings, comm, train, val, n_parameters, arithmetic), flush=True)
         report.write_settings(settings, settings.out)
 
     # However a run ends, going on from the last checkpoint gives the same bits.

@@ -9,7 +9,7 @@ from extensions import kernels
 
 pytestmark = pytest.mark.skipif(
     'mean_float16_float16' not in kernels.compiled,
-    reason='no C compiler at the installation, or no F16C',
+    reason=kernels.description(),
 )
 HALVES = np.arange(65536, dtype=np.uint16).view(np.float16)  # all there are
 
@@ -33,6 +33,15 @@ def both(monkeypatch):
         return results
 
     return call
+
+
+def test_the_description_follows_what_runs(monkeypatch):
+    assert kernels.description() == 'compiled C'
+    without = {name: kernels.compiled[name] for name in kernels.compiled if 'float16' not in name}
+    monkeypatch.setattr(kernels, 'compiled', without)
+    assert kernels.description().startswith('compiled C, float16 in NumPy')
+    monkeypatch.setattr(kernels, 'compiled', {})
+    assert kernels.description() == 'NumPy'
 
 
 def finite(values):

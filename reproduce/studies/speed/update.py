@@ -57,7 +57,7 @@ def run(repeat: int) -> dict:
         update_in_blocks()
         kernels.compiled = compiled
 
-    ours = f'RMSpropWarmup, {"C" if kernels.compiled else "NumPy: no C compiler at installation"}'
+    ours = f'RMSpropWarmup, {kernels.description()}'
     candidates = {
         ours: update_of(extensions.RMSpropWarmup(0.1, 0.5, 0.1)),
         'the same, NumPy in blocks': without_c,
