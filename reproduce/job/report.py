@@ -276,7 +276,7 @@ class Curves(training.Extension):
     def __call__(self, trainer):
         if self._log_report.log:
             self._plots.curves(self._log_report.log, self._settings, trainer.out)
-            # A figure takes 9 MB and has reference cycles: Python alone would keep several for long.
+            # A figure takes 9 MB and has reference cycles: Python alone would keep several.
             gc.collect()
 
 
