@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import types
 
 import pytest
@@ -96,6 +97,49 @@ def test_plan_stretches_to_the_epochs_of_the_run():
     assert table['0'][:2] == ['0', '0.05'] and table['29'][:2] == ['87', '0.0001']
     assert table['3.75'][:3] == ['11.25', '0.05', '1.00000']
     assert table['<4.16667'][2] == '1.50000' and table['4.16667'][2] == '1.00000'
+
+
+def test_the_summary_has_the_numbers_of_the_last_epoch(monkeypatch, tmp_path):
+    from reproduce.job import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, 'curves', lambda *arguments: drawn.append(arguments))
+    settings = dataclasses.replace(
+        PRESETS['smoke'](), workers=6, local_batch_size=5, epochs=2, out=str(tmp_path)
+    )
+    keys = (
+        'main/loss',
+        *(
+            f'validation/{name}'
+            for name in ('main/loss', 'main/accuracy', 'main/top5_accuracy', 'images')
+        ),
+    )
+    log = [{key: 10 * epoch + i for i, key in enumerate(keys)} for epoch in (1, 2)]
+    trainer = types.SimpleNamespace(updater=types.SimpleNamespace(iteration=8), elapsed_time=3.0)
+    comm = types.SimpleNamespace(size=2)
+    bad = {'a.png': 'a.png cannot be decoded', 'b.png': 'b.png cannot be read'}
+    timing = {'iteration': 0.25, 'iterations': 5}
+    summary = report.summarize(settings, comm, trainer, log, 1234, bad, timing)
+    assert json.loads((tmp_path / 'summary.json').read_text()) == summary
+    assert summary.pop('versions') == report.versions()
+    assert summary == {
+        'training_loss': 20,
+        'validation_loss': 21,
+        'top1': 22,
+        'top5': 23,
+        'validation_images': 24,
+        'epochs': 2,
+        'iterations': 8,
+        'workers': 6,
+        'processes': 2,
+        'total_batch_size': 30,
+        'seconds': 3.0,
+        'peak_memory_bytes': 1234,
+        'bad_images': {'count': 2, 'messages': list(bad.values())},
+        'images_per_second': 80.0,
+        'timing': timing,
+    }
+    assert drawn == [(log, settings, str(tmp_path))]
 
 
 @pytest.mark.parametrize(
