@@ -342,11 +342,32 @@ def test_bad_options_are_one_line(root, options, message):
 def test_published_values_are_drawn_at_their_own_number_of_gpus(monkeypatch, tmp_path, numbers):
     drawn = []
     monkeypatch.setattr(command_module, 'save', lambda figure, path: drawn.extend(figure.axes))
-    command_module.plot({'float16': model.table(MN1, Job(), numbers)}, MN1, str(tmp_path))
-    for axis, value in zip(drawn[1:], (70, 15)):
+    rows = model.table(MN1, Job(), numbers)
+    command_module.plot({'float16': rows}, MN1, str(tmp_path))
+    for axis, key, unit, value in (
+        (drawn[1], 'efficiency_to_one_gpu', 1 / 100, 70),
+        (drawn[2], 'total', 60, 15),
+    ):
         predictions, *published = (line.get_xydata().tolist() for line in axis.lines)
-        assert [x for x, _ in predictions] == numbers
+        assert predictions == [[row['processes'], row[key] / unit] for row in rows]
         assert published == ([[[1024, value]]] if 1024 in numbers else [])
+
+
+def test_sensitivity_is_drawn_beside_its_names(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(command_module, 'save', lambda figure, path: drawn.extend(figure.axes))
+    found = model.sensitivity(MN1, Job())
+    command_module.plot_sensitivity(found, MN1.name, MN1.published, str(tmp_path))
+    [axis] = drawn
+    names = dict(zip(axis.get_yticks(), (text.get_text() for text in axis.get_yticklabels())))
+    points = {marker: {} for marker in 'osD'}
+    for line in axis.lines:
+        if line.get_marker() in points and len(line.get_xdata()):
+            [[x, y]] = line.get_xydata()
+            points[line.get_marker()][names[y]] = 60 * x
+    assert points['D'] == pytest.approx(found['what if'])
+    assert points['o'] == pytest.approx({name: half for name, (half, _) in found['inputs'].items()})
+    assert points['s'] == pytest.approx({name: two for name, (_, two) in found['inputs'].items()})
 
 
 @pytest.mark.slow

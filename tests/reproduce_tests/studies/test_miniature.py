@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,8 @@ def test_the_images_are_those_that_were_asked_for(cifar, tmp_path):
         assert linked(tmp_path) == asked
         classes = 1 if images == other else 3
         assert len(asked) == classes * (n + 2)
+        names = {Path(place).name for place in asked if '/train/' in place}
+        assert names == {f'{i:04}.png' for i in range(n)}  # the first ones
         assert len(list((tmp_path / 'images' / 'train').iterdir())) == classes
 
     (tmp_path / 'x-seed0').mkdir()
