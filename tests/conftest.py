@@ -84,40 +84,77 @@ def mpiexec():
 
 
 @pytest.fixture
-def leaves_nothing():
+def leaves_nothing(job_environment, monkeypatch):
     """After the test, all that its jobs have left on this machine goes within 20 seconds:
-    processes, semaphores and shared memory, temporary folders."""
-    marker = f'REPRODUCE_TEST={uuid.uuid4().hex}'
-    os.environ.update([marker.split('=')])
-    before = _left()
+    processes, semaphores and shared memory, temporary folders.
+
+    Those of other jobs do not count. The processes carry a marker in their environment. Temporary
+    folders and the shared memory of Open MPI lie in folders of their own, whose paths are short,
+    since those of sockets are limited. A semaphore that another process has open is not the test's.
+    """
+    folder = Path(tempfile.mkdtemp(prefix='t'))
+    shared = Path('/dev/shm', folder.name)
+    shared.mkdir()
+    own = {
+        'REPRODUCE_TEST': uuid.uuid4().hex,
+        'TMPDIR': str(folder),
+        'OMPI_MCA_btl_sm_backing_directory': str(shared),
+    }
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setitem(job_environment, name, value)
+    before = _of_python()
     yield
     deadline = time.monotonic() + 20
-    files = _left() - before
-    while time.monotonic() < deadline:
-        files &= _left()  # those of others come and go meanwhile
-        left = files, _processes_with(marker)
-        if not any(left):
+    semaphores = _of_python() - before
+    while True:
+        mine, others = _processes(own['REPRODUCE_TEST'])
+        used = _mapped_by(others)
+        semaphores = {s for s in semaphores & _of_python() if s[0] not in used}
+        left = [*folder.iterdir(), *shared.iterdir(), *semaphores, *mine.items()]
+        if not left or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    del os.environ['REPRODUCE_TEST']
-    assert not any(left), left
+    shutil.rmtree(folder)
+    shutil.rmtree(shared)
+    assert not left, '\n'.join(map(str, left))
 
 
-def _left():
-    temporary = Path(tempfile.gettempdir())
-    return {*Path('/dev/shm').iterdir(), *temporary.glob('ompi.*'), *temporary.glob('pymp-*')}
+def _of_python():
+    """Inodes and paths of this user's named semaphores and shared memory of multiprocessing."""
+    with os.scandir('/dev/shm') as entries:
+        return {
+            (entry.inode(), entry.path)
+            for entry in entries
+            if entry.name.startswith(('sem.', 'psm_')) and os.access(entry.path, os.R_OK)
+        }
 
 
-def _processes_with(marker):
-    found = {}
+def _processes(marker):
+    """The processes of this test by number, with their command lines; the numbers of all others."""
+    mine, others = {}, []
     for process in Path('/proc').glob('[0-9]*'):
         try:
-            if int(process.name) != os.getpid() and marker.encode() in (
-                process / 'environ'
-            ).read_bytes().split(b'\0'):
-                found[process.name] = (process / 'cmdline').read_bytes()
+            environment = (process / 'environ').read_bytes().split(b'\0')
+            if f'REPRODUCE_TEST={marker}'.encode() not in environment:
+                others.append(process.name)
+            elif int(process.name) != os.getpid():
+                mine[process.name] = (process / 'cmdline').read_bytes()
+        except OSError:  # it has ended, or is another user's
+            continue
+    return mine, others
+
+
+def _mapped_by(processes):
+    """Inodes in /dev/shm that any of these processes uses. A semaphore is mapped by another path
+    than its final one."""
+    found = set()
+    for process in processes:
+        try:
+            maps = Path('/proc', process, 'maps').read_text()
         except OSError:
             continue
+        found |= {int(line.split()[4]) for line in maps.splitlines() if '/dev/shm/' in line}
     return found
 
 

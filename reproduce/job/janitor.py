@@ -60,7 +60,7 @@ def remove_those_of_open_mpi():
     with open('/proc/self/maps') as maps:
         mapped = {line.split()[-1] for line in maps}
     for path in sorted(mapped):
-        if path.startswith('/dev/shm/sm_segment.'):
+        if os.path.basename(path).startswith('sm_segment.'):
             remove_after_end(path, 'launcher')
     folder = os.environ.get('PMIX_SERVER_TMPDIR', '')
     if os.path.basename(folder) == f'ompi.{os.getppid()}':

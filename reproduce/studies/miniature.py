@@ -48,17 +48,20 @@ VARIANTS = {
 }
 
 
-def subset(images: Path, out: Path, per_class: dict):
-    """Makes OUT/train/CLASS and OUT/val/CLASS, with links to the first images of each class.
+def first_images(images: Path, per_class: dict) -> dict:
+    """Finds the first images of each class.
 
     Args:
         images (Path): The folder with ``train`` and ``val``.
-        out (Path): The folder that is made.
         per_class (dict): ``train`` and ``val`` to a number of images per class.
+
+    Returns:
+        dict: (split, class, name) to the path of the image.
 
     Raises:
         SystemExit: There is no such folder, or a class has too few images.
     """
+    found = {}
     for split, n in per_class.items():
         folder = images / split
         classes = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
@@ -71,12 +74,39 @@ def subset(images: Path, out: Path, per_class: dict):
                     f'error: {source} has {len(files)} images, not {n}: '
                     f'lower --{split}-per-class or add images'
                 )
-            target = out / split / source.name
-            target.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                link = target / file.name
-                if not link.is_symlink():
-                    link.symlink_to(file.resolve())
+            found.update({(split, source.name, file.name): file.resolve() for file in files})
+    return found
+
+
+def link(found: dict, out: Path):
+    """Makes OUT/images/train/CLASS and OUT/images/val/CLASS, with links to these images alone.
+
+    Args:
+        found (dict): Result of :func:`first_images`.
+        out (Path): The folder of the study.
+
+    Raises:
+        SystemExit: OUT has runs with other images.
+    """
+    folder = out / 'images'
+    wanted = {folder.joinpath(*place): image for place, image in found.items()}
+    links = {path: path.readlink() for path in folder.glob('*/*/*') if path.is_symlink()}
+    if links == wanted:
+        return
+    if links and any(out.glob('*-seed*')):
+        sys.exit(
+            f'error: the runs in {out} have other images ({len(links):,} links in {folder}, now '
+            f'{len(wanted):,}): give --images and the numbers per class as before, or another --out'
+        )
+    for path, image in links.items():
+        if wanted.get(path) != image:
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    for path, image in wanted.items():
+        if links.get(path) != image:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,11 +334,8 @@ def study(parser, options):
             value = getattr(options, name)
             if value < 1:
                 parser.refuse(f'--{name.replace("_", "-")} must be at least 1, not {value}')
-        subset(
-            options.images,
-            out / 'images',
-            {'train': options.train_per_class, 'val': options.val_per_class},
-        )
+        per_class = {'train': options.train_per_class, 'val': options.val_per_class}
+        link(first_images(options.images, per_class), out)
         runs = [Run(name, seed, out) for seed in range(options.seeds) for name in VARIANTS]
         commands = [shlex.join(['python', *run.command]) for run in runs]
         (out / 'commands.txt').write_text('\n'.join(commands) + '\n')

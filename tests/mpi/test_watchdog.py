@@ -39,6 +39,19 @@ def test_it_names_the_rank_that_the_others_wait_for(watched):
     assert 2 < ended - started < 10
 
 
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_silent_rank_alone_ends_the_job_although_others_move(watched, rank):
+    done = watched(f'silent {rank}')
+    ended = time.time()
+    started = max(map(float, re.findall(r'^started (.*)$', done.stdout, re.MULTILINE)))
+    assert done.returncode not in (0, None), done.stdout
+    named = rf'^error: .*no sign of life .*\brank {rank} on '
+    assert re.search(named, done.stdout, re.MULTILINE), done.stdout
+    assert 'ended' not in done.stdout
+    # The watchdog's two seconds, and five for a launcher that waits for a stopped rank.
+    assert 2 < ended - started < 12
+
+
 def test_an_ending_that_all_agreed_on_is_not_held_up(watched):
     done = watched('agreed')
     assert done.returncode == 3, done.stdout

@@ -6,6 +6,7 @@ from PIL import Image
 
 from reproduce import dataset
 from reproduce.listing import check_same_classes, list_images
+from reproduce.settings import InputError, Settings
 
 
 def test_the_file_is_the_published_one(root):
@@ -46,6 +47,13 @@ def test_image_folder(tmp_path):
             assert image.size == (32, 32) and image.mode == 'L'
             means = np.asarray(image, float).reshape(8, 4, 8, 4).mean(axis=(1, 3))
             assert np.corrcoef(means.ravel(), pixels[number].ravel())[0, 1] > 0.95
+
+
+def test_a_total_batch_may_be_the_whole_training_set():
+    settings = Settings(workers=2, local_batch_size=5)
+    dataset.check_total_batch(settings, 10)
+    with pytest.raises(InputError, match='= 10 is larger than the training set of 9 images'):
+        dataset.check_total_batch(settings, 9)
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):

@@ -238,6 +238,45 @@ def test_a_crash_of_a_loader_process_shows_where(folder, root):
     assert 'ended by SIGSEGV' in done.stderr
 
 
+SIGNALLED = """
+import os, signal, sys
+from reproduce import loader
+loader.start_forkserver()
+from reproduce import images
+from reproduce.listing import list_images
+from reproduce.order import ImageOrder
+folder = list_images(sys.argv[1])
+order = ImageOrder(21, 2, 4, 1)
+handled = []
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(signum, lambda *_: handled.append(None))
+with loader.ImageLoader(folder, folder, order, images.Preprocessing(16, 20), 1, range(2),
+                        'processes:2') as batches:
+    batches.train_batch(0, 0)
+    processes = set(batches._processes)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.killpg(os.getpgrp(), signum)
+    for iteration in range(1, 20):
+        batches.train_batch(iteration, 0)
+    print(len(handled), set(batches._processes) == processes)
+"""
+
+
+def test_a_signal_to_the_ranks_group_does_not_reach_loader_processes(folder, root):
+    """mpiexec, timeout and terminals send signals to groups. The rank goes on, to a checkpoint."""
+    done = subprocess.run(
+        [sys.executable, '-c', SIGNALLED, folder.root],
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert (done.returncode, done.stdout) == (0, '3 True\n'), done.stderr
+
+
 def broken(tmp_path, which):
     """Eight images of two classes; those in ``which`` cannot be decoded."""
     for label in range(2):

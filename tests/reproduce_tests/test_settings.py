@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,20 @@ def test_the_default_is_the_papers_run():
         256,
     )
     assert (settings.min_crop_area, settings.horizontal_flip) == (0.08, True)
+
+
+# Where and how a run runs, not what it computes.
+MAY_CHANGE = set(
+    'preset communicator train_root val_root n_train_images validation_batch_size loader '
+    'bad_images manifests out checkpoint_every keep_checkpoints resume overwrite watchdog'.split()
+)
+
+
+@pytest.mark.parametrize('name', [field.name for field in dataclasses.fields(Settings)])
+def test_what_a_run_may_change_when_it_resumes(name):
+    """Every other setting must be in the identity, which a checkpoint is refused by."""
+    changed = dataclasses.replace(Settings(), **{name: 'another'}).identity
+    assert (changed == Settings().identity) == (name in MAY_CHANGE)
 
 
 def test_iterations_cover_the_epochs_and_no_more():

@@ -170,7 +170,8 @@ class Stopped(Exception):
 
 
 def test_what_main_hands_to_the_trainer(folders, tmp_path, monkeypatch):
-    """Which parameters decay, by how much, and which pixels the network sees."""
+    """Which parameters decay, by how much, which pixels the network sees, and in which minibatches
+    it is validated."""
 
     def stop(trainer, **_):
         raise Stopped(trainer)
@@ -180,11 +181,16 @@ def test_what_main_hands_to_the_trainer(folders, tmp_path, monkeypatch):
         train.main(
             [
                 *'--preset cifar10 --workers 2 --local-batch-size 3 --width 2 --seed 5'.split(),
-                *'--weight-decay 0.003 --loader serial'.split(),
+                *'--weight-decay 0.003 --loader serial --validation-batch-size 2'.split(),
                 *('--train-root', str(folders / 'train'), '--val-root', str(folders / 'val')),
                 *('--out', str(tmp_path / 'out')),
             ]
         )
+    evaluator, left = stopped.value.args[0].get_extension('validation'), []
+    evaluator.after_minibatch = lambda: left.append(evaluator.minibatches_left)
+    n_images = len(list(folders.glob('val/*/*')))
+    assert evaluator()['validation/images'] == n_images
+    assert left == list(range(-(-n_images // 2), -1, -1))
     updater = stopped.value.args[0].updater
     for name, param in updater.get_optimizer('main').target.namedparams():
         param.grad = np.zeros_like(param.data)

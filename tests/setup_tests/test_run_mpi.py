@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from reproduce.settings import Settings
 
 FAKE_PYTHON = """#!/bin/bash
 # Answers as a Python whose venv and pip only write down what they were asked.
@@ -349,6 +352,30 @@ def test_the_papers_run(tree, root):
 def test_threads_that_the_user_chose(tree):
     _, words = job(tree, 'smoke', OMP_NUM_THREADS='4')
     assert 'OMP_NUM_THREADS=4' in words and 'OPENBLAS_NUM_THREADS=1' in words
+
+
+def test_open_mpi_gives_a_host_up_later_than_the_watchdog(tree):
+    """On its own, Open MPI ends a job whose host is cut off, with status 0."""
+    job(tree, 'smoke')
+    name = 'PRTE_MCA_oob_tcp_keepalive_probes'
+    ours = {name: tree.environment()[name]}
+    prte_info = Path(sys.executable).with_name('prte_info')
+    if not prte_info.exists():
+        pytest.skip('needs the prte_info of Open MPI 5')
+    said = subprocess.run(
+        [prte_info, '--all'],
+        env={**os.environ, **ours},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.findall(r'"oob_tcp_keepalive_(\w+)" \(current value: "(\d+)"', said)
+    seconds = {what: int(value) for what, value in found}
+    patience = seconds['time'] + seconds['intvl'] * seconds['probes']
+    assert patience > 2 * Settings().watchdog, seconds
+    job(tree, 'smoke', **{name: '7'})
+    assert tree.environment()[name] == '7'  # the user's own
 
 
 @pytest.mark.parametrize('status', ['0', '2', '37'])

@@ -124,7 +124,7 @@ def report(cluster, dtypes, numbers, out) -> dict:
         'sensitivity': found,
     }
     (Path(out) / 'cluster.json').write_text(json.dumps(content, indent=2) + '\n')
-    plot(tables, cluster.name, cluster.published, out)
+    plot(tables, cluster, out)
     plot_sensitivity(found, cluster.name, cluster.published, out)
     print(f'results in {out}')
     return content
@@ -174,14 +174,14 @@ def _numbers(text, cluster) -> list[int]:
     return numbers
 
 
-def plot(tables: dict, name: str, published: dict, out: str):
+def plot(tables: dict, cluster, out: str):
     """Draws OUT/cluster.png: iteration, efficiency and the whole training by number of GPUs.
 
     Args:
         tables (dict): Type of the gradients to the rows of
             :func:`reproduce.studies.cluster.model.table`.
-        name (str): The cluster's name.
-        published (dict): Published results, drawn and not used. May be empty.
+        cluster (Cluster): The cluster. Its published results are drawn at all of its GPUs, if these
+            are in the rows.
         out (str): The folder. The file is replaced as a whole.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11, 4), constrained_layout=True)
@@ -196,13 +196,14 @@ def plot(tables: dict, name: str, published: dict, out: str):
         efficiency = [100 * row['efficiency_to_one_gpu'] for row in rows]
         axes[1].plot(gpus, efficiency, 'k-', **marker)
         axes[2].plot(gpus, [row['total'] / 60 for row in rows], 'k-', **marker)
+    published = cluster.published if cluster.gpus in gpus else {}
     if 'efficiency_to_one_gpu' in published:
         share = 100 * published['efficiency_to_one_gpu']
-        axes[1].plot(gpus[-1:], [share], 'k*', ms=10, label='the paper, unsourced')
+        axes[1].plot([cluster.gpus], [share], 'k*', ms=10, label='the paper, unsourced')
         axes[1].legend(loc='lower left')
     if 'seconds' in published:
         minutes = published['seconds'] / 60
-        axes[2].axhline(minutes, color='k', ls='--', lw=1, label=f'published: {minutes:g} min')
+        axes[2].plot([cluster.gpus], [minutes], 'k*', ms=10, label=f'published: {minutes:g} min')
         axes[2].legend()
     axes[0].set_title('iteration, ms')
     axes[1].set_title('efficiency against one GPU, %')
@@ -216,7 +217,7 @@ def plot(tables: dict, name: str, published: dict, out: str):
     for axis in (axes[0], axes[2]):
         axis.set_yscale('log')
         axis.yaxis.set_major_formatter(lambda y, _: f'{y:,g}')
-    figure.suptitle(f'{name}: predictions')
+    figure.suptitle(f'{cluster.name}: predictions')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     save(figure, os.path.join(out, 'cluster.png'))
 

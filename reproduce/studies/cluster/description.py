@@ -41,6 +41,8 @@ class Host:
         network (Link): One network link.
         bus (Link): The link of one GPU to the bus.
         memory_bandwidth (float): Bytes/s of the memory of one GPU.
+        to_host (float): Bytes/s from the memory of one GPU to that of the host.
+        copy (float): Bytes/s that one thread copies in the memory of the host.
         images_per_second (dict): Local batch to the images/s that one GPU trains on.
         forward_share (float): Share of the forward pass in the time of an image.
     """
@@ -50,6 +52,8 @@ class Host:
     network: Link
     bus: Link
     memory_bandwidth: float
+    to_host: float
+    copy: float
     images_per_second: dict
     forward_share: float
 

@@ -2,8 +2,9 @@
 
 ./run_mpi.sh cluster prints the results. All results are predictions. Nothing is fitted to the
 published time. The model leaves out GPUs that differ in speed, Python between the kernels, waiting
-for images, checkpoints, and the start. Nothing overlaps: ChainerMN's pure_nccl communicator
-all-reduces after the backward pass.
+for images, and the start. Nothing overlaps: ChainerMN's pure_nccl communicator all-reduces after
+the backward pass. Only the writing of a checkpoint does: the ranks wait for the copy of the state,
+and a thread writes the copy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Job:
         statistics (int): Means and variances of batch normalization.
         images (int): Images of the training set.
         validation_images (int): Images of the validation set.
-        epochs (int): Epochs.
+        epochs (int): Epochs. Each ends with a validation and a checkpoint.
+        checkpoint_arrays (int): Arrays of all parameters' size in a checkpoint.
         pieces (int): Pieces of the gradients in the hierarchical all-reduce.
     """
 
@@ -46,6 +48,7 @@ class Job:
     images: int = 1_281_167
     validation_images: int = 50_000
     epochs: int = 90
+    checkpoint_arrays: int = 3
     pieces: int = 13
 
 
@@ -59,6 +62,7 @@ JOB_SOURCES = {
     'images': 'G',
     'validation_images': 'G',
     'epochs': 'S',
+    'checkpoint_arrays': 'D: parameters, m and delta (extensions/rmsprop_warmup.py), in float32',
     'pieces': 'assumption: 4 MB each; only in the hierarchical all-reduce',
 }
 
@@ -169,11 +173,13 @@ def predict(cluster, job, processes) -> dict:
         training    ceil(epochs * images / (P b)) iterations
         validation  all-reduce of the BN statistics
                     + ceil(50,000 / P) * forward_share / images_per_second, per epoch
+        checkpoint  4 (3 N + statistics) * (1 / to_host + 1 / copy), per epoch
 
     b is the local batch, P the number of processes, and N the number of parameters. In the
     all-reduce, each gradient has e bytes. To pack, a GPU reads 4 bytes and writes e. To divide by
     P, it reads and writes e. To unpack, it reads e and writes 4. With P = 1 there is nothing to
-    pack. The update reads 4 arrays and writes 3.
+    pack. The update reads 4 arrays and writes 3. For a checkpoint, the state of rank 0 is copied
+    from its GPU, and once more in the host's memory, while all ranks wait.
 
     Args:
         cluster (Cluster): The cluster.
@@ -183,7 +189,7 @@ def predict(cluster, job, processes) -> dict:
     Returns:
         dict: ``processes``; seconds per iteration: ``compute``, ``pack``, ``allreduce``,
             ``update`` and ``iteration``; the number of ``iterations``; seconds of all epochs:
-            ``training``, ``validation`` and ``total``.
+            ``training``, ``validation``, ``checkpoints`` and ``total``.
 
     Raises:
         ClusterError: As in :func:`layout`, or the cluster has no rate for the local batch.
@@ -205,15 +211,20 @@ def predict(cluster, job, processes) -> dict:
     images = math.ceil(job.validation_images / processes)
     validation = images * host.forward_share / rate
     validation += allreduce_seconds(cluster, job, processes, job.statistics * 8)
+    state = 4 * (job.checkpoint_arrays * job.parameters + job.statistics)
     iteration = sum(parts.values())
+    times = {
+        'training': iterations * iteration,
+        'validation': job.epochs * validation,
+        'checkpoints': job.epochs * state * (1 / host.to_host + 1 / host.copy),
+    }
     return {
         'processes': processes,
         **parts,
         'iteration': iteration,
         'iterations': iterations,
-        'training': iterations * iteration,
-        'validation': job.epochs * validation,
-        'total': iterations * iteration + job.epochs * validation,
+        **times,
+        'total': sum(times.values()),
     }
 
 

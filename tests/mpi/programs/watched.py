@@ -1,5 +1,7 @@
 """Ranks under a watchdog of 2 seconds: watched.py HOW. Under 20 in turn: watched.py often."""
 
+import os
+import signal
 import sys
 import time
 
@@ -33,6 +35,12 @@ def main():
         elif how == 'behind':
             done = int(mpi.rank != 1)
             time.sleep(60 * (mpi.rank == 1))
+        elif how.startswith('silent'):  # one rank alone, while the others move
+            if mpi.rank == int(how[-1]):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            for _ in range(40):
+                time.sleep(0.5)
+                done += 1
         elif how == 'agreed':
             raise ranks.AgreedExit(3)
         else:

@@ -1,8 +1,12 @@
 from pathlib import Path
 
+import chainer
+import pytest
+
 import extensions
 import reproduce
-from reproduce.job import agreement
+from reproduce.job import BLAS_THREADS, agreement
+from reproduce.settings import Settings
 
 
 def names(package):
@@ -25,3 +29,28 @@ def test_any_change_of_a_source_changes_the_hash(monkeypatch, tmp_path):
         (tmp_path / name).write_text(text)
         assert agreement._code() not in seen, name
         seen.add(agreement._code())
+
+
+def test_each_thing_that_ranks_must_share_is_compared_under_its_name(monkeypatch):
+    def items(bias=0.5, seed=1, words=('--seed', '1'), size=10):
+        model = chainer.links.Linear(2, 3, initialW=0.25, initial_bias=bias)
+        return agreement.items(model, Settings(seed=seed), words, {'a.png': size})
+
+    first = items()
+    assert items() == first
+    for name, other in (
+        ('parameters', items(bias=0.75)),
+        ('settings', items(seed=2)),
+        ('options', items(words=('--seed', '2'))),
+        ('images', items(size=11)),
+    ):
+        assert {key for key in first if first[key] != other[key]} == {name}
+
+
+@pytest.mark.parametrize('name', BLAS_THREADS)
+def test_every_number_of_blas_threads_is_compared(monkeypatch, name):
+    monkeypatch.setenv(name, '1')
+    first = agreement.of_host()
+    monkeypatch.setenv(name, '2')
+    other = agreement.of_host()
+    assert {key for key in first if first[key] != other[key]} == {'BLAS threads'}

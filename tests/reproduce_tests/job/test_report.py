@@ -1,9 +1,11 @@
 import dataclasses
+import json
 import types
 
 import pytest
+from mpi4py import MPI
 
-from reproduce.job import report
+from reproduce.job import report, supervise
 from reproduce.settings import PRESETS
 
 
@@ -96,6 +98,92 @@ def test_plan_stretches_to_the_epochs_of_the_run():
     assert table['0'][:2] == ['0', '0.05'] and table['29'][:2] == ['87', '0.0001']
     assert table['3.75'][:3] == ['11.25', '0.05', '1.00000']
     assert table['<4.16667'][2] == '1.50000' and table['4.16667'][2] == '1.00000'
+
+
+def test_the_summary_has_the_numbers_of_the_last_epoch(monkeypatch, tmp_path):
+    from reproduce.job import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, 'curves', lambda *arguments: drawn.append(arguments))
+    settings = dataclasses.replace(
+        PRESETS['smoke'](), workers=6, local_batch_size=5, epochs=2, out=str(tmp_path)
+    )
+    keys = (
+        'main/loss',
+        *(
+            f'validation/{name}'
+            for name in ('main/loss', 'main/accuracy', 'main/top5_accuracy', 'images')
+        ),
+    )
+    log = [{key: 10 * epoch + i for i, key in enumerate(keys)} for epoch in (1, 2)]
+    trainer = types.SimpleNamespace(updater=types.SimpleNamespace(iteration=8), elapsed_time=3.0)
+    comm = types.SimpleNamespace(size=2)
+    bad = {'a.png': 'a.png cannot be decoded', 'b.png': 'b.png cannot be read'}
+    timing = {'iteration': 0.25, 'iterations': 5}
+    summary = report.summarize(settings, comm, trainer, log, 1234, bad, timing)
+    assert json.loads((tmp_path / 'summary.json').read_text()) == summary
+    assert summary.pop('versions') == report.versions()
+    assert summary == {
+        'training_loss': 20,
+        'validation_loss': 21,
+        'top1': 22,
+        'top5': 23,
+        'validation_images': 24,
+        'epochs': 2,
+        'iterations': 8,
+        'workers': 6,
+        'processes': 2,
+        'total_batch_size': 30,
+        'seconds': 3.0,
+        'peak_memory_bytes': 1234,
+        'bad_images': {'count': 2, 'messages': list(bad.values())},
+        'images_per_second': 80.0,
+        'timing': timing,
+    }
+    assert drawn == [(log, settings, str(tmp_path))]
+
+
+def test_peak_memory_is_that_of_the_largest_process():
+    def allreduce(kilobytes, operator):
+        assert 10_000 < kilobytes < 100_000_000
+        assert operator == MPI.MAX
+        return max(kilobytes, 10**10)
+
+    comm = types.SimpleNamespace(mpi_comm=types.SimpleNamespace(allreduce=allreduce))
+    assert report.peak_memory(comm) == 1024 * 10**10
+
+
+def test_the_line_with_the_parts_of_an_iteration():
+    names = ('data', 'forward_backward', 'pack', 'allreduce', 'update', 'extensions')
+    timing = {name: (i + 1) / 1000 for i, name in enumerate(names)}
+    assert report.parts({**timing, 'iteration': 1.5, 'iterations': 4}) == (
+        'iteration 1,500.0 ms, slowest ranks: data 1.0, forward + backward 2.0, pack 3.0, '
+        'all-reduce 4.0, update 5.0, extensions 6.0'
+    )
+    assert report.parts({'iterations': 0}) == 'no timing: too few iterations'
+
+
+def test_the_table_shows_what_the_last_update_used(capsys):
+    optimizer = types.SimpleNamespace(lr=0.5, alpha_sgd=0.25, alpha_rmsprop=0.125)
+    entry = {'epoch': 3, 'lr': 9.0, 'alpha_sgd': 9.0, 'main/loss': 2.0, 'elapsed_time': 7.0}
+    entry.update({'validation/main/loss': 1.5, 'validation/main/accuracy': 0.75})
+    supervise._last_hyperparameters(optimizer)(entry)
+    table = report.EpochTable(types.SimpleNamespace(log=[{}, entry]))
+    table.initialize(None)
+    table(None)
+    heads, cells = (line.split('  ') for line in capsys.readouterr().out.splitlines())
+    heads, cells = ([word.strip() for word in line if word] for line in (heads, cells))
+    assert dict(zip(heads, cells)) == {
+        'epoch': '3',
+        'lr': '0.50000',
+        'alpha_sgd': '0.25000',
+        'alpha_rmsprop': '1.250e-01',
+        'train loss': '2.0000',
+        'val loss': '1.5000',
+        'top-1': '75.00%',
+        'flushed': '-',  # float32 gradients
+        'seconds': '7.0',
+    }
 
 
 @pytest.mark.parametrize(

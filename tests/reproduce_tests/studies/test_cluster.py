@@ -7,8 +7,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import chainer
+import numpy as np
 import pytest
 
+import extensions
+from reproduce.studies.cluster import __main__ as command_module
 from reproduce.studies.cluster import model
 from reproduce.studies.cluster.description import ClusterError, read, replaced, value_at
 from reproduce.studies.cluster.model import Job
@@ -145,7 +149,9 @@ def test_the_papers_run_written_out():
     assert row['iteration'] == pytest.approx(iteration)
     validation = 49 * 0.3333 / 182.5 + ring[1]
     assert row['validation'] == pytest.approx(90 * validation)
-    assert row['total'] == pytest.approx(3519 * iteration + 90 * validation)
+    checkpoint = (3 * n + 53_120) * 4 * (1 / 6.4e9 + 1 / 4.5e9)
+    assert row['checkpoints'] == pytest.approx(90 * checkpoint)
+    assert row['total'] == pytest.approx(3519 * iteration + 90 * (validation + checkpoint))
 
 
 def test_float32_packs_more_bytes():
@@ -162,6 +168,16 @@ def test_the_jobs_numbers_are_those_of_the_model_and_the_settings():
     bn = [link for link in network.links() if isinstance(link, links.BatchNormalization)]
     assert Job().parameters == network.count_params()
     assert Job().statistics == 2 * sum(link.gamma.size for link in bn)
+    optimizer = extensions.RMSpropWarmup(0.1).setup(network)
+    for param in network.params():
+        param.grad = np.zeros_like(param.array)
+    optimizer.update()
+    serializer = chainer.serializers.DictionarySerializer()
+    serializer['model'].save(network)
+    serializer['optimizer'].save(optimizer)
+    arrays = [array for array in serializer.target.values() if array.dtype == np.float32]
+    n_bytes = sum(array.nbytes for array in arrays)
+    assert n_bytes == 4 * (Job().checkpoint_arrays * Job().parameters + Job().statistics)
 
 
 def test_efficiencies():
@@ -320,6 +336,38 @@ def test_bad_options_are_one_line(root, options, message):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('numbers', [[1, 8, 16, 32], [8, 128, 1024], [1, 8]])
+def test_published_values_are_drawn_at_their_own_number_of_gpus(monkeypatch, tmp_path, numbers):
+    drawn = []
+    monkeypatch.setattr(command_module, 'save', lambda figure, path: drawn.extend(figure.axes))
+    rows = model.table(MN1, Job(), numbers)
+    command_module.plot({'float16': rows}, MN1, str(tmp_path))
+    for axis, key, unit, value in (
+        (drawn[1], 'efficiency_to_one_gpu', 1 / 100, 70),
+        (drawn[2], 'total', 60, 15),
+    ):
+        predictions, *published = (line.get_xydata().tolist() for line in axis.lines)
+        assert predictions == [[row['processes'], row[key] / unit] for row in rows]
+        assert published == ([[[1024, value]]] if 1024 in numbers else [])
+
+
+def test_sensitivity_is_drawn_beside_its_names(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(command_module, 'save', lambda figure, path: drawn.extend(figure.axes))
+    found = model.sensitivity(MN1, Job())
+    command_module.plot_sensitivity(found, MN1.name, MN1.published, str(tmp_path))
+    [axis] = drawn
+    names = dict(zip(axis.get_yticks(), (text.get_text() for text in axis.get_yticklabels())))
+    points = {marker: {} for marker in 'osD'}
+    for line in axis.lines:
+        if line.get_marker() in points and len(line.get_xdata()):
+            [[x, y]] = line.get_xydata()
+            points[line.get_marker()][names[y]] = 60 * x
+    assert points['D'] == pytest.approx(found['what if'])
+    assert points['o'] == pytest.approx({name: half for name, (half, _) in found['inputs'].items()})
+    assert points['s'] == pytest.approx({name: two for name, (_, two) in found['inputs'].items()})
 
 
 @pytest.mark.slow

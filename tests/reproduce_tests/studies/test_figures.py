@@ -75,6 +75,9 @@ def test_runs_are_drawn_as_their_mean_with_a_band(drawn):
     np.testing.assert_allclose(line(top1, 'one')([1, 2]), [10, 40])
     box = top1.collections[0].get_paths()[0].get_extents()
     np.testing.assert_allclose([box.ymin, box.ymax], [10, 50])
+    unequal = [log_of([2, 1, 0.5], [0.1, 0.4, 0.6]), log_of([4, 2], [0.3, 0.5])]  # one still trains
+    loss, _ = drawn(figures.runs, {'two seeds': unequal, 'one': several[:1]})
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [[1, 3], [2, 1.5]])
     styles = {(found.get_linestyle(), found.get_marker()) for found in loss.lines}
     assert len(styles) == 2  # told apart without colours
 

@@ -1,12 +1,15 @@
 """The digests notice one bit."""
 
+import json
 import types
+from pathlib import Path
 
 import chainer
 import numpy as np
+import pytest
 
 from extensions import RMSpropWarmup
-from reproduce.studies import invariance_program
+from reproduce.studies import invariance, invariance_program
 
 
 def test_each_digest_is_of_its_part():
@@ -43,3 +46,17 @@ def test_each_digest_is_of_its_part():
         before = invariance_program.digests(trainer, log)
         log[0][key] = np.nextafter(log[0][key], 9)
         assert changed(before) == [name]
+
+
+@pytest.mark.parametrize('odd', [None, 0, 1, 2])
+def test_one_layout_with_other_bits_is_noticed(monkeypatch, capsys, odd):
+    def start_ranks(processes, words, *arguments, **options):
+        digests = {'parameters': 'a' * 64, 'validation': 'bc'[layouts.index((processes, 2)) == odd]}
+        (Path(words[0]) / 'digests.json').write_text(json.dumps(digests))
+        return types.SimpleNamespace(returncode=0)
+
+    layouts = [(1, 2), (2, 2), (4, 2)]
+    monkeypatch.setattr(invariance, 'start_ranks', start_ranks)
+    assert invariance.run(layouts) == (odd is None)
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert verdict == ('the same bits' if odd is None else 'the bits differ')

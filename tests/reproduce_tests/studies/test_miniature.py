@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,38 @@ def test_too_few_images_and_no_images(cifar, tmp_path, monkeypatch, capsys):
         # A text that is the status is what Python prints, before it ends with 1.
         assert message in f'{ended.value.code}{capsys.readouterr().err}'
         assert ended.value.code not in (0, None)
+
+
+def linked(out):
+    return {str(path.relative_to(out)): path.resolve() for path in out.glob('images/*/*/*')}
+
+
+def test_the_images_are_those_that_were_asked_for(cifar, tmp_path):
+    def ask(n, images=cifar):
+        found = miniature.first_images(images, {'train': n, 'val': 2})
+        miniature.link(found, tmp_path)
+        return {f'images/{"/".join(place)}': path for place, path in found.items()}
+
+    other = tmp_path / 'other'
+    for split in ('train', 'val'):
+        for i in range(5):
+            (other / split / 'cat').mkdir(parents=True, exist_ok=True)
+            (other / split / 'cat' / f'{i:04}.png').touch()
+    for n, images in ((10, cifar), (3, cifar), (4, other), (12, cifar)):
+        asked = ask(n, images)
+        assert linked(tmp_path) == asked
+        classes = 1 if images == other else 3
+        assert len(asked) == classes * (n + 2)
+        names = {Path(place).name for place in asked if '/train/' in place}
+        assert names == {f'{i:04}.png' for i in range(n)}  # the first ones
+        assert len(list((tmp_path / 'images' / 'train').iterdir())) == classes
+
+    (tmp_path / 'x-seed0').mkdir()
+    assert linked(tmp_path) == ask(12)  # goes on
+    for n, images in ((3, cifar), (13, cifar), (4, other)):
+        with pytest.raises(SystemExit, match=f'the runs in {tmp_path} have other images'):
+            ask(n, images)
+    assert linked(tmp_path) == asked
 
 
 def test_the_variants_are_what_their_titles_say():
