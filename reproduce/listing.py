@@ -202,21 +202,21 @@ def _select(folder, kind, wanted, remedy='make it readable, or remove it') -> li
 
 
 def _is_class(entry) -> bool:
-    return not is_foreign(entry.name) and _exists(entry) and entry.is_dir()
+    return not is_foreign(entry.name) and (entry.is_dir() or _leads_nowhere(entry))
 
 
 def _is_image(entry) -> bool:
     name = entry.name
     if name[0] == '.' or not name.lower().endswith(SUFFIXES):
         return False
-    return _exists(entry) and entry.is_file()
+    return entry.is_file() or _leads_nowhere(entry)
 
 
-def _exists(entry) -> bool:
-    """Raises OSError for a link that leads nowhere, which DirEntry takes for no file."""
+def _leads_nowhere(entry) -> bool:
+    """Raises OSError for a link that leads nowhere, which is_file() takes for none; else False."""
     if entry.is_symlink():
         entry.stat()
-    return True
+    return False
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:

@@ -110,7 +110,7 @@ def test_an_image_that_was_added_or_removed_is_noticed_though_times_are_set_back
     times = os.stat(cat).st_atime_ns, os.stat(cat).st_mtime_ns
     (cat / '8 a.png').write_bytes((cat / '7 a.png').read_bytes())
     os.utime(cat, ns=times)
-    out, done = train(1, 'second', *skip)
+    _, done = train(1, 'second', *skip)
     assert done.returncode == 0 and 'the folder has changed since' in done.stdout
     assert f'17 images in {tmp_path / SHOWN / "train"}; list kept' in done.stdout
     (cat / '8 a.png').unlink()
@@ -118,7 +118,7 @@ def test_an_image_that_was_added_or_removed_is_noticed_though_times_are_set_back
     assert f'16 images in {tmp_path / SHOWN / "train"}; list kept' in train(1, '3', *skip)[1].stdout
     (cat / '7 a.png').unlink()
     (cat / '7 a.png').symlink_to('/proc/self/mem')
-    out, done = train(2, 'fourth', *skip)
+    _, done = train(2, 'fourth', *skip)
     assert done.returncode not in (0, 124)
     assert f'7 a.png cannot be read on {os.uname().nodename} (Input/output error)' in done.stdout
     assert 'skip the image' not in done.stdout
