@@ -23,7 +23,7 @@ STD = (0.229, 0.224, 0.225)
 
 FILTERS = ('antialiased', 'pillow')
 _TRIES = 10
-_STEEPEST = 16  # reduction up to which OpenCV's filter costs no more than decoding
+_STEEPEST = 16  # a reduction by 32 costs OpenCV's filter five times as much per pixel
 _LONGEST = 64  # sides: what validation keeps of a strip
 
 # What a header may claim. Decoders allocate memory for it, and fill the memory, before they notice

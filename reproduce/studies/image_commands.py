@@ -119,7 +119,7 @@ def check(root, n_processes: int, patience: float = _PATIENCE) -> dict:
     odd = collections.defaultdict(list)
     progress = _Progress(len(folder))
     paths = (folder.path(i) for i in range(len(folder)))
-    for path, (kind, reasons) in _inspect_all(paths, n_processes, patience):
+    for path, (kind, reasons) in _inspect_all(paths, min(n_processes, len(folder)), patience):
         if kind == 'odd':
             for reason_ in reasons:
                 odd[reason_].append(path)
