@@ -25,14 +25,28 @@ def roots(settings):
     """Returns the folders of training and validation images, or None for both if none is given.
 
     Raises:
-        InputError: Only one of the folders is given.
+        InputError: Only one of the folders is given; or both are one, or one lies in the other.
     """
     if (settings.train_root is None) != (settings.val_root is None):
         raise InputError('--train-root and --val-root go together: give both')
     if settings.train_root is None and settings.preset == 'paper' and 'IMAGENET_ROOT' in os.environ:
         root = Path(os.environ['IMAGENET_ROOT'])
-        return str(root / 'train'), str(root / 'val')
-    return settings.train_root, settings.val_root
+        train, val = str(root / 'train'), str(root / 'val')
+    else:
+        train, val = settings.train_root, settings.val_root
+    if train is not None and os.path.exists(train):
+        _check_apart(train, val)
+    return train, val
+
+
+def _check_apart(train, val):
+    real = [os.path.realpath(root) for root in (train, val)]
+    if os.path.commonpath(real) in real:
+        how = 'are one folder' if real[0] == real[1] else 'lie one in the other'
+        raise InputError(
+            f'the training images {train} and the validation images {val} {how}: '
+            'give two folders of class folders to --train-root and --val-root'
+        )
 
 
 def count_images(settings) -> int:
@@ -95,6 +109,8 @@ def save(settings, folders):
 def list_folders(settings):
     """Lists the training and the validation images, from manifests that are up to date if possible.
 
+    Prints a note if the two folders may have been swapped, or if one may be a copy of the other.
+
     Returns:
         tuple of ImageFolder: Training and validation images.
 
@@ -103,6 +119,18 @@ def list_folders(settings):
     """
     train, val = (listing.listing_of(root, settings.manifests_folder) for root in roots(settings))
     listing.check_same_classes(train, val)
+    if len(val) > len(train):
+        print(
+            f'note: more images for validation ({len(val):,} in {val.root}) than for training '
+            f'({len(train):,} in {train.root}): are --train-root and --val-root swapped?',
+            flush=True,
+        )
+    if train.digest() == val.digest():
+        print(
+            f'note: {train.root} and {val.root} have the same file names in all classes: '
+            'is one a copy of the other?',
+            flush=True,
+        )
     return train, val
 
 

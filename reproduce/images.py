@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import io
-from pathlib import Path
+import os
+import re
+import stat
+import warnings
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from reproduce.listing import DataError
+from reproduce.listing import BadImage, DataError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's red, green and blue; full scale is 1 (G)
 STD = (0.229, 0.224, 0.225)
 
 FILTERS = ('antialiased', 'pillow')
 _TRIES = 10
+_STEEPEST = 16  # a reduction by 32 costs OpenCV's filter five times as much per pixel
+_LONGEST = 64  # sides: what validation keeps of a strip
+
+# What a header may claim. Decoders allocate memory for it, and fill the memory, before they notice
+# that a file is too short.
+_MOST_PIXELS = 178_956_970  # Pillow's own limit
+_FEW_PIXELS = 2**24  # 50 MB, which any file may claim
+_PIXELS_PER_BYTE = 512  # the most that a JPEG has: a bit for 8 x 8 pixels
+_MOST_SCANS = 100  # each is a pass over all pixels; an ordinary progressive JPEG has 10
+_MOST_BYTES = 8 * _MOST_PIXELS  # 16 bits, four channels, not compressed
+_MARKER = re.compile(rb'\xff[^\x00\x01\xd0-\xd7\xff]')  # in a JPEG, a segment starts with it
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {  # EXIF orientation: the turn that makes the image upright; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,6 +47,7 @@ _TURNS = {  # EXIF orientation: the turn that makes the image upright; 1 is upri
 }
 
 cv2.setNumThreads(0)  # one thread per loader process is enough
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # decode() checks sizes itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Preprocessing:
         resize_filter (str): ``'pillow'`` is Pillow's bilinear filter, a triangle whose width grows
             with the reduction. ``'antialiased'`` is nearly the same filter in OpenCV, see
             :func:`triangle`. On another kind of processor, the latter may round one value in some
-            millions differently.
+            millions differently. A reduction by more than 16 takes Pillow's filter in any case.
     """
 
     image_size: int = 224
@@ -118,7 +135,7 @@ def train_image(path, rng, preprocessing, out=None) -> np.ndarray:
         uint8 array [image_size, image_size, 3].
 
     Raises:
-        DataError: The file cannot be decoded.
+        DataError: The file cannot be decoded or read, as in :func:`decode`.
     """
     pixels = decode(path)
     height, width = pixels.shape[:2]
@@ -143,11 +160,14 @@ def validation_image(path, preprocessing, out=None) -> np.ndarray:
         uint8 array [image_size, image_size, 3].
 
     Raises:
-        DataError: The file cannot be decoded.
+        DataError: The file cannot be decoded or read, as in :func:`decode`.
     """
     pixels = decode(path)
     height, width = pixels.shape[:2]
     shorter = min(width, height)
+    if max(width, height) > _LONGEST * shorter:  # enlarged, it could take gigabytes
+        pixels = _middle(pixels, _LONGEST * shorter)
+        height, width = pixels.shape[:2]
     width, height = (round(n * preprocessing.resize / shorter) for n in (width, height))
     pixels = resized(pixels, width, height, preprocessing.resize_filter)
     side = preprocessing.image_size
@@ -157,6 +177,12 @@ def validation_image(path, preprocessing, out=None) -> np.ndarray:
         return centre.copy()
     np.copyto(out, centre)
     return out
+
+
+def _middle(pixels, most: int):
+    """Returns the middle of an image, at most ``most`` pixels high and wide."""
+    upper, left = (max(0, (side - most) // 2) for side in pixels.shape[:2])
+    return pixels[upper : upper + most, left : left + most]
 
 
 def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np.ndarray:
@@ -171,7 +197,8 @@ def resized(pixels, width: int, height: int, resize_filter: str, out=None) -> np
     Returns:
         uint8 array [height, width, 3].
     """
-    if resize_filter == 'pillow':
+    steepest = max(pixels.shape[1] / width, pixels.shape[0] / height)
+    if resize_filter == 'pillow' or steepest > _STEEPEST:
         # Pillow would copy a crop too, in five times the time.
         pixels = np.ascontiguousarray(pixels)
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
@@ -209,12 +236,51 @@ def triangle(scale: float) -> np.ndarray:
     return weights.astype(np.float32)
 
 
+def read(path) -> bytes:
+    """Reads an image file.
+
+    Args:
+        path (str or Path): The file.
+
+    Returns:
+        bytes: Its contents.
+
+    Raises:
+        BadImage: The file is larger than any image.
+        DataError: The file cannot be read, or is no regular file.
+    """
+    try:
+        # Unlike open() alone, this does not wait for the other end of a pipe.
+        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+            found = os.fstat(f.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, 'a pipe or a device')
+            if found.st_size > _MOST_BYTES:
+                raise BadImage(
+                    f'image {path} has {found.st_size:,} bytes, more than any image; remove it'
+                )
+            return f.read()
+    except OSError as error:
+        remedy = 'mend the disk, the mount or the permissions'
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            remedy = (
+                'mount or copy the folder there; if the image was removed, delete the list that '
+                'names it, in the folder of --manifests, and start again'
+            )
+        raise DataError(
+            f'image {path} cannot be read on {os.uname().nodename} ({error.strerror}); {remedy}'
+        ) from error
+
+
 def decode(path) -> np.ndarray:
     """Decodes an image file to 8-bit RGB, upright, with transparent parts on white.
 
     simplejpeg decodes JPEG files in colour or grey. It gives Pillow's pixels in three quarters of
     the time. Pillow decodes all other files, and those that simplejpeg rejects.
     ``./run_mpi.sh benchmark loader`` compares the candidates.
+
+    Before anything is decoded, the size that the header claims is checked: it must be at most
+    178,956,970 pixels, and, above 16,777,216 pixels, at most 512 per byte of the file.
 
     Args:
         path (str or Path): The file.
@@ -223,41 +289,74 @@ def decode(path) -> np.ndarray:
         uint8 array [H, W, 3].
 
     Raises:
-        DataError: The file cannot be read or decoded.
+        BadImage: The file cannot be decoded, or is too large.
+        DataError: The file cannot be read.
     """
-    path = Path(path)
+    data = read(path)
     try:
-        data = path.read_bytes()
         return _decode_jpeg(data) if data[:2] == b'\xff\xd8' else _decode_with_pillow(data)
     except Exception as error:  # for damaged bytes, Pillow raises TypeError and others, too
         reason = str(error)
         if isinstance(error, UnidentifiedImageError):  # its message shows a memory address
             reason = 'not an image that Pillow knows' if data else 'empty'
-        raise DataError(
+        raise BadImage(
             f'image {path} cannot be decoded ({reason}); replace it or remove it'
         ) from error
 
 
+def _check_size(width: int, height: int, n_bytes: int):
+    pixels = width * height
+    if pixels > min(_MOST_PIXELS, max(_FEW_PIXELS, _PIXELS_PER_BYTE * n_bytes)):
+        raise ValueError(f'{width:,} x {height:,} pixels are too many for {n_bytes:,} bytes')
+
+
 def _decode_jpeg(data: bytes) -> np.ndarray:
+    may_be_turned, scans = _survey(data)
+    if scans > _MOST_SCANS:
+        raise ValueError(f'more than {_MOST_SCANS} scans')
     try:
-        # simplejpeg neither converts CMYK nor turns images upright.
-        colours = simplejpeg.decode_jpeg_header(data)[2]
-        if colours in ('YCbCr', 'Gray', 'RGB') and not _is_turned(data):
-            return simplejpeg.decode_jpeg(data)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
-        pass  # Pillow decides whether the file is broken
+        return _decode_with_pillow(data)  # Pillow decides whether the file is broken
+    _check_size(width, height, len(data))
+    # simplejpeg neither converts CMYK nor turns images upright.
+    if colours in ('YCbCr', 'Gray', 'RGB') and not (may_be_turned and _is_turned(data)):
+        try:
+            return simplejpeg.decode_jpeg(data)
+        except ValueError:
+            pass
     return _decode_with_pillow(data)
 
 
+def _survey(jpeg: bytes) -> tuple[bool, int]:
+    """Returns whether EXIF or XMP may turn an image, and the number of its scans.
+
+    Goes from marker to marker, over stray bytes, too, as decoders do. One scan with all components
+    is the whole image, unless it is progressive.
+    """
+    may_be_turned, progressive, components, scans, end = False, False, b'', 0, 2
+    while (found := _MARKER.search(jpeg, end)) and scans <= _MOST_SCANS:
+        marker, start = found[0][1], found.end()
+        end = start + int.from_bytes(jpeg[start : start + 2], 'big')
+        if marker == 0xE1:
+            may_be_turned = may_be_turned or (
+                jpeg.startswith(b'Exif\0\0', start + 2)
+                or jpeg.find(b'tiff:Orientation', start, end) >= 0
+            )
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            progressive, components = marker & 3 == 2, jpeg[start + 7 : start + 8]
+        elif marker == 0xDA:
+            scans += 1
+            if not progressive and jpeg[start + 2 : start + 3] == components:
+                break
+        elif marker == 0xD9:
+            break
+    return may_be_turned, scans
+
+
 def _is_turned(jpeg: bytes) -> bool:
-    """Whether the image has an EXIF turn. Pillow opens the file only if it has EXIF at all."""
-    position = 2
-    while position < len(jpeg) and jpeg[position : position + 2] != b'\xff\xda':
-        if jpeg[position + 4 : position + 10] == b'Exif\0\0':
-            with Image.open(io.BytesIO(jpeg)) as image:
-                return orientation(image) != 1
-        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], 'big')
-    return False
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return orientation(image) != 1
 
 
 def orientation(image) -> int:
@@ -270,6 +369,9 @@ def orientation(image) -> int:
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
+        if image.format == 'EPS':  # Pillow would start Ghostscript
+            raise ValueError('a program in PostScript, not an image')
+        _check_size(image.width, image.height, len(data))
         image.load()
         # ImageOps.exif_transpose would rewrite the EXIF, and fail if the EXIF is damaged.
         turn = _TURNS.get(orientation(image))

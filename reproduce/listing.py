@@ -16,12 +16,23 @@ from pathlib import Path
 import numpy as np
 
 SUFFIXES = ('.jpeg', '.jpg', '.png')
-_LAYOUT_OF_A_MANIFEST = 1
+_LAYOUT_OF_A_MANIFEST = 2
+# Folders that systems, and other programs than this one, put beside the user's.
+_FOREIGN = {
+    *('lost+found', '__macosx', '$recycle.bin', 'system volume information'),
+    *('@eadir', '@tmp', '@sharebin', '#recycle', '#snapshot', '@recycle', '@recently-snapshot'),
+}
+# Mounts that pass on the folders of something else, which may not keep their times.
+_PASS_ON = ('fuse', '9p', 'virtiofs', 'cifs', 'smb3', 'vboxsf')
 _THREADS = 16  # many, because a network file system answers each question with a delay
 
 
 class DataError(Exception):
     """Images that cannot be used. The message names the path, the cause and the remedy."""
+
+
+class BadImage(DataError):
+    """An image file whose contents cannot be decoded, though they can be read."""
 
 
 def print_any_name():
@@ -92,7 +103,8 @@ class ImageFolder:
 def list_images(root) -> ImageFolder:
     """Lists ROOT/CLASS/*.jpg, .jpeg and .png, with suffixes in upper or lower case.
 
-    Prints a line of progress every ten seconds.
+    Passes over what :func:`is_foreign` tells, and over pipes, sockets and folders that have the
+    name of an image. Prints a line of progress every ten seconds.
 
     Args:
         root (str or Path): The folder ROOT.
@@ -101,8 +113,8 @@ def list_images(root) -> ImageFolder:
         ImageFolder: The list.
 
     Raises:
-        DataError: The folder does not exist or has no class folder, or a class folder cannot be
-            read or has no image.
+        DataError: The folder does not exist or has no class folder; a class folder cannot be read,
+            has no image, or is another one, too; or a link leads nowhere.
     """
     root = os.fspath(root)
     classes = _class_folders(root)
@@ -124,13 +136,38 @@ def list_images(root) -> ImageFolder:
     return ImageFolder(root, tuple(classes), np.array(counts, np.int64), names, mark)
 
 
-def _class_folders(root) -> list:
-    try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    except OSError as error:
-        raise DataError(
-            f'image folder {root}: {error.strerror}; give a folder that has one folder per class'
-        ) from error
+def is_foreign(name: str) -> bool:
+    """Returns whether a file or folder is hidden, or belongs to a system such as that of a NAS."""
+    return name.startswith('.') or name.lower() in _FOREIGN
+
+
+def image_files(folder, kind='image folder') -> list[str]:
+    """Returns the sorted names of the images in a folder.
+
+    Args:
+        folder (str): The folder.
+        kind (str): What an error calls it.
+
+    Raises:
+        DataError: The folder cannot be read, or a link in it leads nowhere.
+    """
+    return _select(folder, kind, _is_image)
+
+
+def passed_over(root) -> list[str]:
+    """Returns the folders in ROOT, then what is in ROOT/CLASS, that the list does not have."""
+    classes = _class_folders(root)
+    folders = _select(root, 'image folder', lambda entry: entry.is_dir(follow_symlinks=False))
+    found = [os.path.join(root, name) for name in sorted({*folders} - {*classes})]
+    for folder in (os.path.join(root, name) for name in classes):
+        others = _select(folder, 'class folder', lambda entry: not _is_image(entry))
+        found += [os.path.join(folder, name) for name in others]
+    return found
+
+
+def _class_folders(root) -> list[str]:
+    remedy = 'give a folder that has one folder per class'
+    classes = _select(root, 'image folder', _is_class, remedy)
     if not classes:
         raise DataError(
             f'image folder {root} has no class folders; move the images to {root}/CLASS/'
@@ -138,19 +175,48 @@ def _class_folders(root) -> list:
     return classes
 
 
-def _images_in(folder) -> list:
-    try:
-        names = [entry.name for entry in os.scandir(folder)]
-    except OSError as error:
-        raise DataError(
-            f'class folder {folder}: {error.strerror}; make it readable, or remove it'
-        ) from error
-    names = [name for name in names if name.lower().endswith(SUFFIXES)]
+def _images_in(folder) -> list[bytes]:
+    names = image_files(folder, 'class folder')
     if not names:
+        below = _select(folder, 'class folder', _is_class)
+        if below:
+            raise DataError(
+                f'{folder} has folders, such as {below[0]}, but no image; if they are the classes, '
+                f'give {folder} instead of the folder above it'
+            )
         raise DataError(
             f'class folder {folder} has no image ({", ".join(SUFFIXES)}); add one, or remove it'
         )
     return sorted(map(os.fsencode, names))
+
+
+def _select(folder, kind, wanted, remedy='make it readable, or remove it') -> list[str]:
+    """Returns the sorted names of those entries of a folder that ``wanted`` accepts."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if wanted(entry))
+    except OSError as error:
+        if error.filename not in (None, folder):
+            kind, folder, remedy = 'link', error.filename, 'mend the link, or remove it'
+        raise DataError(f'{kind} {folder}: {error.strerror}; {remedy}') from error
+
+
+def _is_class(entry) -> bool:
+    return not is_foreign(entry.name) and (entry.is_dir() or _leads_nowhere(entry))
+
+
+def _is_image(entry) -> bool:
+    name = entry.name
+    if name[0] == '.' or not name.lower().endswith(SUFFIXES):
+        return False
+    return entry.is_file() or _leads_nowhere(entry)
+
+
+def _leads_nowhere(entry) -> bool:
+    """Raises OSError for a link that leads nowhere, which is_file() takes for none; else False."""
+    if entry.is_symlink():
+        entry.stat()
+    return False
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
@@ -166,20 +232,55 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
 
 
 def fingerprint(root) -> tuple[str, float]:
-    """Returns a hash of the class folders' names and modification times.
+    """Returns a hash of the class folders' names and times.
 
     The hash changes when an image is added, removed or renamed, but not when the contents of an
     image are replaced. Only the class folders are queried: a thousand queries instead of a million.
+    Modification times alone would not do: ``touch``, ``rsync`` and ``tar`` set them. The system
+    alone sets the time of the last change of status.
+
+    Some file systems keep no times of folders: those behind FUSE and other mounts that pass on
+    another system's folders, or where the times are 0. There the hash is empty, and stands for
+    nothing.
 
     Args:
         root (str): The folder of class folders.
 
     Returns:
         tuple: The hash, and the latest modification time in seconds since 1970.
+
+    Raises:
+        DataError: As in :func:`list_images`.
     """
-    times = [(name, os.stat(os.path.join(root, name)).st_mtime_ns) for name in _class_folders(root)]
+    paths = {name: os.path.join(root, name) for name in _class_folders(root)}
+    stats = {name: os.stat(path) for name, path in paths.items()}
+    _refuse_twins(stats, paths)
+    latest = max(s.st_mtime for s in stats.values())
+    devices = {f'{os.major(s.st_dev)}:{os.minor(s.st_dev)}' for s in stats.values()}
+    if min(s.st_ctime for s in stats.values()) <= 0 or devices & _devices_that_pass_on():
+        return '', latest
+    times = [(name, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats.items()]
     digest = hashlib.sha256(repr(times).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
-    return digest, max(time_ for _, time_ in times) / 1e9
+    return digest, latest
+
+
+def _refuse_twins(stats, paths):
+    """Raises DataError if two names are links to one class folder."""
+    by_inode = sorted(stats, key=lambda name: (stats[name].st_dev, stats[name].st_ino))
+    for one, other in zip(by_inode, by_inode[1:]):
+        if not os.path.samestat(stats[one], stats[other]):
+            continue
+        if os.path.realpath(paths[one]) == os.path.realpath(paths[other]):
+            raise DataError(
+                f'class folders {paths[one]} and {paths[other]} are one folder; remove a link'
+            )
+
+
+def _devices_that_pass_on() -> set[str]:
+    """Returns MAJOR:MINOR of all mounts of the kinds in ``_PASS_ON``."""
+    with open('/proc/self/mountinfo', errors='surrogateescape') as mounts:
+        lines = [line.partition(' - ') for line in mounts]
+    return {mount.split()[2] for mount, _, kind in lines if kind.startswith(_PASS_ON)}
 
 
 def manifest_of(root, manifests) -> Path:
@@ -210,7 +311,10 @@ def listing_of(root, manifests) -> ImageFolder:
             manifest = {name: file[name] for name in file.files}
         if manifest['layout'] != _LAYOUT_OF_A_MANIFEST:
             raise ValueError('another release wrote it')
-        if str(manifest['fingerprint']) != fingerprint(root)[0]:
+        mark, _ = fingerprint(root)
+        if not mark:
+            raise ValueError('the file system may not keep the times of folders')
+        if str(manifest['fingerprint']) != mark:
             raise ValueError('the folder has changed since')
         classes = os.fsdecode(manifest['classes'].tobytes())
         packed = root, classes, manifest['counts'], manifest['files'].tobytes()
@@ -227,7 +331,8 @@ def save_manifest(folder: ImageFolder, manifests, now=time.time) -> None:
 
     Writes none if the folder has changed since it was listed. Nor does it write one within two
     seconds of a change: the next change could come in the same tick of the file system's clock. A
-    manifest that cannot be written causes a note, not an error.
+    manifest that cannot be written causes a note, not an error; so does a file system that may not
+    keep the times of folders, for which none is written (:func:`fingerprint`).
 
     Args:
         folder (ImageFolder): The list.
@@ -237,6 +342,13 @@ def save_manifest(folder: ImageFolder, manifests, now=time.time) -> None:
     path = manifest_of(folder.root, manifests)
     try:
         mark, changed = fingerprint(folder.root)
+        if not mark:
+            print(
+                f'note: every start lists {folder.root} anew: its file system may not keep the '
+                'times of folders',
+                flush=True,
+            )
+            return
         if mark != folder.mark or changed > now() - 2 or _has(path, mark):
             return
         path.parent.mkdir(parents=True, exist_ok=True)

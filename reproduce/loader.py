@@ -27,7 +27,7 @@ from multiprocessing import reduction
 import numpy as np
 
 from reproduce import images
-from reproduce.listing import DataError
+from reproduce.listing import BadImage, DataError
 
 
 def start_forkserver(remove_after_end=lambda path: None):
@@ -202,7 +202,8 @@ class ImageLoader:
         bad (dict): The images skipped so far, as {path: message}.
 
     Raises:
-        DataError: An image cannot be decoded. Raised by the request for the image's minibatch.
+        DataError: An image cannot be read, or cannot be decoded and is not skipped. Raised by the
+            request for the image's minibatch.
         RuntimeError: A loader process died. Raised by the next request for a minibatch.
     """
 
@@ -415,7 +416,7 @@ def _fill(pixels, paths, keys, preprocessing) -> dict:
                 seed, epoch, index = keys[position]
                 images.augmentation_rng(seed, epoch, index, rng)
                 images.train_image(path, rng, preprocessing, pixels[position])
-        except DataError as error:
+        except BadImage as error:
             bad[position] = str(error)
     return bad
 

@@ -118,7 +118,8 @@ def check(mpi_comm, own: dict, images: dict):
     if blind:
         path = next(path for _, _, path, _ in everyone if path)
         raise InputError(
-            f'{path} cannot be read by {first_few(blind)}: copy the folder to every host'
+            f'{path} cannot be read by {first_few(blind)}: copy the folder to every host, or, if '
+            'the image was removed, delete the list that names it, in the folder of --manifests'
         )
     host, first, _, processor = everyone[0]
     for name in first:

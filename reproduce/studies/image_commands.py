@@ -2,7 +2,7 @@
 
 ./run_mpi.sh images check DIR
     Decodes every image DIR/CLASS/FILE, names broken and odd images, and counts the classes. The
-    exit status is 0 if no image is broken, 1 if one is, and 2 if DIR cannot be read.
+    exit status is 0 if all images can be decoded, 1 if one cannot, and 2 if DIR cannot be read.
 
 ./run_mpi.sh images arrange FLAT LABELS DIR
     Makes DIR/CLASS/FILE from a flat folder of validation images and a file of their classes. Files
@@ -13,12 +13,14 @@
 
 from __future__ import annotations
 
+import codecs
 import collections
-import concurrent.futures.process
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,19 +30,29 @@ from PIL import Image
 
 from reproduce import images
 from reproduce.job.command_line import Parser, reason
-from reproduce.listing import SUFFIXES, DataError, list_images, print_any_name
+from reproduce.listing import (
+    SUFFIXES,
+    BadImage,
+    DataError,
+    image_files,
+    is_foreign,
+    list_images,
+    passed_over,
+    print_any_name,
+)
 
 _CHECK = """Decodes every image DIR/CLASS/FILE as training does, and names broken and odd images.
 
 An image is odd if it has CMYK colours, a palette, alpha, 16 bits, one bit, a rotation by EXIF, a
-suffix that contradicts its format, or a side below 32 pixels. Training accepts odd images. The exit
-status is 0 if no image is broken, 1 if one is, and 2 if DIR cannot be read.
+suffix that contradicts its format, or a side below 32 pixels. Training accepts odd images. Hidden
+files and folders, those of a NAS, pipes, and files with another suffix are named, too: training
+passes over them. The exit status is 0 if all images can be decoded, 1 if one cannot, and 2 if DIR
+cannot be read.
 """
 _ARRANGE = """Makes DIR/CLASS/FILE from the images FLAT/FILE and their classes in LABELS.
 
 Files are linked, or copied to another disk. Nothing is moved. DIR appears complete or not at all.
 """
-_FORMATS = {'.jpeg': 'JPEG', '.jpg': 'JPEG', '.png': 'PNG'}
 _MODES = {
     'CMYK': 'CMYK',
     'P': 'a palette',
@@ -50,79 +62,158 @@ _MODES = {
     '1': 'one bit',
 }
 _FEW = 20  # classes; of more, only the smallest and the largest are printed
+_PATIENCE = 300  # seconds for one image
 
 
-def inspect(path: str) -> tuple[str | None, list]:
+def inspect(path: str) -> tuple[str, list]:
     """Decodes an image as training does.
 
     Args:
         path (str): The image.
 
     Returns:
-        tuple: Why the image is broken, or None, and a list of the ways in which it is odd.
+        tuple: ``'broken'`` or ``'unreadable'``, and the reason in a list; or ``'odd'``, and the
+            list of the ways in which it is odd.
     """
     try:
         images.decode(path)
+    except BadImage as error:
+        return 'broken', [str(error)]
     except DataError as error:
-        return str(error), []
+        return 'unreadable', [str(error)]
     odd = []
-    with Image.open(path) as image:
-        expected = _FORMATS[os.path.splitext(path)[1].lower()]
-        if image.format != expected:
-            odd.append(f'{image.format}, not {expected}')
-        if image.mode in _MODES or image.mode.startswith('I'):
-            odd.append(_MODES.get(image.mode, '16 bits'))
-        if images.orientation(image) != 1:
-            odd.append('turned by EXIF')
-        if min(image.size) < 32:
-            odd.append('less than 32 pixels high or wide')
-    return None, odd
+    try:
+        with Image.open(path) as image:
+            expected = 'PNG' if path.lower().endswith('.png') else 'JPEG'
+            if image.format != expected:
+                odd.append(f'{image.format}, not {expected}')
+            if image.mode in _MODES or image.mode.startswith('I'):
+                odd.append(_MODES.get(image.mode, '16 bits'))
+            if images.orientation(image) != 1:
+                odd.append('turned by EXIF')
+            if min(image.size) < 32:
+                odd.append('less than 32 pixels high or wide')
+    except Exception:  # noqa: BLE001  (what Pillow raises for damaged bytes is its own affair)
+        odd.append('Pillow cannot open it, but another decoder can')
+    return 'odd', odd
 
 
-def check(root, n_processes: int) -> dict:
+def check(root, n_processes: int, patience: float = _PATIENCE) -> dict:
     """Inspects every image ROOT/CLASS/FILE.
 
     Args:
         root (str): The folder.
         n_processes (int): Processes that decode.
+        patience (float): Seconds for one image. Then its process is killed, and the image named.
 
     Returns:
-        dict: ``classes``: class to number of images. ``broken``: path to reason. ``odd``: kind to
-            paths.
+        dict: ``classes``: class to number of images. ``broken``: path to reason; also of an image
+            with which its process died. ``unreadable``: path to reason. ``odd``: kind to paths.
 
     Raises:
-        DataError: A folder cannot be used, as in :func:`~reproduce.listing.list_images`; or a
-            process died.
+        DataError: A folder cannot be used, as in :func:`~reproduce.listing.list_images`; or no
+            process can start.
     """
     folder = list_images(root)
-    paths = [folder.path(i) for i in range(len(folder))]
-    broken, odd = {}, collections.defaultdict(list)
-    progress = _Progress(len(paths))
-    context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(n_processes, context) as pool:
+    found: dict = {'broken': {}, 'unreadable': {}}
+    odd = collections.defaultdict(list)
+    progress = _Progress(len(folder))
+    paths = (folder.path(i) for i in range(len(folder)))
+    for path, (kind, reasons) in _inspect_all(paths, min(n_processes, len(folder)), patience):
+        if kind == 'odd':
+            for reason_ in reasons:
+                odd[reason_].append(path)
+        else:
+            found[kind][path] = reasons[0]
+        progress(len(found['broken']) + len(found['unreadable']))
+    for path in passed_over(root):
+        name = os.path.basename(path)
+        other = not is_foreign(name) and not name.lower().endswith(SUFFIXES)
+        kind = 'not an image by its suffix' if other else 'hidden, of the system, or no file'
+        odd[f'{kind}, ignored'].append(path)
+    return {
+        'classes': dict(zip(folder.classes, map(int, folder.counts))),
+        **{kind: dict(sorted(by_path.items())) for kind, by_path in found.items()},
+        'odd': {kind: sorted(paths) for kind, paths in odd.items()},
+    }
+
+
+def _inspect_all(paths, n_processes, patience):
+    """Yields each path with the result of :func:`inspect`, whatever happens to the processes."""
+    helpers = [_Helper() for _ in range(n_processes)]
+    try:
+        while helpers:
+            by_pipe = {helper.pipe: helper for helper in helpers}
+            for pipe in multiprocessing.connection.wait(list(by_pipe), timeout=1):
+                helper = by_pipe[pipe]
+                result = helper.result()
+                if helper.path is not None:
+                    yield helper.path, result
+                if not helper.lives:
+                    helpers[helpers.index(helper)] = _Helper()
+                elif not helper.ask(next(paths, None)):
+                    helpers.remove(helper)
+            for helper in helpers:
+                if helper.path is not None and time.monotonic() > helper.since + patience:
+                    helper.kill(f'not done after {patience:g} s')
+    finally:
+        for helper in helpers:
+            helper.process.kill()
+
+
+class _Helper:
+    """A process that inspects one image after the other."""
+
+    def __init__(self):
+        context = multiprocessing.get_context('spawn')
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_inspect_on_request, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.path, self.since, self.lives, self._why = None, 0.0, True, ''
+
+    def ask(self, path) -> bool:
+        """Hands over the next image. Returns False if there is none, and lets the process end."""
+        self.path, self.since = path, time.monotonic()
         try:
-            for path, (why, kinds) in zip(paths, pool.map(inspect, paths, chunksize=32)):
-                if why:
-                    broken[path] = why
-                for kind in kinds:
-                    odd[kind].append(path)
-                progress(len(broken))
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise DataError(
-                'a decoding process died, perhaps because memory ran out: lower --processes'
-            ) from error
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    ignored = sorted(str(path) for path in Path(root).glob('*/*') if _is_ignored(path))
-    if ignored:
-        odd['not an image by its suffix, ignored'] = ignored
-    classes = dict(zip(folder.classes, map(int, folder.counts)))
-    return {'classes': classes, 'broken': broken, 'odd': dict(odd)}
+            if path is None:
+                self.pipe.close()
+            else:
+                self.pipe.send(path)
+        except OSError:
+            pass  # the process has died, which result() notices
+        return path is not None
+
+    def result(self):
+        """Returns the result for ``path``, even if the process has died; None after its start."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.lives = False
+        self.process.join(5)
+        code = self.process.exitcode
+        how = self._why or (f'by {signal.Signals(-code).name}' if code and code < 0 else str(code))
+        if self.path is None:
+            raise DataError(f'a decoding process cannot start ({how}): lower --processes')
+        reason_ = (
+            f'image {self.path} ended the process that decoded it ({how}): remove the image, or, '
+            'if memory ran out, lower --processes'
+        )
+        return 'broken', [reason_]
+
+    def kill(self, why):
+        self._why = why
+        self.process.kill()
 
 
-def _is_ignored(path) -> bool:
-    return not path.name.lower().endswith(SUFFIXES)
+def _inspect_on_request(pipe):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the first process
+    pipe.send(None)
+    while True:
+        try:
+            pipe.send(inspect(pipe.recv()))
+        except (EOFError, OSError):
+            return
 
 
 class _Progress:
@@ -165,8 +256,10 @@ def _report(root, found: dict):
     for kind, paths in sorted(found['odd'].items()):
         print(f'odd, {kind}: {len(paths):,}')
         print(''.join(f'  {path}\n' for path in paths), end='')
-    print(f'broken: {len(found["broken"]):,}')
-    print(''.join(f'  {why}\n' for why in found['broken'].values()), end='')
+    for kind in ('unreadable', 'broken'):
+        if found[kind] or kind == 'broken':
+            print(f'{kind}: {len(found[kind]):,}')
+            print(''.join(f'  {why}\n' for why in found[kind].values()), end='')
 
 
 def arrange(flat, labels, target, classes=None) -> int:
@@ -187,7 +280,7 @@ def arrange(flat, labels, target, classes=None) -> int:
         DataError: The files do not belong together, or cannot be read or written.
     """
     try:
-        names = sorted(n for n in os.listdir(flat) if n.lower().endswith(SUFFIXES))
+        names = image_files(flat)
         class_of = _read_labels(labels, names, classes)
         if os.path.exists(target):
             raise DataError(f'{target} exists: choose another folder or remove it')
@@ -202,7 +295,7 @@ def arrange(flat, labels, target, classes=None) -> int:
                 f'({len(names):,} images, {len(class_of):,} lines with a class)'
             )
         for label in class_of.values():
-            if os.path.basename(label) != label or label in ('.', '..'):
+            if os.path.basename(label) != label or is_foreign(label):
                 raise DataError(f'{labels}: {label} is not a name for a folder; correct that line')
         unfinished = f'{os.path.normpath(target)}.unfinished-{os.getpid()}'
         try:
@@ -238,11 +331,15 @@ def _read_labels(path, names, classes) -> dict:
 
 
 def _words(path) -> list:
-    """Returns the words of each non-empty line."""
+    """Returns the words of each non-empty line. A byte order mark belongs to none."""
+    data = Path(path).read_bytes()
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = data.decode('utf-16' if is_utf16 else 'utf-8-sig').splitlines()
     except UnicodeError as error:
         raise DataError(f'{path} is not a text file: {error}') from error
+    if any('\0' in line for line in lines):
+        raise DataError(f'{path} is not a text file: it has zero bytes; write it in UTF-8')
     return [words for line in lines if (words := line.replace(',', ' ').split())]
 
 
@@ -257,6 +354,7 @@ def _numbered(row, by_number, path, classes) -> str:
 
 
 def _link(source, target):
+    source = os.path.realpath(source)  # a relative link would lead elsewhere from the new folder
     try:
         os.link(source, target)
     except OSError:  # another disk, or a file system without links
@@ -312,7 +410,7 @@ def main(arguments=None):
         parser.refuse(reason(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(1 if found['broken'] else 0)
+    sys.exit(1 if found['broken'] or found['unreadable'] else 0)
 
 
 if __name__ == '__main__':

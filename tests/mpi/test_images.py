@@ -78,3 +78,47 @@ def test_a_bad_image_ends_the_job_by_name_or_is_skipped_and_counted(
             summaries[-1]['model'] = {name: file[name].tobytes() for name in file.files}
     for name in ('top1', 'top5', 'validation_loss', 'training_loss', 'model', 'bad_images'):
         assert summaries[0][name] == summaries[1][name] == summaries[2][name], name
+
+
+@pytest.mark.parametrize(
+    'train_root, val_root, message',
+    [
+        ('train', 'train', 'are one folder: give two folders'),
+        ('', 'val', 'lie one in the other: give two folders'),
+        ('', 'elsewhere', '/train has folders, such as cat ä, but no image; if they are the cl'),
+    ],
+)
+def test_mistaken_folders_end_the_job_before_it_starts(
+    mpirun, root, folders, tmp_path, train_root, val_root, message
+):
+    (tmp_path / 'elsewhere').mkdir()
+    top = tmp_path / TOP
+    val = tmp_path / val_root if val_root == 'elsewhere' else top / val_root
+    options = ['--train-root', top / train_root, '--val-root', val, '--out', tmp_path / 'out']
+    program = root / 'reproduce' / 'train.py'
+    done = mpirun(2, program, *OPTIONS, *options, PYTHONIOENCODING='utf-8:strict')
+    assert done.returncode == 2, done.stdout
+    assert message in done.stdout and 'Traceback' not in done.stdout
+    assert not (tmp_path / 'out').exists()
+
+
+def test_an_image_that_was_added_or_removed_is_noticed_though_times_are_set_back(train, tmp_path):
+    """And one that the disk cannot read ends the job, though bad images are skipped."""
+    skip = ('--bad-images', 'skip')
+    assert train(1, 'first', *skip)[1].returncode == 0
+    cat = tmp_path / TOP / 'train' / 'cat ä'
+    times = os.stat(cat).st_atime_ns, os.stat(cat).st_mtime_ns
+    (cat / '8 a.png').write_bytes((cat / '7 a.png').read_bytes())
+    os.utime(cat, ns=times)
+    _, done = train(1, 'second', *skip)
+    assert done.returncode == 0 and 'the folder has changed since' in done.stdout
+    assert f'17 images in {tmp_path / SHOWN / "train"}; list kept' in done.stdout
+    (cat / '8 a.png').unlink()
+    os.utime(cat, ns=times)
+    assert f'16 images in {tmp_path / SHOWN / "train"}; list kept' in train(1, '3', *skip)[1].stdout
+    (cat / '7 a.png').unlink()
+    (cat / '7 a.png').symlink_to('/proc/self/mem')
+    _, done = train(2, 'fourth', *skip)
+    assert done.returncode not in (0, 124)
+    assert f'7 a.png cannot be read on {os.uname().nodename} (Input/output error)' in done.stdout
+    assert 'skip the image' not in done.stdout

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -70,3 +71,70 @@ def test_nothing_half_written_is_taken_for_complete(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         dataset.write_digits(tmp_path / 'digits')
     assert not (tmp_path / 'digits').exists()
+
+
+# --- Folders that were mistaken ------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    """4 training and 2 validation images of two classes."""
+    for split, count in (('train', 2), ('val', 1)):
+        for name in ('cat', 'dog'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / split / name / f'{split} {i}.png').write_bytes(b'')
+    return tmp_path
+
+
+def settings_of(train, val):
+    return Settings(train_root=str(train), val_root=str(val), out=str(train.parent / 'out'))
+
+
+@pytest.mark.parametrize(
+    'train, val, how',
+    [
+        ('train', 'train', 'are one folder'),
+        ('train', 'link', 'are one folder'),
+        ('link', 'val/../train', 'are one folder'),
+        ('', 'val', 'lie one in the other'),
+        ('train', '', 'lie one in the other'),
+        ('train', 'link/cat', 'lie one in the other'),
+    ],
+)
+def test_one_folder_is_not_both(two, train, val, how):
+    (two / 'link').symlink_to('train')
+    settings = settings_of(two / train, two / val)
+    for use in (dataset.roots, dataset.count_images, dataset.list_folders):
+        with pytest.raises(InputError) as raised:
+            use(settings)
+        assert str(raised.value) == (
+            f'the training images {two / train} and the validation images {two / val} {how}: '
+            'give two folders of class folders to --train-root and --val-root'
+        )
+
+
+def test_imagenet_root_is_looked_at_too(two, monkeypatch):
+    monkeypatch.setenv('IMAGENET_ROOT', str(two))
+    assert dataset.roots(Settings()) == (str(two / 'train'), str(two / 'val'))
+    (two / 'val').rename(two / 'elsewhere')
+    (two / 'val').symlink_to('train')
+    with pytest.raises(InputError, match='are one folder'):
+        dataset.roots(Settings())
+
+
+def test_swapped_folders_are_noticed(two, capsys):
+    dataset.list_folders(settings_of(two / 'train', two / 'val'))
+    assert capsys.readouterr().out == ''
+    dataset.list_folders(settings_of(two / 'val', two / 'train'))
+    assert capsys.readouterr().out == (
+        f'note: more images for validation (4 in {two}/train) than for training (2 in {two}/val): '
+        'are --train-root and --val-root swapped?\n'
+    )
+
+
+def test_a_copy_is_noticed(two, capsys):
+    shutil.copytree(two / 'train', two / 'copy')
+    dataset.list_folders(settings_of(two / 'train', two / 'copy'))
+    said = capsys.readouterr().out
+    assert said.startswith('note: ') and 'have the same file names in all classes' in said

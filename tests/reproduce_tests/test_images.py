@@ -1,8 +1,11 @@
 import ctypes
 import os
 import shutil
+import socket
 import struct
 import subprocess
+import sys
+import threading
 import zipfile
 import zlib
 
@@ -10,11 +13,11 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from reproduce import images
 from reproduce.images import Preprocessing
-from reproduce.listing import DataError
+from reproduce.listing import BadImage, DataError
 from reproduce.studies.speed import decoding
 
 
@@ -441,33 +444,335 @@ def test_what_pillow_decodes_is_not_broken(tmp_path):
         ('text', 'not an image that Pillow knows'),
         ('truncated', 'image file is truncated'),
         ('truncated png', 'truncated'),
-        ('no permission', 'Permission denied'),
-        ('a folder', 'Is a directory'),
-        ('gone', 'No such file'),
+        ('postscript', 'PostScript'),
     ],
 )
-def test_a_file_that_cannot_be_decoded_is_named(request, tmp_path, content, reason):
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path, content, reason):
     path = tmp_path / 'broken ä.jpg'
-    if content in ('empty', 'text'):
-        path.write_bytes(b'' if content == 'empty' else b'text, not an image')
-    elif content.startswith('truncated'):
+    if content.startswith('truncated'):
         Image.fromarray(picture(400, 400)).save(path, 'PNG' if 'png' in content else 'JPEG')
         path.write_bytes(path.read_bytes()[:2000])
-    elif content == 'no permission':
+    elif content == 'postscript':  # a program; Pillow would run it if Ghostscript is installed
+        Image.fromarray(picture()).save(path, 'EPS')
+    else:
+        path.write_bytes(b'' if content == 'empty' else b'text, not an image')
+    for decode in ways_to_decode(path):
+        with pytest.raises(BadImage, match=rf'broken ä.jpg cannot be decoded \(.*{reason}'):
+            decode()
+
+
+def ways_to_decode(path):
+    return (
+        lambda: images.train_image(path, images.augmentation_rng(0, 0, 0), Preprocessing()),
+        lambda: images.validation_image(path, Preprocessing()),
+    )
+
+
+@pytest.mark.parametrize(
+    'kind, reason',
+    [
+        ('no permission', 'Permission denied'),
+        ('a folder', 'Is a directory'),
+        ('gone', 'No such file or directory'),
+        ('a loop', 'Too many levels of symbolic links'),
+        ('a disk that fails', 'Input/output error'),
+        ('a pipe', 'a pipe or a device'),
+        ('a device', 'a pipe or a device'),
+        ('a socket', 'No such device or address'),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_no_bad_image(request, tmp_path, kind, reason):
+    """The error names the host. Nothing waits for the other end of a pipe."""
+    path = tmp_path / 'x.jpg'
+    links = {'a loop': path, 'a device': '/dev/null', 'a disk that fails': '/proc/self/mem'}
+    if kind in links:
+        path.symlink_to(links[kind])
+    elif kind == 'a folder':
+        path.mkdir()
+    elif kind == 'a pipe':
+        os.mkfifo(path)
+    elif kind == 'a socket':
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    elif kind == 'no permission':
         Image.fromarray(picture()).save(path)
         path.chmod(0)
         if os.geteuid() == 0:  # who may read everything, and becomes nobody for a while
             assert images.decode(path).shape == (40, 50, 3)
             request.addfinalizer(lambda: os.seteuid(0))
             os.seteuid(65534)
-    elif content == 'a folder':
-        path.mkdir()
-    for decode in (
-        lambda: images.train_image(path, images.augmentation_rng(0, 0, 0), Preprocessing()),
-        lambda: images.validation_image(path, Preprocessing()),
-    ):
-        with pytest.raises(DataError, match=rf'broken ä.jpg cannot be decoded \(.*{reason}'):
-            decode()
+    for decode in ways_to_decode(path):
+        errors = []
+        thread = threading.Thread(target=lambda: errors.append(error_of(decode)), daemon=True)  # noqa: B023
+        thread.start()
+        thread.join(10)
+        (error,) = errors
+        assert isinstance(error, DataError) and not isinstance(error, BadImage)
+        assert f'x.jpg cannot be read on {os.uname().nodename} ({reason}); ' in str(error)
+
+
+def error_of(function):
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001
+        return error
+    return None
+
+
+# --- What a header claims ------------------------------------------------------------------------
+
+
+def claiming(path, kind, width, height, n_bytes=0):
+    """Writes a small image whose header claims another size, with zeros up to ``n_bytes``."""
+    options = {'progressive': True} if kind == 'progressive' else {}
+    Image.fromarray(picture(64, 64)).save(path, 'PNG' if kind == 'png' else 'JPEG', **options)
+    content = bytearray(path.read_bytes())
+    if kind == 'png':
+        content[16:24] = struct.pack('>II', width, height)
+        content[29:33] = struct.pack('>I', zlib.crc32(content[12:29]))
+    else:
+        frame = content.index(b'\xff\xc2' if options else b'\xff\xc0')
+        content[frame + 5 : frame + 9] = struct.pack('>HH', height, width)
+    path.write_bytes(content + bytes(max(0, n_bytes - len(content))))
+    return path
+
+
+MEASURE = """
+import resource, sys, time
+from reproduce import images
+from reproduce.listing import BadImage
+from reproduce.studies import image_commands
+rng = images.augmentation_rng(0, 0, 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for decode in (
+    lambda path: images.train_image(path, rng, images.Preprocessing()),
+    lambda path: images.validation_image(path, images.Preprocessing()),
+    image_commands.inspect,
+):
+    start = time.process_time()
+    try:
+        result = decode(sys.argv[1])
+        outcome = result[0] if isinstance(result, tuple) else 'decoded'
+    except BadImage:
+        outcome = 'broken'
+    print(outcome, time.process_time() - start)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def costs_of(root, path):
+    """Outcome and seconds of training, validation and `images check`; MiB of all."""
+    command = [sys.executable, '-W', 'error', '-c', MEASURE, path]
+    environment = {**os.environ, 'PYTHONPATH': str(root)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *lines, mebibytes = done.stdout.splitlines()
+    outcomes = [line.split() for line in lines]
+    return [name for name, _ in outcomes], max(float(s) for _, s in outcomes), float(mebibytes)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('kind', ['jpeg', 'progressive', 'png'])
+@pytest.mark.parametrize(
+    'width, height, n_bytes',
+    [(65_500, 65_500, 0), (13_000, 13_000, 0), (5_000, 3_400, 0), (14_000, 14_000, 400_000)],
+)
+def test_a_header_is_not_believed(root, tmp_path, kind, width, height, n_bytes):
+    """Neither of a file that is too short for its size, nor above Pillow's limit."""
+    path = claiming(tmp_path / 'a.jpg', kind, width, height, n_bytes)
+    outcomes, seconds, mebibytes = costs_of(root, path)
+    assert outcomes == ['broken'] * 3 and seconds < 0.5 and mebibytes < 20
+    with pytest.raises(BadImage, match=f'{width:,} x {height:,} pixels are too many|exceeds limit'):
+        images.decode(path)
+
+
+@pytest.mark.parametrize('kind', ['jpeg', 'progressive', 'png'])
+def test_a_header_may_claim_little_whatever_the_file(root, tmp_path, kind):
+    """Pillow takes a JPEG without most of its pixels for whole: the others are grey."""
+    outcomes, seconds, mebibytes = costs_of(root, claiming(tmp_path / 'a.jpg', kind, 4_096, 4_096))
+    assert outcomes == (['broken'] * 3 if kind == 'png' else ['decoded', 'decoded', 'odd'])
+    assert seconds < 5 and mebibytes < 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
+def test_a_large_image_is_accepted_everywhere(root, tmp_path, kind):
+    """Above the size at which Pillow warns."""
+    path = tmp_path / ('a.jpg' if kind == 'JPEG' else 'a.png')
+    Image.fromarray(np.tile(picture(500, 500), (19, 19, 1))[:, :9_450]).save(path, kind)
+    outcomes, _, _ = costs_of(root, path)
+    assert outcomes == ['decoded', 'decoded', 'odd']
+
+
+def test_the_simplest_image_is_accepted(tmp_path):
+    """One colour, 4:2:0, tables made for it: as many pixels per byte as a JPEG can have."""
+    path = tmp_path / 'a.jpg'
+    for options in ({}, {'progressive': True}):
+        image = Image.new('RGB', (5_000, 5_000))
+        image.save(path, subsampling='4:2:0', optimize=True, **options)
+        assert 5_000**2 / path.stat().st_size > 80
+        assert images.decode(path).shape == (5_000, 5_000, 3)
+
+
+def scans_of(tmp_path, n, end=b''):
+    """A progressive JPEG whose last scan is repeated until there are n."""
+    path = tmp_path / 'scans.jpg'
+    Image.fromarray(picture(64, 64)).save(path, progressive=True)
+    content = path.read_bytes()
+    last = content[content.rindex(b'\xff\xda') : -2]
+    path.write_bytes(content[:-2] + last * (n - content.count(b'\xff\xda')) + b'\xff\xd9' + end)
+    assert path.read_bytes().count(b'\xff\xda') == n + end.count(b'\xff\xda')
+    return path
+
+
+def test_scans_are_counted(tmp_path):
+    """Each costs a pass over all pixels. What follows the image, as a film does, is none."""
+    film = b'\xff\xda\0\2' * 200
+    assert images.decode(scans_of(tmp_path, 100, film)).shape == (64, 64, 3)
+    with pytest.raises(BadImage, match='more than 100 scans'):
+        images.decode(scans_of(tmp_path, 101))
+
+
+@pytest.mark.parametrize('name', images.FILTERS)
+@pytest.mark.parametrize('size', [(65_000, 1), (1, 65_000), (40_000, 3)])
+def test_a_strip_costs_no_more_than_a_picture(root, tmp_path, size, name):
+    """Its middle is validated; enlarged as a whole it would take 12 GiB."""
+    Image.new('RGB', size, 'red').save(tmp_path / 'a.png')
+    outcomes, seconds, mebibytes = costs_of(root, tmp_path / 'a.png')
+    assert outcomes == ['decoded', 'decoded', 'odd'] and seconds < 2 and mebibytes < 200
+    preprocessing = Preprocessing(resize_filter=name)
+    pixels = images.validation_image(tmp_path / 'a.png', preprocessing)
+    assert pixels.shape == (224, 224, 3)
+    np.testing.assert_array_equal(pixels, np.full((224, 224, 3), (255, 0, 0)))
+
+
+def test_of_a_strip_the_middle_is_validated(tmp_path):
+    preprocessing = Preprocessing(image_size=16, resize=20)
+    pixels = picture(1_500, 10)
+    for axes in ((0, 1), (1, 0)):
+        turned = np.ascontiguousarray(pixels.transpose(*axes, 2))
+        Image.fromarray(turned).save(tmp_path / 'strip.png')
+        middle = pixels[:, 750 - 320 : 750 + 320].transpose(*axes, 2)
+        Image.fromarray(np.ascontiguousarray(middle)).save(tmp_path / 'middle.png')
+        np.testing.assert_array_equal(
+            images.validation_image(tmp_path / 'strip.png', preprocessing),
+            images.validation_image(tmp_path / 'middle.png', preprocessing),
+        )
+
+
+def test_a_steep_reduction_takes_pillow_s_filter():
+    """OpenCV's would cost a minute for a large photograph. Up to 16, the bits stay."""
+    for width, height, same in ((340, 100, True), (100, 330, True), (320, 320, False)):
+        pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
+        actual = images.resized(pixels, 20, 20, 'antialiased')
+        assert np.array_equal(actual, antialiased(pixels, 20, 20)) == same
+
+
+# --- Which way is up -----------------------------------------------------------------------------
+
+
+def exif_of(orientation, thumbnail=b''):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes() + thumbnail
+
+
+def xmp_of(orientation):
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description '
+        f'tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    ).encode()
+
+
+def segment(marker, content):
+    return bytes((0xFF, marker)) + struct.pack('>H', len(content) + 2) + content
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0'
+PLACES = {
+    'after other segments': (
+        b'\xff\xdb',
+        segment(0xE2, b'ICC_PROFILE\0\1\1profile') + segment(0xFE, b'hi'),
+    ),
+    'after fill bytes': (b'\xff\xdb', b'\xff\xff\xff'),
+    'after stray bytes': (b'\xff\xdb', segment(0xFE, b'hi') + b'\0\0'),
+    'after the tables': (b'\xff\xc0', b''),
+    'before the pixels': (b'\xff\xda', b''),
+}
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize('content', ['exif', 'exif with a thumbnail, then xmp', 'xmp', 'other'])
+@pytest.mark.parametrize('place', PLACES)
+def test_orientation_of_a_jpeg_is_pillow_s(tmp_path, place, content):
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(picture()).save(path)
+    whole = path.read_bytes()
+    contents = {
+        'exif': segment(0xE1, exif_of(6)),
+        'xmp': segment(0xE1, XMP + xmp_of(6)),
+        'exif with a thumbnail, then xmp': segment(0xE1, Image.Exif().tobytes() + whole)
+        + segment(0xE1, XMP + xmp_of(6)),
+        'other': segment(0xE1, b'other ' + xmp_of(6)),
+    }
+    before, prefix = PLACES[place]
+    at = whole.index(before)
+    path.write_bytes(whole[:at] + prefix + contents[content] + whole[at:])
+    assert_pillow_s(path, content != 'other')
+
+
+def assert_pillow_s(path, is_turned):
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    assert expected.shape == ((50, 40, 3) if is_turned else (40, 50, 3))
+    np.testing.assert_array_equal(images.decode(path), expected)
+
+
+@pytest.mark.parametrize('orientation', STORED)
+@pytest.mark.parametrize('kind', ['WEBP', 'TIFF', 'PNG', 'PNG, at its end', 'PNG, in XMP', 'XMP'])
+def test_orientation_of_other_files_is_pillow_s(tmp_path, orientation, kind):
+    path = tmp_path / 'a.jpg'
+    image = Image.fromarray(picture())
+    if kind == 'TIFF':
+        image.save(path, 'TIFF', tiffinfo={0x0112: orientation})
+    elif kind == 'XMP':
+        image.save(path, 'WEBP', xmp=xmp_of(orientation), lossless=True)
+    elif kind == 'PNG, in XMP':
+        information = PngImagePlugin.PngInfo()
+        information.add_itxt('XML:com.adobe.xmp', xmp_of(orientation).decode())
+        image.save(path, 'PNG', pnginfo=information)
+    elif kind == 'PNG, at its end':
+        image.save(path, 'PNG')
+        chunk = b'eXIf' + exif_of(orientation)[6:]
+        chunk = struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk))
+        content = path.read_bytes()
+        path.write_bytes(content[:-12] + chunk + content[-12:])
+    else:
+        image.save(path, kind, exif=exif_of(orientation))
+    assert_pillow_s(path, orientation > 4)
+
+
+@pytest.mark.parametrize(
+    'mode, kind',
+    [
+        *(('RGB', kind) for kind in ('JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP')),
+        *(('CMYK', 'JPEG'), ('L', 'JPEG'), ('L', 'PNG'), ('1', 'PNG'), ('P', 'PNG'), ('P', 'GIF')),
+    ],
+)
+def test_pixels_are_pillow_s(tmp_path, mode, kind):
+    Image.fromarray(picture()).convert(mode).save(tmp_path / 'a.jpg', kind)
+    assert_pillow_s(tmp_path / 'a.jpg', is_turned=False)
+
+
+def test_grey_with_alpha_is_on_white(tmp_path):
+    grey = np.asarray(Image.fromarray(picture()).convert('L'))
+    alpha = np.repeat([[0] * 25 + [255] * 25], 40, 0).astype(np.uint8)
+    image = Image.fromarray(grey)
+    image.putalpha(Image.fromarray(alpha))
+    assert image.mode == 'LA'
+    image.save(tmp_path / 'a.png')
+    pixels = images.decode(tmp_path / 'a.png')
+    np.testing.assert_array_equal(pixels[:, :25], 255)
+    np.testing.assert_array_equal(pixels[:, 25:], grey[:, 25:, None].repeat(3, 2))
 
 
 def test_normalize():

@@ -1,6 +1,7 @@
 import os
 import pickle
 import re
+import socket
 import time
 
 import numpy as np
@@ -95,6 +96,68 @@ def test_digest_tells_classes_names_and_their_places(tmp_path):
     assert listing.list_images(elsewhere).digest() == digests[0]
 
 
+# --- What is not the user's ----------------------------------------------------------------------
+
+FOREIGN = ('.ipynb_checkpoints', '@eaDir', 'lost+found', '.git', '$RECYCLE.BIN', '#recycle')
+
+
+def test_foreign_entries_are_passed_over_and_told(tmp_path):
+    """Hidden ones, those of a NAS, pipes, sockets, folders; as classes and as images."""
+    files = ['1.png', '._1.png', '.jpg', '.DS_Store', 'Thumbs.db', 'x.txt']
+    folder_of(tmp_path, cat=files, dog=['2.JPG'])
+    folder_of(tmp_path, **{name: ['3.png'] for name in FOREIGN[:3]})
+    folder_of(tmp_path, **dict.fromkeys(FOREIGN[3:], ()))
+    (tmp_path / 'lost+found').chmod(0)
+    (tmp_path / 'README').write_text('no class')
+    os.mkfifo(tmp_path / 'cat' / 'pipe.jpg')
+    (tmp_path / 'cat' / 'link to a pipe.jpg').symlink_to('pipe.jpg')
+    (tmp_path / 'cat' / 'folder.png').mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / 'cat' / 'socket.png'))
+    (tmp_path / 'cat' / 'link.png').symlink_to('1.png')
+    folder = listing.list_images(tmp_path)
+    assert names_of(folder) == ['cat/1.png', 'cat/link.png', 'dog/2.JPG']
+    odd = [*files[1:], 'pipe.jpg', 'link to a pipe.jpg', 'folder.png', 'socket.png']
+    expected = [tmp_path / name for name in FOREIGN] + [tmp_path / 'cat' / name for name in odd]
+    assert sorted(listing.passed_over(tmp_path)) == sorted(map(str, expected))
+
+
+@pytest.mark.parametrize('place', ['', 'cat'])
+@pytest.mark.parametrize('kind', ['loop', 'nowhere'])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, place, kind):
+    """What it stood for would be missing in silence."""
+    folder_of(tmp_path, cat=['1.png'])
+    path = tmp_path / place / '2.png'
+    path.symlink_to('2.png' if kind == 'loop' else 'none')
+    reason = 'Too many levels of symbolic links' if kind == 'loop' else 'No such file or directory'
+    with pytest.raises(DataError, match=f'^link {path}: {reason}; mend the link, or remove it$'):
+        listing.list_images(tmp_path)
+
+
+def test_one_folder_is_not_two_classes(tmp_path):
+    folder_of(tmp_path / 'store', cat=['1.png'], dog=['1.png'])
+    top = tmp_path / 'train'
+    top.mkdir()
+    for name, target in (('a', 'cat'), ('b', 'dog')):
+        (top / name).symlink_to(tmp_path / 'store' / target)
+    assert listing.list_images(top).classes == ('a', 'b')
+    (top / 'c').symlink_to('a')
+    with pytest.raises(DataError, match='train/a and .*train/c are one folder; remove a link'):
+        listing.list_images(top)
+
+
+def test_the_parent_folder_is_told_from_an_empty_class(tmp_path):
+    """Nobody is asked to remove what has the images."""
+    folder_of(tmp_path / 'train', cat=['1.png'])
+    folder_of(tmp_path / 'val', cat=['2.png'])
+    with pytest.raises(DataError) as raised:
+        listing.list_images(tmp_path)
+    assert str(raised.value) == (
+        f'{tmp_path}/train has folders, such as cat, but no image; if they are the classes, '
+        f'give {tmp_path}/train instead of the folder above it'
+    )
+
+
 # --- Manifests ------------------------------------------------------------------------------------
 
 
@@ -156,6 +219,60 @@ def test_a_folder_that_changed_is_listed_again(kept, change, capsys):
     listing.save_manifest(folder, manifests)
     assert listing.listing_of(root, manifests).digest() == folder.digest()
     assert 'is not used' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('change', ['added', 'removed'])
+def test_times_that_are_set_back_hide_no_change(tmp_path, change, capsys):
+    """rsync, tar and touch set the modification time of folders; the time of change is kept."""
+    root = folder_of(tmp_path / 'train', a=['1.png', '2.png'], b=['1.png'])
+    for path in (root / 'a', root / 'b'):
+        os.utime(path, (0, 0))
+    listing.save_manifest(listing.list_images(root), tmp_path / 'manifests')
+    assert 'list kept in' in capsys.readouterr().out
+    time.sleep(0.05)
+    if change == 'added':
+        (root / 'a' / '3.png').write_bytes(b'')
+    else:
+        (root / 'a' / '1.png').unlink()
+    os.utime(root / 'a', (0, 0))
+    folder = listing.listing_of(root, tmp_path / 'manifests')
+    assert len(folder) == (4 if change == 'added' else 2)
+    assert 'the folder has changed since' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('times', ['of another system', 'all 0'])
+def test_where_folders_keep_no_times_every_start_lists(kept, times, monkeypatch, capsys):
+    """As below FUSE, where neither time moves when an image is added."""
+    root, manifests = kept
+    device = os.stat(root).st_dev
+    still = os.stat(root / 'a')
+    if times == 'all 0':
+        fields = {name: getattr(still, name) for name in ('st_mode', 'st_ino', 'st_dev')}
+        none = dict.fromkeys(('st_mtime', 'st_ctime', 'st_mtime_ns', 'st_ctime_ns'), 0)
+        still = type('Stat', (), {**fields, **none})
+    else:
+        here = {f'{os.major(device)}:{os.minor(device)}'}
+        monkeypatch.setattr(listing, '_devices_that_pass_on', lambda: here)
+    (root / 'a' / '3.png').write_bytes(b'')
+    stat = os.stat
+    monkeypatch.setattr(os, 'stat', lambda p, **k: still if p == str(root / 'a') else stat(p, **k))
+    folder = listing.listing_of(root, manifests)
+    assert names_of(folder) == ['a/1.png', 'a/2.png', 'a/3.png', 'b/1.png']
+    path = listing.manifest_of(root, manifests)
+    assert f'note: manifest {path} is not used (the file system' in capsys.readouterr().out
+    path.unlink()
+    listing.save_manifest(folder, manifests)
+    assert f'note: every start lists {root} anew' in capsys.readouterr().out
+    assert not path.exists()
+
+
+def test_mounts_are_told_by_their_kind(monkeypatch):
+    """Of this machine's own, /proc."""
+    device = os.stat('/proc').st_dev
+    here = f'{os.major(device)}:{os.minor(device)}'
+    assert here not in listing._devices_that_pass_on()
+    monkeypatch.setattr(listing, '_PASS_ON', ('fuse', 'proc'))
+    assert here in listing._devices_that_pass_on()
 
 
 @pytest.mark.parametrize('damage', ['cut short', 'empty', 'text', 'a flipped bit', 'other layout'])

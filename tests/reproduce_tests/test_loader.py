@@ -300,6 +300,25 @@ def test_a_bad_image_is_an_error_that_names_it(tmp_path, how):
         list(batches.validation_batches(0, 8))
 
 
+@pytest.mark.parametrize('how', ['serial', 'threads:1', 'processes:1'])
+@pytest.mark.parametrize('reason', ['No such file or directory', 'Input/output error'])
+def test_an_image_that_cannot_be_read_is_not_skipped(tmp_path, how, reason):
+    """A fault of the disk is none of the image. Reading /proc/self/mem fails as a disk does."""
+    folder = broken(tmp_path, {3})
+    path = tmp_path / '1' / '1.png'
+    path.unlink()
+    if reason.startswith('Input'):
+        path.symlink_to('/proc/self/mem')
+    message = pytest.raises(
+        DataError, match=rf'1/1.png cannot be read on {os.uname().nodename} \({reason}\)(?!.*skip)'
+    )
+    with loader_of(folder, how, bad_images='skip') as batches, message:
+        for worker in range(2):
+            batches.train_batch(0, worker)
+    with loader_of(folder, how, bad_images='skip') as batches, message:
+        list(batches.validation_batches(0, 8))
+
+
 @pytest.mark.parametrize('how', ['serial', 'threads:2', 'processes:2'])
 def test_bad_images_are_skipped_and_counted(tmp_path, how, capsys):
     """In training the next image stands in, with its label; validation leaves them out."""

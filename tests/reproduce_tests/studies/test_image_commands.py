@@ -1,8 +1,10 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +128,138 @@ def test_check_draws_a_bar_on_a_terminal(root, odd_folder):
     assert b'\r[' + b'#' * 30 + b'] 12 of 12 images' in shown
 
 
+def test_check_names_what_training_passes_over(root, tmp_path):
+    """A pipe does not stop it, nor does a file that has but a suffix."""
+    (tmp_path / 'cat').mkdir()
+    (tmp_path / '@eaDir').mkdir()
+    Image.new('RGB', (32, 32)).save(tmp_path / 'cat' / '1.jpg')
+    (tmp_path / 'cat' / '.jpg').write_bytes(b'')
+    (tmp_path / 'cat' / 'notes').write_text('')
+    os.mkfifo(tmp_path / 'cat' / 'x.jpg')
+    done = run(root, 'check', tmp_path, '--json', tmp_path / 'found.json')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'found.json').read_text()) == {
+        'classes': {'cat': 1},
+        'broken': {},
+        'unreadable': {},
+        'odd': {
+            'hidden, of the system, or no file, ignored': [
+                *(str(tmp_path / name) for name in ('@eaDir', 'cat/.jpg', 'cat/x.jpg'))
+            ],
+            'not an image by its suffix, ignored': [str(tmp_path / 'cat' / 'notes')],
+        },
+    }
+
+
+def test_what_cannot_be_read_is_not_called_broken(root, tmp_path):
+    """Reading /proc/self/mem at 0 fails as a disk does."""
+    (tmp_path / 'cat').mkdir()
+    (tmp_path / 'cat' / '1.jpg').symlink_to('/proc/self/mem')
+    done = run(root, 'check', tmp_path)
+    assert done.returncode == 1 and 'broken: 0\n' in done.stdout
+    host = os.uname().nodename
+    assert 'unreadable: 1\n' in done.stdout
+    assert f'cat/1.jpg cannot be read on {host} (Input/output error)' in done.stdout
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_an_image_above_pillow_s_limit_is_named(root, tmp_path):
+    (tmp_path / 'cat').mkdir()
+    for name in ('1.jpg', '2.png'):
+        path = tmp_path / 'cat' / name
+        Image.new('L', (16_000, 12_000)).save(path)
+    done = run(root, 'check', tmp_path)
+    assert done.returncode == 1 and 'broken: 2\n' in done.stdout
+    for name in ('1.jpg', '2.png'):
+        assert f'  image {tmp_path}/cat/{name} cannot be decoded (' in done.stdout
+
+
+@pytest.fixture(scope='module')
+def slow(tmp_path_factory):
+    """One image takes a second and 500 MiB to decode, those before and after it little."""
+    top = tmp_path_factory.mktemp('slow')
+    (top / 'cat').mkdir()
+    rows = np.random.RandomState(0).randint(0, 256, (1, 11_000, 3)).astype(np.uint8)
+    pixels = rows.repeat(11_000, 0)
+    Image.fromarray(pixels).save(top / 'cat' / '5.png', compress_level=1)
+    for i in (1, 2, 8, 9):
+        Image.new('RGB', (32, 32)).save(top / 'cat' / f'{i}.png')
+    return top
+
+
+CHECK = """
+import json, sys
+from reproduce.studies import image_commands
+if __name__ == '__main__':
+    print(json.dumps(image_commands.check(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))))
+"""
+
+
+@pytest.mark.parametrize(
+    'how, processes, patience',
+    [('SIGKILL', 1, 300), ('SIGKILL', 2, 300), ('SIGSEGV', 2, 300), ('SIGSTOP', 2, 10)],
+)
+def test_whatever_happens_to_a_decoder_the_file_is_named(
+    root, slow, tmp_path, how, processes, patience
+):
+    """And all others are inspected. One that is stopped stands for one that never ends."""
+    program = tmp_path / 'program.py'
+    program.write_text(CHECK)
+    command = [sys.executable, program, slow, str(processes), str(patience)]
+    environment = {**os.environ, 'PYTHONPATH': str(root)}
+    job = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    victim, deadline = None, time.monotonic() + 60
+    while victim is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        victim = next((pid for pid in children_of(job.pid) if resident(pid) > 250e6), None)
+    os.kill(victim, signal.Signals[how])
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 0, err
+    found = json.loads(out)
+    why = 'not done after 10 s' if how == 'SIGSTOP' else f'by {how}'
+    assert found['broken'] == {
+        f'{slow}/cat/5.png': f'image {slow}/cat/5.png ended the process that decoded it ({why}): '
+        'remove the image, or, if memory ran out, lower --processes'
+    }
+    assert '5 of 5 images' in err and '1 broken' in err
+
+
+def children_of(pid):
+    with open(f'/proc/{pid}/task/{pid}/children') as file:
+        return [int(child) for child in file.read().split()]
+
+
+def resident(pid):
+    try:
+        with open(f'/proc/{pid}/statm') as file:
+            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:
+        return 0
+
+
+def test_without_memory_to_start_a_decoder_it_ends(root, odd_folder, tmp_path):
+    """Instead of starting decoders for ever."""
+    (tmp_path / 'program.py').write_text(
+        'import os, sys\n'
+        'if __name__ != "__main__":\n'
+        '    os._exit(3)\n'
+        'from reproduce.studies import image_commands\n'
+        'image_commands.main()\n'
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / 'program.py', 'check', odd_folder],
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert 'error: a decoding process cannot start (3): lower --processes\n' in done.stderr
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
@@ -201,6 +335,46 @@ def test_arrange_makes_the_usual_layout(root, flat, tmp_path, kind):
     assert sorted(path.name for path in tmp_path.iterdir() if 'unfinished' in path.name) == []
 
 
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-16-be'])
+@pytest.mark.parametrize('kind', LABELS)
+def test_a_byte_order_mark_is_no_letter(flat, tmp_path, kind, encoding):
+    """Nor is a carriage return; both come from Windows."""
+    mark = '\ufeff' if encoding == 'utf-16-be' else ''
+    files = []
+    for name, text in zip(('labels', 'classes'), LABELS[kind]):
+        if text:
+            files.append(tmp_path / name)
+            files[-1].write_bytes((mark + text.replace('\n', '\r\n')).encode(encoding))
+    assert image_commands.arrange(flat, files[0], tmp_path / 'val', *files[1:]) == 6
+    assert list_images(tmp_path / 'val').classes == ('n01', 'n02', 'n03')
+
+
+def test_arrange_passes_over_what_is_no_image(flat, tmp_path):
+    """Else the numbers would belong to other images."""
+    (flat / '._ILSVRC2012_val_00000001.JPEG').write_bytes(b'')
+    (flat / 'folder.JPEG').mkdir()
+    os.mkfifo(flat / 'pipe.JPEG')
+    labels, classes = LABELS['numbers']
+    (tmp_path / 'labels').write_text(labels)
+    (tmp_path / 'classes').write_text(classes)
+    arguments = tmp_path / 'labels', tmp_path / 'val', tmp_path / 'classes'
+    assert image_commands.arrange(flat, *arguments) == 6
+
+
+def test_arranged_links_lead_to_the_image(flat, tmp_path):
+    """A relative one would lead elsewhere from its new folder."""
+    (tmp_path / 'store').mkdir()
+    for path in list(flat.iterdir()):
+        path.rename(tmp_path / 'store' / path.name)
+        path.symlink_to(f'../store/{path.name}')
+    (tmp_path / 'labels').write_text(LABELS['names'][0])
+    assert image_commands.arrange(flat, tmp_path / 'labels', tmp_path / 'val') == 6
+    folder = list_images(tmp_path / 'val')
+    for i in range(6):
+        with open(folder.path(i), 'rb') as file:
+            assert file.read().startswith(b'image ')
+
+
 @pytest.mark.parametrize(
     'labels, classes, message',
     [
@@ -212,6 +386,9 @@ def test_arrange_makes_the_usual_layout(root, flat, tmp_path, kind):
         (LABELS['names'][0] + 'other.JPEG n01\n', None, 'no image for other.JPEG'),
         (LABELS['names'][0].replace('n02', '../n02'), None, '../n02 is not a name for a folder'),
         (LABELS['names'][0].replace('n02', '..'), None, '.. is not a name for a folder'),
+        (LABELS['names'][0].replace('n02', '.n02'), None, '.n02 is not a name for a folder'),
+        (LABELS['names'][0].replace('n02', '@eaDir'), None, '@eaDir is not a name for a folder'),
+        (LABELS['names'][0].replace('n02', 'n0\0'), None, 'labels is not a text file: it has zero'),
         ('3\n1\n\udcff', 'a\nb\nc\n', 'labels is not a text file'),
     ],
 )
