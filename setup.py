@@ -40,6 +40,9 @@ setup(
     python_requires='>=3.9,<3.14',
     packages=find_packages(include=['extensions*', 'reproduce*']),
     ext_modules=[KERNELS],
+    # "pip install -e" puts this folder on sys.path. There its packages come before folders that
+    # only have their names. In setuptools' own way they come after these.
+    options={'editable_wheel': {'mode': 'compat'}},
     package_data={
         'extensions': ['*.h', 'kernels/*.c'],
         'reproduce': ['data/*', 'studies/cluster/*.json'],
