@@ -11,14 +11,13 @@ _OF_LAUNCHERS = ('PMIX_RANK', 'OMPI_COMM_WORLD_RANK', 'PMI_RANK')
 
 
 def mapped() -> list[str]:
-    """Returns Open MPI's files in /dev/shm that this process has mapped."""
+    """Returns the files in /dev/shm that this process has mapped. MPI makes most of them."""
     try:
         with open('/proc/self/maps') as maps:
-            lines = maps.readlines()
+            paths = {line.split()[-1] for line in maps}
     except OSError:
         return []
-    paths = {line.split()[-1] for line in lines if '/dev/shm/' in line}
-    return sorted(path for path in paths if path.startswith('/dev/shm/sm_segment.'))
+    return sorted(path for path in paths if path.startswith('/dev/shm/'))
 
 
 def remove_own():
@@ -29,6 +28,8 @@ def remove_own():
     """
     if MPI.Is_initialized() and not any(name in os.environ for name in _OF_LAUNCHERS):
         for path in mapped():
+            if not path.startswith('/dev/shm/sm_segment.'):
+                continue
             with contextlib.suppress(OSError):
                 os.remove(path)
 
