@@ -21,8 +21,8 @@ if [[ $1 == -ISc ]]; then
     exit
 fi
 if [[ $1 == -c && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
-if [[ $2 == reproduce.job.options ]]; then
-    echo "$MPI4PY_RC_INITIALIZE in $PWD: ${{*:3}}" >"$FAKE_LOG.options"
+if [[ $3 == reproduce.job.options ]]; then
+    echo "$MPI4PY_RC_INITIALIZE $1: ${{*:4}}" >"$FAKE_LOG.options"
     exit ${{FAKE_OPTIONS_STATUS:-0}}
 fi
 echo "$*" >>"$FAKE_LOG"
@@ -31,7 +31,9 @@ case "$1 $2" in
     "-m venv")
         mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"
         touch "${{@: -1}}/pyvenv.cfg" ;;
-    "-m pip") sleep "${{FAKE_PIP_SECONDS:-0}}"; exit ${{FAKE_PIP_STATUS:-0}} ;;
+    "-m pip")
+        echo "pip's words"
+        sleep "${{FAKE_PIP_SECONDS:-0}}"; exit ${{FAKE_PIP_STATUS:-0}} ;;
 esac
 """
 FAKE_MPIEXEC = """#!/bin/bash
@@ -39,6 +41,7 @@ if [[ $1 == --version ]]; then echo "{version}"; exit; fi
 printf '%s\\n' "$@"
 [[ -z $FAKE_LOG ]] || env >"$FAKE_LOG.env"
 env | grep -E '^(OMP|OPENBLAS|MKL)_NUM_THREADS=' | sort
+sleep "${{FAKE_SECONDS:-0}}"
 exit ${{FAKE_STATUS:-0}}
 """
 
@@ -107,7 +110,9 @@ def tree(tmp_path, root):
 
 
 def only_error(done):
-    errors = [line for line in done.stderr.splitlines() if not line.startswith('Setting up')]
+    errors = [
+        line for line in done.stderr.splitlines() if line[:10] not in ('Setting up', ' ' * 10)
+    ]
     assert done.returncode == 1 and len(errors) == 1 and errors[0].startswith('error: '), done
     return errors[0]
 
@@ -138,9 +143,11 @@ def test_python_without_venv(tree):
     assert tree.calls() == []
 
 
-def test_no_network(tree):
-    message = only_error(tree.run('smoke', FAKE_PIP_STATUS='1'))
-    assert 'pip could not install the packages' in message and f'{tree.path}/.venv.log' in message
+def test_a_failed_installation(tree):
+    done = tree.run('smoke', FAKE_PIP_STATUS='1')
+    [line] = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert 'pip could not install the packages' in line and f'{tree.path}/.venv.log' in line
+    assert "\n    pip's words\n" in done.stderr and done.returncode == 1
     assert len(tree.calls()) == 2  # venv, and pip once
     tree.run('smoke')
     assert len(tree.calls()) > 4, 'a failed installation was taken for a complete one'
@@ -150,10 +157,11 @@ def test_installs_once_and_again_when_something_changed(tree):
     first = tree.run('smoke')
     assert first.returncode == 0 and 'Setting up' in first.stderr
     installation = tree.calls()
-    assert installation[0].startswith('-m venv --clear')
+    assert installation[0].startswith('-m venv')
     assert 'setuptools wheel' in installation[1] and '-c constraints.txt' in installation[1]
     assert '--no-binary mpi4py' in installation[2]
-    assert '--no-build-isolation -e .[test]' in installation[3] and len(installation) == 4
+    assert '--no-build-isolation -e .[test]' in installation[3]
+    assert 'import extensions' in installation[4] and len(installation) == 5
     again = tree.run('smoke')
     assert tree.calls() == installation and 'Setting up' not in again.stderr
     for name in ('constraints.txt', 'setup.py'):
@@ -189,14 +197,14 @@ def test_another_mpi_is_another_environment(tree):
 
 def test_extras_are_remembered(tree):
     tree.run('smoke', EXTRAS='gpu')
-    assert tree.calls()[-1].endswith('-e .[test,gpu]')
+    assert tree.calls()[-2].endswith('-e .[test,gpu]')
     assert 'Setting up' not in tree.run('smoke').stderr
     (tree.path / 'setup.py').write_text('')
     tree.run('smoke', FAKE_PIP_STATUS='1')
     tree.run('smoke')
-    assert tree.calls()[-1].endswith('-e .[test,gpu]'), 'a failed installation forgot the extras'
+    assert tree.calls()[-2].endswith('-e .[test,gpu]'), 'a failed installation forgot the extras'
     tree.run('smoke', EXTRAS='')
-    assert tree.calls()[-1].endswith('-e .[test]')
+    assert tree.calls()[-2].endswith('-e .[test]')
 
 
 def test_a_changed_c_source_is_compiled_again(tree):
@@ -212,7 +220,7 @@ def test_the_c_sources_are_where_they_are_looked_for(root):
     assert list(root.glob('extensions/**/*.c')) and list(root.glob('extensions/**/*.h'))
 
 
-@pytest.mark.parametrize('name', ['environment', 'environment/'])
+@pytest.mark.parametrize('name', ['environment', 'environment/', 'environment//'])
 def test_an_environment_elsewhere(tree, tmp_path, name):
     variables = {'VENV': f'{tmp_path}/{name}'}
     assert 'Setting up' in tree.run('smoke', **variables).stderr
@@ -234,7 +242,7 @@ def test_two_starts_install_once(tree):
     both = [tree.start('smoke', FAKE_PIP_SECONDS='0.3') for _ in range(2)]
     done = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sum('Setting up' in stderr for _, stderr in done) == 1 and len(tree.calls()) == 4
+    assert sum('Setting up' in stderr for _, stderr in done) == 1 and len(tree.calls()) == 5
 
 
 def test_a_folder_that_is_something_else_is_not_emptied(tree, tmp_path):
@@ -254,7 +262,7 @@ def test_smoke(tree):
     done, words = job(tree, 'smoke', '--seed', '3')
     assert words[:2] == ['-n', '2']
     program = words.index(f'{tree.path}/reproduce/train.py')
-    assert words[program - 1] == f'{tree.path}/.venv/bin/python'
+    assert words[program - 2 : program] == [f'{tree.path}/.venv/bin/python', '-I']
     expected = ['--preset', 'smoke', '--overwrite', '--seed', '3']
     assert words[program + 1 : program + 6] == expected
     assert words[-3:] == ['MKL_NUM_THREADS=1', 'OMP_NUM_THREADS=1', 'OPENBLAS_NUM_THREADS=1']
@@ -396,60 +404,66 @@ def verbs(root, kinds=('jobs', 'programs')):
 PROGRAMS = {
     'test -k a': ['-m pytest -k a'],
     'lint': ['-m ruff check .', '-m ruff format --check .', '-m mypy'],
-    'benchmark update --repeat 3': ['-m reproduce.studies.speed update --repeat 3'],
-    'figures runs A B': ['-m reproduce.studies.figures runs A B'],
-    'cluster --cluster mn1': ['-m reproduce.studies.cluster --cluster mn1'],
-    'miniature --seeds 1': ['-m reproduce.studies.miniature --seeds 1'],
-    'images check DIR': ['-m reproduce.studies.image_commands check DIR'],
-    'invariance': ['-m reproduce.studies.invariance'],
+    'benchmark update --repeat 3': ['-I -m reproduce.studies.speed update --repeat 3'],
+    'figures runs A B': ['-I -m reproduce.studies.figures runs A B'],
+    'cluster --cluster mn1': ['-I -m reproduce.studies.cluster --cluster mn1'],
+    'miniature --seeds 1': ['-I -m reproduce.studies.miniature --seeds 1'],
+    'images check DIR': ['-I -m reproduce.studies.image_commands check DIR'],
+    'invariance': ['-I -m reproduce.studies.invariance'],
     'python -c 1': ['-c 1'],
     # Their own help, not that of run_mpi.sh.
     'test --help': ['-m pytest --help'],
-    'benchmark --help': ['-m reproduce.studies.speed --help'],
-    'figures -h': ['-m reproduce.studies.figures -h'],
-    'cluster --help': ['-m reproduce.studies.cluster --help'],
-    'miniature --help': ['-m reproduce.studies.miniature --help'],
-    'images --help': ['-m reproduce.studies.image_commands --help'],
-    'images check --help': ['-m reproduce.studies.image_commands check --help'],
-    'invariance --help': ['-m reproduce.studies.invariance --help'],
+    'benchmark --help': ['-I -m reproduce.studies.speed --help'],
+    'figures -h': ['-I -m reproduce.studies.figures -h'],
+    'cluster --help': ['-I -m reproduce.studies.cluster --help'],
+    'miniature --help': ['-I -m reproduce.studies.miniature --help'],
+    'images --help': ['-I -m reproduce.studies.image_commands --help'],
+    'images check --help': ['-I -m reproduce.studies.image_commands check --help'],
+    'invariance --help': ['-I -m reproduce.studies.invariance --help'],
     'python --help': ['--help'],
 }
 JOBS = {
-    'smoke --epochs 3': ('-n 2', 'train.py --preset smoke --overwrite --epochs 3'),
-    '-n 3 smoke': ('-n 3', 'train.py --preset smoke --overwrite'),
-    '--oversubscribe smoke': ('-n 2 --oversubscribe', 'train.py --preset smoke --overwrite'),
-    'smoke --help': ('-n 1', 'train.py --preset smoke --overwrite --help'),
-    '-n 4 smoke --epochs 3 -h': ('-n 1', 'train.py --preset smoke --overwrite --epochs 3 --help'),
-    'train -- --epochs 3': ('-n 1', 'train.py --epochs 3'),
-    'train -n 3 -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
-    '-n 3 train -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
-    '-n 3 -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
-    '-n 3 --': ('-n 3', 'train.py'),
-    'train --help': ('-n 1', 'train.py --help'),
-    'train -n 4 -h -- --epochs 3': ('-n 1', 'train.py --epochs 3 --help'),
-    '-- --help': ('-n 1', 'train.py --help'),
+    'smoke --epochs 3': ('-n 2', '-I train.py --preset smoke --overwrite --epochs 3'),
+    '-n 3 smoke': ('-n 3', '-I train.py --preset smoke --overwrite'),
+    '--oversubscribe smoke': ('-n 2 --oversubscribe', '-I train.py --preset smoke --overwrite'),
+    'smoke --help': ('-n 1', '-I train.py --preset smoke --overwrite --help'),
+    '-n 4 smoke --epochs 3 -h': (
+        '-n 1',
+        '-I train.py --preset smoke --overwrite --epochs 3 --help',
+    ),
+    'train -- --epochs 3': ('-n 1', '-I train.py --epochs 3'),
+    'train -n 3 -- --epochs 3': ('-n 3', '-I train.py --epochs 3'),
+    '-n 3 train -- --epochs 3': ('-n 3', '-I train.py --epochs 3'),
+    '-n 3 -- --epochs 3': ('-n 3', '-I train.py --epochs 3'),
+    '-n 3 --': ('-n 3', '-I train.py'),
+    'train --help': ('-n 1', '-I train.py --help'),
+    'train -n 4 -h -- --epochs 3': ('-n 1', '-I train.py --epochs 3 --help'),
+    '-- --help': ('-n 1', '-I train.py --help'),
     'train -n 2 -- FILE.py -n two': ('-n 2', 'FILE.py -n two'),
     '-n 2 -- -m MODULE --hostfile x': ('-n 2', '-m MODULE --hostfile x'),
-    'preflight': ('-n 1', '-m reproduce.job.preflight'),
-    'preflight -n 3': ('-n 3', '-m reproduce.job.preflight'),
-    'preflight -n 3 -- --epochs 3': ('-n 3', '-m reproduce.job.preflight --epochs 3'),
+    'preflight': ('-n 1', '-I -m reproduce.job.preflight'),
+    'preflight -n 3': ('-n 3', '-I -m reproduce.job.preflight'),
+    'preflight -n 3 -- --epochs 3': ('-n 3', '-I -m reproduce.job.preflight --epochs 3'),
     '-n 3 preflight --bind-to core -- --seed 3': (
         '-n 3 --bind-to core',
-        '-m reproduce.job.preflight --seed 3',
+        '-I -m reproduce.job.preflight --seed 3',
     ),
-    'preflight --help': ('-n 1', '-m reproduce.job.preflight --help'),
+    'preflight --help': ('-n 1', '-I -m reproduce.job.preflight --help'),
     # Values that look like verbs or like options of train.py, and options that only mpiexec knows.
-    '-n 2 --host test -- --seed 1': ('-n 2 --host test', 'train.py --seed 1'),
-    '--host smoke --np=2 -- --seed 1': ('--host smoke --np=2', 'train.py --seed 1'),
-    '-n 2 --mca lint python -x cluster -- -h': ('-n 2 --mca lint python -x cluster', 'train.py -h'),
-    '-n 2 --unheard-of test --other -- -h': ('-n 2 --unheard-of test --other', 'train.py -h'),
+    '-n 2 --host test -- --seed 1': ('-n 2 --host test', '-I train.py --seed 1'),
+    '--host smoke --np=2 -- --seed 1': ('--host smoke --np=2', '-I train.py --seed 1'),
+    '-n 2 --mca lint python -x cluster -- -h': (
+        '-n 2 --mca lint python -x cluster',
+        '-I train.py -h',
+    ),
+    '-n 2 --unheard-of test --other -- -h': ('-n 2 --unheard-of test --other', '-I train.py -h'),
 }
 
 
 @pytest.mark.parametrize('line', PROGRAMS)
 def test_each_program_is_started_where_the_user_is(tree, line):
     assert tree.run(*line.split()).returncode == 0
-    assert tree.calls()[4:] == PROGRAMS[line]
+    assert tree.calls()[5:] == PROGRAMS[line]
     environment = tree.environment()
     ours = line.split()[0] in ('test', 'lint')
     assert environment['PWD'] == (str(tree.path) if ours else '/')
@@ -659,8 +673,8 @@ def test_hostfiles(root, tmp_path):
 def test_options_are_checked_before_mpiexec_starts(tree, words, checked):
     done = tree.run(*words.split(), FAKE_OPTIONS_STATUS='2')
     assert done.returncode == 2 and done.stdout == ''
-    # In the project's folder: in the user's there may be folders called as the packages are.
-    assert (tree.path.parent / 'log.options').read_text() == f'0 in {tree.path}: {checked}\n'
+    # Isolated: in the user's folder there may be packages called as the project's are.
+    assert (tree.path.parent / 'log.options').read_text() == f'0 -I: {checked}\n'
     assert tree.run(*words.split()).stdout  # of mpiexec
 
 
