@@ -403,7 +403,7 @@ fail_step() { # ERROR
 fail_pip() {
     local error
     error=$(grep '^ERROR: ' "$log" | tail -n 1) || true
-    if [[ $error =~ No\ matching\ distribution|Connection|Timeout|timed\ out|HTTP ]] &&
+    if [[ $error =~ No\ matching\ distribution|ResolutionImpossible|Connection|[Tt]ime|HTTP ]] &&
         tail -n 20 "$log" | grep -qE 'Retrying|ConnectionPool|Could not fetch URL'; then
         fail_step 'pip could not reach its package index: check the network, PIP_INDEX_URL and PIP_PROXY'
     fi

@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import mmap
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -70,7 +72,7 @@ class Tree:
         path.chmod(0o755)
         return path
 
-    def start(self, *arguments, **variables):
+    def start(self, *arguments, stderr=subprocess.PIPE, **variables):
         environment = {
             'PATH': '/usr/local/bin:/usr/bin:/bin',
             'HOME': os.environ.get('HOME', '/'),
@@ -86,7 +88,7 @@ class Tree:
             env=environment,
             cwd='/',
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -681,6 +683,137 @@ def test_options_are_checked_before_mpiexec_starts(tree, words, checked):
 @pytest.mark.parametrize('words', ['-n 2 -- my.py --epoch 3', '-n 2 -- -m mine', 'smoke --help'])
 def test_nothing_else_is_checked(tree, words):
     assert tree.run(*words.split(), FAKE_OPTIONS_STATUS='2').returncode == 0
+
+
+# ---------------------------------------------------------------- the user's shell and folder
+
+
+def test_a_checkout_with_line_ends_of_windows_works(tmp_path, root):
+    files = [tmp_path / 'here' / name for name in ('run_mpi.sh', '.gitattributes', 'setup.py')]
+    files[0].parent.mkdir()
+    for path in files:
+        shutil.copy(root / path.name, path)
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a', '-C', str(tmp_path / 'here')]
+    try:
+        subprocess.run([*git, 'init', '-q'], check=True)
+    except OSError:
+        pytest.skip('needs git')
+    subprocess.run([*git, 'add', '-A'], check=True)
+    subprocess.run([*git, 'commit', '-q', '-m', 'a'], check=True)
+    clone = ['git', 'clone', '-q', '-c', 'core.autocrlf=true', 'here', 'there']
+    subprocess.run(clone, cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / 'there' / 'run_mpi.sh', '--help'], check=False)
+    assert done.returncode == 0
+    for path in files:
+        assert (tmp_path / 'there' / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_file_system_without_locks(tree, tmp_path):
+    source, library = tmp_path / 'flock.c', tmp_path / 'flock.so'
+    source.write_text(
+        '#include <errno.h>\nint flock(int f, int how) { errno = ENOSYS; return -1; }\n'
+    )
+    try:
+        subprocess.run(['cc', '-shared', '-fPIC', source, '-o', library], check=True)
+    except OSError:
+        pytest.skip('needs a C compiler')
+    for said in (True, False):
+        done = tree.run('smoke', LD_PRELOAD=str(library))
+        assert done.returncode == 0 and ('Setting up' in done.stderr) == said, done
+        assert 'flock' not in done.stderr
+
+
+def test_an_environment_of_somebody_else_is_not_emptied(tree, tmp_path):
+    venv = tmp_path / 'by hand'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
+    before = sorted(venv.rglob('*'))
+    message = only_error(tree.run('smoke', VENV=str(venv)))
+    assert 'not a virtual environment that run_mpi.sh made' in message
+    assert sorted(venv.rglob('*')) == before
+
+
+def test_an_environment_of_somebody_else_is_used_if_it_has_the_project(tree, tmp_path):
+    venv = tmp_path / 'by hand'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
+    [packages] = venv.glob('lib/python3*/site-packages')
+    (packages / 'project.pth').write_text(f'{tree.path}\n')
+    (tree.path / 'reproduce' / '__init__.py').touch()
+    before = sorted(venv.rglob('*'))
+    done = tree.run('python', '-c', 'import sys; print(sys.prefix)', VENV=str(venv))
+    assert (done.stdout, done.stderr) == (f'{venv}\n', '')
+    assert sorted(venv.rglob('*')) == before and tree.calls() == []
+
+
+@pytest.mark.skipif(not shutil.which('flock'), reason='needs flock')
+def test_the_environment_of_a_running_job_is_left_alone(tree):
+    tree.run('smoke')
+    job = tree.start('smoke', FAKE_SECONDS='4')
+    assert job.stdout.readline() == '-n\n'
+    with (tree.path / 'constraints.txt').open('a') as file:
+        file.write('# changed\n')
+    marker = tree.path / '.venv' / 'marker'
+    marker.touch()
+    assert 'but a running program uses it: wait' in only_error(tree.run('smoke'))
+    assert marker.exists() and job.poll() is None
+    job.communicate(timeout=60)
+    assert 'Setting up' in tree.run('smoke').stderr and not marker.exists()
+
+
+def test_the_environment_of_a_job_that_was_started_by_hand_is_left_alone(tree):
+    tree.run('smoke')
+    library = tree.path / '.venv' / 'library.so'
+    library.write_bytes(bytes(100))
+    (tree.path / 'setup.py').write_text('')
+    with library.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        assert f'but process {os.getpid()} uses it: wait' in only_error(tree.run('smoke'))
+        assert library.exists()
+    assert 'Setting up' in tree.run('smoke').stderr
+
+
+def test_a_terminal_shows_what_the_set_up_does(tree):
+    master, slave = pty.openpty()
+    done = tree.start('smoke', stderr=slave, FAKE_PIP_SECONDS='2.2')
+    os.close(slave)
+    done.communicate(timeout=60)
+    said = os.read(master, 10000).decode()
+    os.close(master)
+    assert re.search(r"  [1-9] s  pip's words\x1b\[K\r", said), said
+
+
+def test_files_for_many_ranks(tree):
+    """mpiexec and every rank keep a connection to each rank."""
+    tree.run('smoke')
+    tree.mpiexec.write_text(tree.mpiexec.read_text().replace('exit $', 'ulimit -Sn\nexit $'))
+    words = f'"{tree.path}/run_mpi.sh" smoke | tail -n 1'
+    done = subprocess.run(
+        ['/bin/bash', '-c', f'ulimit -Sn 200; ulimit -Hn 400; bash {words}'],
+        env={'PATH': '/usr/bin:/bin', 'PYTHON': str(tree.python), 'MPIEXEC': str(tree.mpiexec)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == '400\n', done
+
+
+@pytest.mark.parametrize(
+    'variables, says, silent',
+    [
+        (
+            {'PIP_INDEX_URL': 'http://127.0.0.1:9/', 'PIP_RETRIES': '1'},
+            'check the network',
+            'install',
+        ),
+        ({'PIP_NO_INDEX': '1'}, 'pip could not install the packages', 'network'),
+    ],
+)
+def test_what_is_blamed_for_a_failed_installation(tree, variables, says, silent):
+    """With the real pip."""
+    real = {'PYTHON': sys.executable, 'MPIEXEC': None, 'PIP_CONFIG_FILE': '/dev/null'}
+    done = tree.run('smoke', **real, **variables)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert says in line and silent not in line, done
+    assert '\n    ERROR: ' in done.stderr
+    assert done.returncode == 1
 
 
 @pytest.mark.slow
