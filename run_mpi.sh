@@ -337,7 +337,7 @@ is_installed() {
     for candidate in "${candidates[@]}"; do
         read -r wanted base < <(fingerprint "$candidate") || continue
         if [[ -x $venv/bin/python && -r $stamp && $(head -n 1 "$stamp") == "$wanted" ]]; then return 0; fi
-        if "$base" -c 'import ensurepip, venv' 2>/dev/null; then return 1; fi
+        if "$base" -Ic 'import ensurepip, venv' 2>/dev/null; then return 1; fi
         without_venv=$base
     done
     if [[ -n $without_venv ]]; then
@@ -378,12 +378,11 @@ pip_install() {
     step "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -c constraints.txt "$@"
 }
 
-# Leaves of the user's shell what says where packages come from. The rest of pip's settings would put them elsewhere,
-# or choose others.
+# Of the settings of Python and pip in the user's shell, leaves those that say where packages come from. Others would
+# put packages elsewhere, choose others, or find them where they are not.
 clean_shell() {
     local name
-    unset PYTHONPATH
-    for name in $(compgen -e PIP_); do
+    for name in $(compgen -e PIP_) $(compgen -e PYTHON); do
         case ${name#PIP_} in
             INDEX_URL | EXTRA_INDEX_URL | NO_INDEX | FIND_LINKS | PROXY | CERT | CLIENT_CERT | TRUSTED_HOST | CONFIG_FILE) ;;
             KEYRING_PROVIDER | TIMEOUT | DEFAULT_TIMEOUT | RETRIES | CACHE_DIR | NO_CACHE_DIR) ;;

@@ -126,12 +126,12 @@ class Preflight:
         self._check('--out', self._output)
         self._check('plots', self._plots)
         self._check('images', self._images)
-        self._check('--loader', self._loader)
         self._check('the communicator', self._communicator)
         if self._comm:
             self._check('the all-reduce', self._all_reduce)
             self._check('memory', self._memory)
             if self._mpi.allreduce(self._fits, MPI.LAND):
+                self._check('--loader', self._loader)
                 self._check('a minibatch', self._minibatch)
 
     def position(self):

@@ -22,7 +22,7 @@ if [[ $1 == -ISc ]]; then
     "{python}" "$1" "$version"$'\n'"$2" "${{@:3}}" | sed "s|^\\([0-9a-f]*\\) .*|\\1 {fake}|"
     exit
 fi
-if [[ $1 == -c && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
+if [[ $1 == -Ic && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
 if [[ $3 == reproduce.job.options ]]; then
     echo "$MPI4PY_RC_INITIALIZE $1: ${{*:4}}" >"$FAKE_LOG.options"
     exit ${{FAKE_OPTIONS_STATUS:-0}}
@@ -816,55 +816,115 @@ def test_what_is_blamed_for_a_failed_installation(tree, variables, says, silent)
     assert done.returncode == 1
 
 
+HOSTILE = {
+    'PIP_TARGET': '/nowhere',
+    'PIP_PREFIX': '/nowhere',
+    'PIP_CONSTRAINT': '/nowhere/constraints.txt',
+    'PIP_ONLY_BINARY': ':all:',
+    'PIP_NO_DEPS': '1',
+    'PIP_REQUIRE_HASHES': '1',
+    'PIP_USER': '1',
+    'PYTHONHOME': '/nowhere',
+    'PYTHONSTARTUP': '/nowhere/start.py',
+    'PYTHONNOUSERSITE': '',
+    'PYTHONWARNINGS': 'error',
+    'PYTHONINSPECT': '1',
+    'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+    'CHAINER_DTYPE': 'mixed16',
+    'OPAL_PREFIX': '/nowhere',
+    'MPI4PY_LIBMPI': '/nowhere/libmpi.so',
+    'MPI4PY_MPIABI': 'mpich',
+    'CC': 'false',
+}
+
+
+@pytest.fixture
+def hostile(tmp_path, root):
+    """``hostile(*words)``: a command that starts run_mpi.sh, and the shell and folder of a user in
+    which nothing is as it should be; with a read-only project, where that can be had."""
+    here, away = tmp_path / 'a folder', tmp_path / 'away'
+    shutil.copytree(
+        root,
+        here,
+        ignore=shutil.ignore_patterns(
+            '__pycache__', '*.so', '.venv*', '.git', '.ci*', '*.egg-info', 'results', '.*_cache'
+        ),
+    )
+    for package in ('extensions', 'reproduce', 'numpy', 'mpi4py', 'pip'):
+        (away / package).mkdir(parents=True)
+        (away / package / '__init__.py').write_text(f'raise ImportError("another {package}")\n')
+    for library in (
+        'mpi.so',
+        'mpi.so.40',
+        'mpi.so.12',
+        'prrte.so.3',
+        'pmix.so.2',
+        'open-pal.so.80',
+    ):
+        (away / f'lib{library}').write_text('of another MPI')
+    temporary = tmp_path / ('long' * 30)
+    temporary.mkdir()
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ('HOME', 'MPIEXEC')},
+        **HOSTILE,
+        'VENV': str(tmp_path / 'environment'),
+        'PYTHON': sys.executable,
+        'PYTHONPATH': str(away),
+        'LD_LIBRARY_PATH': str(away),
+        'TMPDIR': str(temporary),
+        'EXTRAS': '',
+    }
+    read_only = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" || exit 99; exec "$@"'
+    command = ['unshare', '--mount', 'sh', '-c', read_only, str(here)]
+    try:
+        if subprocess.run([*command, 'true'], capture_output=True, check=False).returncode:
+            raise OSError
+    except OSError:
+        command = []
+    words = [*command, '/bin/bash', str(here / 'run_mpi.sh')]
+    return lambda *more: {
+        'args': [*words, *map(str, more)],
+        'cwd': away,
+        'env': environment,
+        'stdout': subprocess.PIPE,
+        'stderr': subprocess.PIPE,
+        'text': True,
+    }
+
+
 @pytest.mark.slow
-def test_an_interrupted_installation_is_done_again(tmp_path, root):
+def test_an_interrupted_installation_is_done_again_in_the_worst_of_shells(hostile, tmp_path):
     """Really installs, is killed twice with all its children, and really installs again; without a
-    C compiler, which whoever runs the tests mostly has."""
-    here = tmp_path / 'a folder'
-    here.mkdir()
-    for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
-        shutil.copy(root / name, here)
-    for name in ('extensions', 'reproduce'):
-        shutil.copytree(
-            root / name, here / name, ignore=shutil.ignore_patterns('__pycache__', '*.so')
-        )
-    environment = {**os.environ, 'PYTHON': sys.executable, 'CC': 'false'}
-    for name in ('MPIEXEC', 'VENV', 'EXTRAS'):
-        environment.pop(name, None)
-    command = [
-        '/bin/bash',
-        here / 'run_mpi.sh',
-        'python',
-        '-c',
-        'from extensions import kernels; print("works", bool(kernels.compiled))',
-    ]
+    C compiler, which whoever runs the tests mostly has. Then it really trains."""
+    program = 'import sys; sys.path.pop(0); from extensions import kernels as k; print(k.compiled)'
+    start = hostile('python', '-Ic', program)
     for seconds in (1, 3):
-        first = subprocess.Popen(
-            command,
-            cwd=here,
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        first = subprocess.Popen(**start, start_new_session=True)
         time.sleep(seconds)
         os.killpg(first.pid, signal.SIGKILL)
-        assert 'works' not in first.communicate()[0], 'installed before it could be interrupted'
-    second = subprocess.run(
-        command, cwd=here, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert second.returncode == 0 and second.stdout == 'works False\n', second
-    third = subprocess.run(
-        command, cwd=here, env=environment, capture_output=True, text=True, check=True
-    )
-    assert third.stderr == ''
-    wrong = subprocess.run(
-        ['/bin/bash', here / 'run_mpi.sh', 'smoke', '--epoch', '3'],
-        cwd=here,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        assert first.communicate()[0] == '', 'installed before it could be interrupted'
+    second = subprocess.run(**start, timeout=280, check=False)
+    assert second.returncode == 0 and second.stdout == '{}\n', second
+    assert re.search(r'^ +\d+ s  \S', second.stderr, re.MULTILINE), 'no sign of life'
+    third = subprocess.run(**start, check=False)
+    assert third.stderr == '' and third.stdout == '{}\n'
+    wrong = subprocess.run(**hostile('smoke', '--epoch', '3'), check=False)
     assert wrong.returncode == 2 and wrong.stdout == ''
     assert wrong.stderr == 'error: there is no option --epoch; did you mean --epochs?\n'
+
+    hosts = tmp_path / 'hosts'  # as in "while read host; do ./run_mpi.sh ...; done < hosts"
+    hosts.write_text('one\ntwo\n')
+    options = '--epochs 1 --width 4 --loader processes:1 --out'.split()
+    with hosts.open() as rest:
+        smoke = hostile('smoke', *options, tmp_path / 'out')
+        done = subprocess.run(**smoke, stdin=rest, timeout=200, check=False)
+        assert os.lseek(rest.fileno(), 0, os.SEEK_CUR) == 0
+    assert done.returncode == 0 and '\ntop-1 ' in done.stdout, done
+    assert (tmp_path / 'out' / 'curves.png').exists()
+    ready = subprocess.run(
+        **hostile('preflight', '--', '--preset', 'smoke', *options, tmp_path / 'other'),
+        stdin=subprocess.DEVNULL,
+        timeout=200,
+        check=False,
+    )
+    assert ready.returncode == 0 and ready.stdout.endswith('\nready\n'), ready

@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 import types
 
 import pytest
@@ -104,3 +105,10 @@ def test_plan_stretches_to_the_epochs_of_the_run():
 )
 def test_duration(seconds, text):
     assert report.duration(seconds) == text
+
+
+def test_versions_are_those_of_the_start(monkeypatch):
+    """At the end, another environment may be on the disk, or none."""
+    found = report.versions()
+    monkeypatch.setattr(sys, 'path', [])
+    assert report.versions() == found and {'simplejpeg', 'numpy', 'mpi'} < set(found)
