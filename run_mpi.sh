@@ -440,7 +440,7 @@ install() {
     if [[ -n $MPIEXEC ]]; then MPICC=$mpicc pip_install --no-cache-dir --no-binary mpi4py mpi4py || fail_pip; fi
     pip_install --no-build-isolation -e ".[$extras${EXTRAS:+,$EXTRAS}]" || fail_pip
     set_environment
-    MPI4PY_RC_INITIALIZE=0 step "$venv/bin/python" -Ic 'import extensions, matplotlib, reproduce.images' ||
+    MPI4PY_RC_INITIALIZE=0 step "$venv/bin/python" -Ic 'import extensions, reproduce.images, reproduce.job.plots' ||
         fail_step "$venv does not work, though pip had no error"
     printf '%s\n%s\n' "$wanted" "$EXTRAS" >"$stamp"
 }

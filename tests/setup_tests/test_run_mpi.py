@@ -893,6 +893,7 @@ def hostile(tmp_path, root):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_interrupted_installation_is_done_again_in_the_worst_of_shells(hostile, tmp_path):
     """Really installs, is killed twice with all its children, and really installs again; without a
     C compiler, which whoever runs the tests mostly has. Then it really trains."""
