@@ -81,7 +81,7 @@ Environment variables:
   EXTRAS=gpu             install CuPy, cuDNN and NCCL too (2 GB); .venv remembers it
   MPIEXEC=/path/mpiexec  use a cluster's own MPI, instead of the Open MPI that pip installs
   PYTHON=/path/python    use this Python, 3.9 to 3.13
-  VENV=/path             put the environment there, instead of .venv
+  VENV=/path             the environment, instead of .venv; one made by hand stays as it is
   OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
                          threads of one process; 1 unless set
 END
@@ -560,6 +560,7 @@ check_options() { # VERB OPTION...
 # Starts mpiexec with `options`, and with the program that `verb` and `words` name.
 start_job() {
     local name program=() again=--overwrite
+    [[ -x $mpiexec ]] || fail "there is no $mpiexec: set MPIEXEC= to the mpiexec of the MPI that mpi4py was built for"
     case $verb in
         smoke) # may be repeated, but goes on where it is told to
             if [[ -z $hosts && -z $n ]]; then options=(-n 2 "${options[@]}") n=2; fi

@@ -11,13 +11,13 @@ _OF_LAUNCHERS = ('PMIX_RANK', 'OMPI_COMM_WORLD_RANK', 'PMI_RANK')
 
 
 def mapped() -> list[str]:
-    """Returns the files in /dev/shm that this process has mapped. MPI makes most of them."""
+    """Returns the files that this process has mapped: libraries, and memory shared by ranks."""
     try:
         with open('/proc/self/maps') as maps:
             paths = {line.split()[-1] for line in maps}
     except OSError:
         return []
-    return sorted(path for path in paths if path.startswith('/dev/shm/'))
+    return sorted(path for path in paths if path.startswith('/'))
 
 
 def remove_own():
@@ -28,10 +28,9 @@ def remove_own():
     """
     if MPI.Is_initialized() and not any(name in os.environ for name in _OF_LAUNCHERS):
         for path in mapped():
-            if not path.startswith('/dev/shm/sm_segment.'):
-                continue
-            with contextlib.suppress(OSError):
-                os.remove(path)
+            if os.path.basename(path).startswith('sm_segment.'):
+                with contextlib.suppress(OSError):
+                    os.remove(path)
 
 
 remove_own()

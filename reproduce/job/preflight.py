@@ -504,6 +504,8 @@ def _shared_memory_to_come() -> dict:
     """
     to_come = {}
     for path in shared_memory.mapped():
+        if not path.startswith('/dev/shm/'):
+            continue
         try:
             status = os.stat(path)
         except OSError:  # removed

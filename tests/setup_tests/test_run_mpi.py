@@ -741,6 +741,8 @@ def test_an_environment_of_somebody_else_is_used_if_it_has_the_project(tree, tmp
     before = sorted(venv.rglob('*'))
     done = tree.run('python', '-c', 'import sys; print(sys.prefix)', VENV=str(venv))
     assert (done.stdout, done.stderr) == (f'{venv}\n', '')
+    without = only_error(tree.run('train', '--', 'my.py', VENV=str(venv), MPIEXEC=None))
+    assert f'there is no {venv}/bin/mpiexec: set MPIEXEC=' in without
     assert sorted(venv.rglob('*')) == before and tree.calls() == []
 
 

@@ -48,7 +48,7 @@ def test_an_empty_folder_of_the_same_name(tmp_path):
     assert 'there is no option --epoch' in done.stderr, done
 
 
-def test_without_a_home(plan, tmp_path):
+def test_without_a_home(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != 'HOME'}
     program = 'from reproduce.job import start; start.before_mpi(); import extensions'
     done = python('-c', program, env=environment, cwd=tmp_path)
