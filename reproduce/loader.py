@@ -18,16 +18,22 @@ import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing import reduction
+from pathlib import Path
 
 import numpy as np
 
 from reproduce import images
 from reproduce.listing import BadImage, DataError
+
+# A socket's path has 107 bytes at most. The server's is TMPDIR/pymp-XXXXXXXX/listener-XXXXXXXX.
+_LONGEST_TMPDIR = 107 - len('/pymp-XXXXXXXX/listener-XXXXXXXX')
 
 
 def start_forkserver(remove_after_end=lambda path: None):
@@ -44,12 +50,30 @@ def start_forkserver(remove_after_end=lambda path: None):
     prefix = f'/reproduce-{os.getpid()}'
     multiprocessing.current_process()._config['semprefix'] = prefix  # type: ignore[attr-defined]
     remove_after_end(f'/dev/shm/sem.{prefix[1:]}-*')
-    remove_after_end(multiprocessing.util.get_temp_dir())
+    remove_after_end(_folder_for_sockets())
     multiprocessing.set_forkserver_preload(['reproduce.loader'])  # instead of the main script
     handlers = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    # The server looks for modules in its folder first; there another "reproduce" may be.
+    here = os.open('.', os.O_PATH)
+    os.chdir(Path(__file__).resolve().parents[1])
     multiprocessing.forkserver.ensure_running()  # a new program inherits ignored signals
+    os.fchdir(here)
+    os.close(here)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+
+
+def _folder_for_sockets() -> str:
+    """Returns multiprocessing's temporary folder: in TMPDIR unless that is too long for sockets."""
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR and 'tempdir' not in config:
+        for parent in ('/tmp', '/var/tmp', '/dev/shm'):
+            if os.access(parent, os.W_OK | os.X_OK):
+                config['tempdir'] = tempfile.mkdtemp(prefix='pymp-', dir=parent)
+                remove = (shutil.rmtree, (config['tempdir'], True))
+                multiprocessing.util.Finalize(None, *remove, exitpriority=-100)
+                break
+    return multiprocessing.util.get_temp_dir()
 
 
 class _LoaderProcess(multiprocessing.context.ForkServerProcess):
@@ -104,21 +128,21 @@ def parse(how: str) -> tuple[str, int]:
 
 
 class _Slots:
-    """A ring of buffers. Loader processes write one minibatch into each.
+    """A ring of buffers. Each task writes one minibatch into a buffer.
 
-    The memory has no name, so the kernel frees the memory when its processes end, however they end.
-    Nor does the limit of /dev/shm apply.
+    Args:
+        n, batch_size, side (int): Number of buffers, images in each, and pixels of a side.
+        shared (bool): Whether loader processes are to map the memory.
 
     Attributes:
         pixels (uint8 array): The buffers, [slots, batch, side, side, 3].
         futures (list): For each slot, the future of the last minibatch to be written into it.
     """
 
-    def __init__(self, n, batch_size, side):
+    def __init__(self, n, batch_size, side, shared=False):
         self._shape = n, batch_size, side, side, 3
-        self._fd = os.memfd_create('minibatches')
-        os.ftruncate(self._fd, int(np.prod(self._shape)))
-        self.pixels = _map(self._fd, self._shape)
+        self._fd = _nameless_memory(int(np.prod(self._shape))) if shared else None
+        self.pixels = _map(self._fd, self._shape) if shared else np.empty(self._shape, np.uint8)
         self.futures = [None] * n
         self._turns = 0
 
@@ -129,11 +153,38 @@ class _Slots:
         return slot
 
     def close(self):
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
 
     def share(self) -> tuple:
         """Returns the arguments with which a new process can map the memory."""
         return _File(self._fd), self._shape
+
+
+def _nameless_memory(size) -> int:
+    """Returns a file of ``size`` bytes without a name: it goes when its processes end, in any way.
+
+    It is memory, to which the limit of /dev/shm does not apply. Old kernels and Pythons that were
+    built for them have no such files. Then it is a removed file in /dev/shm or TMPDIR.
+    """
+    try:
+        fd = os.memfd_create('minibatches')
+        os.ftruncate(fd, size)
+        return fd
+    except (AttributeError, OSError) as error:
+        reason: Exception = error
+    for folder in ('/dev/shm', tempfile.gettempdir()):
+        try:
+            fd, path = tempfile.mkstemp(dir=folder)
+            os.unlink(path)
+            os.posix_fallocate(fd, 0, size)  # else a full disk would end the process by SIGBUS
+            return fd
+        except OSError as error:
+            reason = error
+    raise DataError(
+        f'no shared memory for --loader processes: {reason}; free space in /dev/shm or TMPDIR, or '
+        'give --loader serial'
+    )
 
 
 class _File:
@@ -231,9 +282,10 @@ class ImageLoader:
         self._ahead: collections.deque = collections.deque()
         # One slot for each minibatch ahead, and one for the minibatch that the caller uses.
         side, n_slots = preprocessing.image_size, self._prefetch + 1
+        shared = kind == 'processes'
         self._slots = (
-            _Slots(n_slots, order.local_batch_size, side),
-            _Slots(n_slots, validation_batch_size, side),
+            _Slots(n_slots, order.local_batch_size, side, shared),
+            _Slots(n_slots, validation_batch_size, side, shared),
         )
         self._processes: dict = {}
         self._executor: concurrent.futures.Executor = _Serial()

@@ -11,16 +11,12 @@ experiment() is the paper in code. settings.py holds its numbers.
 """
 
 import sys
+from pathlib import Path
 
-try:
-    from reproduce.job import start
-except ModuleNotFoundError as error:
-    if __name__ != '__main__':
-        raise
-    sys.exit(
-        f'error: {sys.executable or "this Python"} has no package {error.name!r}: start with '
-        './run_mpi.sh, which installs everything, or install by hand (hostfiles/README.md)'
-    )
+if __name__ == '__main__':  # first on the path: others may have packages of these names, too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reproduce.job import start
 
 if __name__ == '__main__':
     start.before_mpi()

@@ -81,12 +81,10 @@ class Job:
             if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup does
                 signal.signal(signum, self._stop)
         signal.signal(signal.SIGTSTP, self._suspend)
-        # The ranks of a run read nothing. In a loop of the shell, its input is of the loop.
-        reads = not out and not os.isatty(0)
         self._process = subprocess.Popen(
             command,
             env={**os.environ, _GO_ON: go_on},
-            stdin=None if reads else subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if os.isatty(0) else None,  # not of its session
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-import matplotlib
 import numpy as np
 
-matplotlib.use('Agg')  # ranks have no screen
+os.environ['MPLBACKEND'] = 'Agg'  # ranks have no screen; a notebook's backend is not installed here
+import matplotlib
+
+matplotlib.use('Agg')  # if something has imported matplotlib before
+matplotlib.rcdefaults()  # not the user's, which may need LaTeX, for example
 from matplotlib import pyplot as plt
 
 

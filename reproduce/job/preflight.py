@@ -2,8 +2,8 @@
 
 The options are those of reproduce/train.py. Every rank inspects its host. All ranks together
 all-reduce gradients of the model's size, and time a minibatch. Nothing is trained. It writes
-nothing but a temporary file in --out, or in the nearest existing parent. The exit status is 0 if
-all is well, 1 with a problem, 2 for wrong options.
+nothing but temporary files: in --out, or in the nearest existing parent, and in TMPDIR. The exit
+status is 0 if all is well, 1 with a problem, 2 for wrong options.
 
     ./run_mpi.sh preflight --hostfile hostfiles/mn1 -n 1024 -- --train-root TRAIN --val-root VAL
 """
@@ -27,14 +27,16 @@ import chainer.functions as F
 import numpy as np
 from chainer.backends import cuda
 from mpi4py import MPI
+from PIL import Image
 
-from extensions import nccl
+from extensions import nccl, shared_memory
 from extensions.communicator_base import first_few
 from extensions.virtual_workers import workers_of
 from reproduce import dataset, images, loader
 from reproduce.job import agreement, janitor, options, output, ranks, report
 from reproduce.job.watchdog import Watchdog
 from reproduce.listing import DataError, ImageFolder
+from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError
 
@@ -62,18 +64,20 @@ _COLUMNS = (  # the columns of the table: key, head, format
 def main(argv=None):
     """Runs all checks on all ranks. Exits with status 0 if there are no problems, else 1."""
     mpi = MPI.COMM_WORLD
+    _refuse_lack_of_files(mpi)
     janitor.remove_those_of_open_mpi()
     arguments = sys.argv[1:] if argv is None else argv
     settings, _ = ranks.on_rank_zero(
         mpi, lambda: options.parse(arguments, mpi.size, __doc__, 'preflight')
     )
     preflight = Preflight(mpi, settings)
+    preflight.list_images()  # not under the watchdog, as in a training: it may take any time
     with Watchdog(mpi, settings.watchdog, preflight.position):
         preflight.run()
         everyone = mpi.gather(
             (MPI.Get_processor_name(), sorted(set(preflight.problems)), preflight.row)
         )
-    ready = mpi.bcast(everyone and verdict(settings, everyone))
+    ready = mpi.bcast(everyone and verdict(settings, preflight.n_images, everyone))
     raise ranks.AgreedExit(0 if ready else 1)
 
 
@@ -83,12 +87,15 @@ class Preflight:
     Attributes:
         problems (list of str): The problems that the rank has found.
         row (dict): The rank's values for the table of hosts.
+        n_images (int): Number of training images.
     """
 
     def __init__(self, mpi, settings):
         self.problems = []
         self.row = {}
+        self.n_images = settings.n_train_images
         self._mpi, self._settings = mpi, settings
+        self._folders: list = []
         self._step, self._name = 0, 'the start'
         self._n_classes = 1000
         self._fits = True
@@ -96,17 +103,35 @@ class Preflight:
         self._comm = self._model = self._optimizer = None
         self._start = (_resident(), _available_memory())
 
+    def list_images(self):
+        """Lists the images on rank 0, once, and sends the lists to all ranks."""
+        packed = None
+        if self._mpi.rank == 0:
+            try:
+                train_root, _ = dataset.roots(self._settings)
+                if train_root:
+                    print('listing the images ...', flush=True)
+                    folders = dataset.list_folders(self._settings)
+                    self.n_images = len(folders[0])
+                    dataset.check_total_batch(self._settings, self.n_images)
+                    packed = [folder.pack() for folder in folders]
+            except (InputError, DataError) as error:
+                self.problems.append(str(error))
+        self._folders = [ImageFolder.unpack(folder) for folder in self._mpi.bcast(packed) or ()]
+
     def run(self):
         """Runs all checks. Without a communicator or enough memory, skips those that need it."""
         self._check('versions', self._versions)
         self._check('clocks', self._clocks)
         self._check('--out', self._output)
+        self._check('plots', self._plots)
         self._check('images', self._images)
         self._check('the communicator', self._communicator)
         if self._comm:
             self._check('the all-reduce', self._all_reduce)
             self._check('memory', self._memory)
             if self._mpi.allreduce(self._fits, MPI.LAND):
+                self._check('--loader', self._loader)
                 self._check('a minibatch', self._minibatch)
 
     def position(self):
@@ -179,24 +204,25 @@ class Preflight:
                 f'--out {out} cannot be written: {error.strerror}; choose another folder'
             )
 
-    def _images(self):
-        """Lists the images on rank 0. Every rank compares the sizes of some, and decodes a few."""
-        folders = None
-        if self._mpi.rank == 0:
-            try:
-                train_root, _ = dataset.roots(self._settings)
-                if train_root:
-                    folders = dataset.list_folders(self._settings)
-                    dataset.check_total_batch(self._settings, len(folders[0]))
-            except (InputError, DataError) as error:
-                self.problems.append(str(error))
-                folders = None
-        packed = self._mpi.bcast(folders and [folder.pack() for folder in folders])
-        if not packed:
+    def _plots(self):
+        """Draws the plot of a training that has ended its first epoch, on rank 0 alone."""
+        if self._mpi.rank:
             return
-        folders = [ImageFolder.unpack(folder) for folder in packed]
-        self._n_classes = len(folders[0].classes)
-        sample = agreement.sample(*folders)
+        keys = 'main/loss validation/main/loss validation/main/accuracy lr alpha_sgd'.split()
+        try:
+            from reproduce.job import plots  # here, because the other ranks need no matplotlib
+
+            with tempfile.TemporaryDirectory() as folder:
+                plots.curves([{'epoch': 1, **dict.fromkeys(keys, 0.5)}], self._settings, folder)
+        except Exception as error:  # noqa: BLE001  (of matplotlib, fonts, or folders)
+            self.problems.append(f'curves.png cannot be drawn: {error!r}; mend matplotlib')
+
+    def _images(self):
+        """Compares the sizes of some images with rank 0's, and decodes a few."""
+        if not self._folders:
+            return
+        self._n_classes = len(self._folders[0].classes)
+        sample = agreement.sample(*self._folders)
         unreadable = sorted(path for path, size in sample.items() if size is None)
         if unreadable:
             self.problems.append(f'{unreadable[0]} cannot be read: copy the folder to every host')
@@ -216,6 +242,23 @@ class Preflight:
             return
         seconds = (time.perf_counter() - start) / (i + 1) * s.local_batch_size
         self.row['loading'] = seconds / max(1, loader.parse(s.loader)[1])
+
+    def _loader(self):
+        """Loads a minibatch as the training does: --loader's processes, its memory, its sockets."""
+        s = self._settings
+        with tempfile.TemporaryDirectory() as folder:
+            janitor.remove_after_end(folder)
+            os.mkdir(os.path.join(folder, '0'))
+            Image.new('RGB', (s.image_size, s.image_size)).save(os.path.join(folder, '0', '0.png'))
+            counts = np.array([s.local_batch_size])
+            one = ImageFolder(folder, ('0',), counts, b'0.png\0' * s.local_batch_size)
+            order = ImageOrder(len(one), 1, s.local_batch_size, s.seed)
+            pair = one, one, order, s.preprocessing, s.seed, range(1)
+            try:
+                with loader.ImageLoader(*pair, s.loader, s.validation_batch_size) as batches:
+                    batches.train_batch(0, 0)
+            except (DataError, OSError, RuntimeError, MemoryError) as error:
+                self.problems.append(f'--loader {s.loader} does not work: {error!r}')
 
     def _communicator(self):
         s = self._settings
@@ -284,7 +327,11 @@ class Preflight:
             )
         self._device_memory()
         on_gpus = extensions.device_of(self._comm).xp is not np
-        shared = _shared_memory_to_come() + on_gpus * self.row['ranks'] * _NCCL_SHARED_MEMORY
+        files: dict = {}
+        host = MPI.Get_processor_name()
+        for theirs, mapped in self._mpi.allgather((host, _shared_memory_to_come())):
+            files.update(mapped if theirs == host else {})
+        shared = sum(files.values()) + on_gpus * self.row['ranks'] * _NCCL_SHARED_MEMORY
         free = shutil.disk_usage('/dev/shm').free
         self.row.update(shared=shared / _MIB, shared_free=free / _MIB)
         if shared > free:
@@ -341,11 +388,24 @@ class Preflight:
         _synchronize(device.xp)
 
 
-def verdict(settings, everyone) -> bool:
+def _refuse_lack_of_files(mpi):
+    """Ends the preflight before the ranks connect to each other: without files they would hang."""
+    lack = start.lack_of_files(mpi.size)
+    if not lack:
+        return
+    if os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', '0') == '0':  # one line per host
+        who = f'rank {mpi.rank} on {MPI.Get_processor_name()}'
+        print(f'problem: {lack} ({who})\nnot ready: 1 problem', flush=True)
+        mpi.Abort(1)
+    time.sleep(60)
+
+
+def verdict(settings, n_images, everyone) -> bool:
     """Prints the table of hosts, the predicted time and the problems.
 
     Args:
         settings (~reproduce.settings.Settings): Settings of the run.
+        n_images (int): Number of training images.
         everyone (list): For each rank, its host, problems and row.
 
     Returns:
@@ -363,7 +423,7 @@ def verdict(settings, everyone) -> bool:
         print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))
     rows = [row for _, _, row in everyone]
     if all('minibatch' in row for row in rows):
-        print(_estimate(settings, rows))
+        print(_estimate(settings, n_images, rows))
     for problem, of_ranks in who.items():
         print(f'problem: {problem} ({first_few(of_ranks)})')
     n = len(who)
@@ -378,7 +438,7 @@ def _cells(rows):
         yield form.format(max(values, key=abs if key == 'clock' else None)) if values else '-'
 
 
-def _estimate(settings, rows) -> str:
+def _estimate(settings, n_images, rows) -> str:
     each = settings.workers // len(rows)
     slowest = {
         key: max(row.get(key, 0) for row in rows)
@@ -389,7 +449,7 @@ def _estimate(settings, rows) -> str:
     both = slowest['minibatch'], slowest['loading']
     seconds = each * (max(both) if beside else sum(both))
     seconds += slowest['all_reduce'] + slowest['update']
-    n_iterations = settings.iterations(dataset.count_images(settings))
+    n_iterations = settings.iterations(n_images)
     return (
         f'all-reduce in {settings.allreduce_grad_dtype}: right, {slowest["all_reduce"]:.3f} s; '
         f'update {slowest["update"]:.3f} s\n'
@@ -436,20 +496,22 @@ def _available_memory() -> int:
     return min(available, limit - used)
 
 
-def _shared_memory_to_come() -> int:
-    """Returns the bytes that this user's files in /dev/shm may still take.
+def _shared_memory_to_come() -> dict:
+    """Returns {path: bytes} that each file of this process in /dev/shm may still take.
 
-    MPI's files have their final size at once, but get memory only when MPI writes to them.
+    MPI's files have their final size at once, but get memory only when MPI writes to them. Files of
+    processes that have ended, and of other jobs, do not count.
     """
-    promised = 0
-    for path in Path('/dev/shm').iterdir():
-        try:
-            status = path.stat()
-        except OSError:
+    to_come = {}
+    for path in shared_memory.mapped():
+        if not path.startswith('/dev/shm/'):
             continue
-        if status.st_uid == os.getuid():
-            promised += max(0, status.st_size - 512 * status.st_blocks)
-    return promised
+        try:
+            status = os.stat(path)
+        except OSError:  # removed
+            continue
+        to_come[path] = max(0, status.st_size - 512 * status.st_blocks)
+    return to_come
 
 
 if __name__ == '__main__':

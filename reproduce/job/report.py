@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -36,8 +37,12 @@ _COLUMNS = (  # title, key in the log, format
 )
 
 
+@functools.cache
 def versions() -> dict:
-    """Returns the versions of all software that the results depend on, as {name: version}."""
+    """Returns the versions of all software that the results depend on, as {name: version}.
+
+    They are read once, at the start: later, another environment may be on the disk.
+    """
     found = {
         'python': platform.python_version(),
         'chainer': chainer.__version__,

@@ -1,12 +1,21 @@
-"""Prepares a program that mpiexec runs, before the program imports MPI."""
+"""Prepares a program that mpiexec runs, before the program imports MPI.
+
+This module must import neither NumPy nor other packages that have to be installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import resource
 import sys
+import tempfile
 import traceback
 
-from reproduce import loader
 from reproduce.job import janitor
+
+_MOST_FILES = 1 << 16  # some programs close every file that they might have
+_OWN_FILES = 64  # files of a rank that are not connections to other ranks, roughly
 
 
 def before_mpi():
@@ -16,11 +25,59 @@ def before_mpi():
     has opened InfiniBand can crash or hang. Call it before anything imports Chainer, too: an import
     can fail on one host alone. Python would then exit, and wait for the other ranks in MPI's
     finalization.
-    """
-    loader.start_forkserver(janitor.remove_after_end)
-    import mpi4py.MPI  # noqa: F401  (now, so that an error in a later import can end the job)
 
+    Raises:
+        SystemExit: A package is not installed, or MPI does not load. The message is one line.
+    """
+    _raise_file_limit()
+    if not os.environ.get('HOME'):  # Open MPI does not start without
+        home = os.path.expanduser('~')
+        os.environ['HOME'] = home if home.startswith('/') else tempfile.gettempdir()
+    try:
+        for name in ('chainer', 'matplotlib'):  # which are imported after MPI
+            if importlib.util.find_spec(name) is None:
+                raise ModuleNotFoundError(name=name)
+        from reproduce import loader
+
+        loader.start_forkserver(janitor.remove_after_end)
+        import mpi4py.MPI  # now, so that an error in a later import can end the job
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
+        what = f'has a package that fails: {" ".join(str(error).split())}'
+        if isinstance(error, ModuleNotFoundError):
+            what = f'has no package {error.name!r}'
+        sys.exit(
+            f'error: {sys.executable or "this Python"} {what}: start with ./run_mpi.sh, which '
+            'installs everything, or install by hand (hostfiles/README.md)'
+        )
     sys.excepthook = lambda kind, error, trace: abort(error)
+    lack = lack_of_files(mpi4py.MPI.COMM_WORLD.size)
+    if lack and mpi4py.MPI.COMM_WORLD.rank == 0:
+        print(f'note: {lack}', file=sys.stderr, flush=True)
+
+
+def _raise_file_limit():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, _MOST_FILES) if hard != resource.RLIM_INFINITY else _MOST_FILES
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def lack_of_files(n_ranks: int) -> str:
+    """Returns what is wrong if this rank cannot open a connection to each rank, else nothing.
+
+    Open MPI connects the ranks by TCP where there is nothing better. A rank that may open no more
+    files waits for ever, without a word.
+
+    Args:
+        n_ranks (int): Number of ranks.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= n_ranks + _OWN_FILES:
+        return ''
+    return (
+        f'a rank may open {soft:,} files, but {n_ranks:,} ranks need {n_ranks + _OWN_FILES:,} if '
+        'they are connected by TCP: raise the hard limit (ulimit -Hn, limits.conf) on every host'
+    )
 
 
 def abort(error: BaseException):

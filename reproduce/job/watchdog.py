@@ -58,8 +58,7 @@ class Watchdog:
             return
         self._comm = mpi_comm.Dup()
         self._hosts = mpi_comm.allgather(MPI.Get_processor_name())
-        watch = self._report if mpi_comm.rank else self._collect
-        self._thread = threading.Thread(target=watch, name='watchdog', daemon=True)
+        self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
     def __enter__(self):
         if self._thread:
@@ -72,6 +71,16 @@ class Watchdog:
             self._closing.set()
             self._thread.join()
             self._comm.Free()
+
+    def _watch(self):
+        """Ends the job if the watchdog itself fails: from then on nobody would."""
+        try:
+            if self._comm.rank:
+                self._report()
+            else:
+                self._collect()
+        except BaseException as error:  # noqa: BLE001  (a thread would end without a word)
+            self._end(f'the watchdog of {self._name(self._comm.rank)} failed: {error!r}')
 
     def _report(self):
         """Reports and waits for the answer, on all ranks except 0."""
@@ -149,9 +158,11 @@ class Watchdog:
         return first_few([self._name(rank) for rank in ranks])
 
     def _end(self, message):
-        print(f'error: {message}', file=sys.stderr, flush=True)
-        _kill_later()
-        MPI.COMM_WORLD.Abort(1)
+        try:
+            print(f'error: {message}', file=sys.stderr, flush=True)
+            _kill_later()
+        finally:
+            MPI.COMM_WORLD.Abort(1)
 
 
 class _Clock:
@@ -185,7 +196,8 @@ def _kill_later():
     Open MPI's abort waits for all hosts, even for a host that is cut off.
     """
     me, launcher = _process('self'), _process(os.getppid())
-    victims = [launcher[:2], me[:2]] if launcher[2] in _LAUNCHERS else [me[:2]]
+    victims = [launcher[:2]] if launcher and launcher[2] in _LAUNCHERS else []
+    victims += [me[:2]] if me else []
     subprocess.Popen(
         ['/bin/sh', '-c', _KILL, 'sh', *(word for victim in victims for word in victim)],
         start_new_session=True,
@@ -195,8 +207,15 @@ def _kill_later():
     )
 
 
-def _process(number) -> tuple[str, str, str]:
-    """Returns number, start time and name of a process. The first two identify the process."""
-    before, _, after = Path(f'/proc/{number}/stat').read_text().rpartition(')')
+def _process(number) -> tuple[str, str, str] | None:
+    """Returns number, start time and name of a process. The first two identify the process.
+
+    Returns None if the process has ended, or this host hides those of others (hidepid).
+    """
+    try:
+        stat = Path(f'/proc/{number}/stat').read_text()
+    except OSError:
+        return None
+    before, _, after = stat.rpartition(')')
     number, _, name = before.partition(' (')
     return number, after.split()[19], name

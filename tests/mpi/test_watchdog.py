@@ -86,3 +86,35 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(root, mpiexec, job_environme
         time.sleep(5)
     assert job.wait(20) == 0
     assert job.stdout.read().count('ended') == 3
+
+
+@pytest.mark.parametrize('how', ['hidden', 'seen'])
+def test_it_ends_a_job_whose_launcher_it_cannot_see(root, job_environment, how):
+    """Many clusters hide other users' processes (hidepid), of which srun's daemon is one."""
+    program = root / 'tests' / 'mpi' / 'programs' / 'watched.py'
+    # A shell as the launcher, in a /proc in which it is number 1, and an empty folder over it.
+    hide = 'mount -t tmpfs none /proc/1' if how == 'hidden' else 'true'
+    script = f'{hide} || exit 99; "$@"; exit $?'
+    space = 'unshare --mount --pid --fork --mount-proc --kill-child sh -c'.split()
+    try:
+        done = subprocess.run(
+            [*space, script, 'sh', sys.executable, program, 'stands still'],
+            env=job_environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=40,
+        )
+    except FileNotFoundError:
+        pytest.skip('needs unshare')
+    if 'started' not in done.stdout:
+        pytest.skip(f'may not make namespaces: {done.stderr}')
+    assert done.returncode not in (0, 99)
+    assert 'error: nothing has moved for 2 s' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_watchdog_that_fails_ends_the_job(watched):
+    done = watched('position')
+    assert done.returncode == 1, done.stdout
+    assert 'error: the watchdog of rank 1 on ' in done.stdout

@@ -1,9 +1,11 @@
 import concurrent.futures
+import errno
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -76,6 +78,40 @@ def test_same_bits_whoever_decodes_and_after_a_jump(folder, how):
                     pixels[k], images.validation_image(folder.path(index), PREPROCESSING)
                 )
         assert n == 17
+
+
+@pytest.mark.parametrize('how', ['an old Python', 'an old kernel', 'no /dev/shm'])
+def test_without_files_in_memory(folder, monkeypatch, how):
+    """memfd_create came with Linux 3.17 and glibc 2.27."""
+
+    def refuse(*arguments, dir=None):
+        if dir is None or dir == '/dev/shm':
+            raise OSError(errno.ENOSYS, 'Function not implemented')
+        return mkstemp(dir=dir)
+
+    mkstemp = tempfile.mkstemp
+    if how == 'an old Python':
+        monkeypatch.delattr(os, 'memfd_create')
+    else:
+        monkeypatch.setattr(os, 'memfd_create', refuse)
+    if how == 'no /dev/shm':
+        monkeypatch.setattr(tempfile, 'mkstemp', refuse)
+    with loader_of(folder) as serial, loader_of(folder, 'processes:1') as batches:
+        for iteration in range(3):
+            expected, labels = (array.copy() for array in serial.train_batch(iteration, 0))
+            pixels, found = batches.train_batch(iteration, 0)
+            np.testing.assert_array_equal(pixels, expected)
+            np.testing.assert_array_equal(found, labels)
+
+
+def test_without_any_shared_memory_it_says_what_to_do(folder, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.delattr(os, 'memfd_create')
+    monkeypatch.setattr(os, 'posix_fallocate', refuse)
+    with pytest.raises(DataError, match='No space left on device; .* or give --loader serial'):
+        loader_of(folder, 'processes:1')
 
 
 def test_minibatches_on_three_ranks_are_those_of_one(folder):

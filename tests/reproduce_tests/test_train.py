@@ -40,7 +40,7 @@ def test_without_the_packages_it_says_what_to_do(root, tmp_path):
     )
     assert done.returncode == 1 and done.stdout == ''
     [line] = done.stderr.splitlines()
-    assert line.startswith('error: ') and "no package 'reproduce'" in line
+    assert line.startswith('error: ') and "no package 'chainer'" in line
     assert './run_mpi.sh' in line and 'hostfiles/README.md' in line
 
 

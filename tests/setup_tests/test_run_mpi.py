@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import mmap
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -23,9 +25,9 @@ if [[ $1 == -ISc ]]; then
     "{python}" "$1" "$version"$'\n'"$2" "${{@:3}}" | sed "s|^\\([0-9a-f]*\\) .*|\\1 {fake}|"
     exit
 fi
-if [[ $1 == -c && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
-if [[ $2 == reproduce.job.options ]]; then
-    echo "$MPI4PY_RC_INITIALIZE in $PWD: ${{*:3}}" >"$FAKE_LOG.options"
+if [[ $1 == -Ic && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
+if [[ $3 == reproduce.job.options ]]; then
+    echo "$MPI4PY_RC_INITIALIZE $1: ${{*:4}}" >"$FAKE_LOG.options"
     exit ${{FAKE_OPTIONS_STATUS:-0}}
 fi
 echo "$*" >>"$FAKE_LOG"
@@ -34,7 +36,9 @@ case "$1 $2" in
     "-m venv")
         mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"
         touch "${{@: -1}}/pyvenv.cfg" ;;
-    "-m pip") sleep "${{FAKE_PIP_SECONDS:-0}}"; exit ${{FAKE_PIP_STATUS:-0}} ;;
+    "-m pip")
+        echo "pip's words"
+        sleep "${{FAKE_PIP_SECONDS:-0}}"; exit ${{FAKE_PIP_STATUS:-0}} ;;
 esac
 """
 FAKE_MPIEXEC = """#!/bin/bash
@@ -42,6 +46,7 @@ if [[ $1 == --version ]]; then echo "{version}"; exit; fi
 printf '%s\\n' "$@"
 [[ -z $FAKE_LOG ]] || env >"$FAKE_LOG.env"
 env | grep -E '^(OMP|OPENBLAS|MKL)_NUM_THREADS=' | sort
+sleep "${{FAKE_SECONDS:-0}}"
 exit ${{FAKE_STATUS:-0}}
 """
 
@@ -70,7 +75,7 @@ class Tree:
         path.chmod(0o755)
         return path
 
-    def start(self, *arguments, **variables):
+    def start(self, *arguments, stderr=subprocess.PIPE, **variables):
         environment = {
             'PATH': '/usr/local/bin:/usr/bin:/bin',
             'HOME': os.environ.get('HOME', '/'),
@@ -86,7 +91,7 @@ class Tree:
             env=environment,
             cwd='/',
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -110,7 +115,9 @@ def tree(tmp_path, root):
 
 
 def only_error(done):
-    errors = [line for line in done.stderr.splitlines() if not line.startswith('Setting up')]
+    errors = [
+        line for line in done.stderr.splitlines() if line[:10] not in ('Setting up', ' ' * 10)
+    ]
     assert done.returncode == 1 and len(errors) == 1 and errors[0].startswith('error: '), done
     return errors[0]
 
@@ -141,9 +148,11 @@ def test_python_without_venv(tree):
     assert tree.calls() == []
 
 
-def test_no_network(tree):
-    message = only_error(tree.run('smoke', FAKE_PIP_STATUS='1'))
-    assert 'pip could not install the packages' in message and f'{tree.path}/.venv.log' in message
+def test_a_failed_installation(tree):
+    done = tree.run('smoke', FAKE_PIP_STATUS='1')
+    [line] = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert 'pip could not install the packages' in line and f'{tree.path}/.venv.log' in line
+    assert "\n    pip's words\n" in done.stderr and done.returncode == 1
     assert len(tree.calls()) == 2  # venv, and pip once
     tree.run('smoke')
     assert len(tree.calls()) > 4, 'a failed installation was taken for a complete one'
@@ -153,10 +162,11 @@ def test_installs_once_and_again_when_something_changed(tree):
     first = tree.run('smoke')
     assert first.returncode == 0 and 'Setting up' in first.stderr
     installation = tree.calls()
-    assert installation[0].startswith('-m venv --clear')
+    assert installation[0].startswith('-m venv')
     assert 'setuptools wheel' in installation[1] and '-c constraints.txt' in installation[1]
     assert '--no-binary mpi4py' in installation[2]
-    assert '--no-build-isolation -e .[test]' in installation[3] and len(installation) == 4
+    assert '--no-build-isolation -e .[test]' in installation[3]
+    assert 'import extensions' in installation[4] and len(installation) == 5
     again = tree.run('smoke')
     assert tree.calls() == installation and 'Setting up' not in again.stderr
     for name in ('constraints.txt', 'setup.py'):
@@ -192,14 +202,14 @@ def test_another_mpi_is_another_environment(tree):
 
 def test_extras_are_remembered(tree):
     tree.run('smoke', EXTRAS='gpu')
-    assert tree.calls()[-1].endswith('-e .[test,gpu]')
+    assert tree.calls()[-2].endswith('-e .[test,gpu]')
     assert 'Setting up' not in tree.run('smoke').stderr
     (tree.path / 'setup.py').write_text('')
     tree.run('smoke', FAKE_PIP_STATUS='1')
     tree.run('smoke')
-    assert tree.calls()[-1].endswith('-e .[test,gpu]'), 'a failed installation forgot the extras'
+    assert tree.calls()[-2].endswith('-e .[test,gpu]'), 'a failed installation forgot the extras'
     tree.run('smoke', EXTRAS='')
-    assert tree.calls()[-1].endswith('-e .[test]')
+    assert tree.calls()[-2].endswith('-e .[test]')
 
 
 def test_a_changed_c_source_is_compiled_again(tree):
@@ -215,7 +225,7 @@ def test_the_c_sources_are_where_they_are_looked_for(root):
     assert list(root.glob('extensions/**/*.c')) and list(root.glob('extensions/**/*.h'))
 
 
-@pytest.mark.parametrize('name', ['environment', 'environment/'])
+@pytest.mark.parametrize('name', ['environment', 'environment/', 'environment//'])
 def test_an_environment_elsewhere(tree, tmp_path, name):
     variables = {'VENV': f'{tmp_path}/{name}'}
     assert 'Setting up' in tree.run('smoke', **variables).stderr
@@ -237,7 +247,7 @@ def test_two_starts_install_once(tree):
     both = [tree.start('smoke', FAKE_PIP_SECONDS='0.3') for _ in range(2)]
     done = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sum('Setting up' in stderr for _, stderr in done) == 1 and len(tree.calls()) == 4
+    assert sum('Setting up' in stderr for _, stderr in done) == 1 and len(tree.calls()) == 5
 
 
 def test_a_folder_that_is_something_else_is_not_emptied(tree, tmp_path):
@@ -257,7 +267,7 @@ def test_smoke(tree):
     done, words = job(tree, 'smoke', '--seed', '3')
     assert words[:2] == ['-n', '2']
     program = words.index(f'{tree.path}/reproduce/train.py')
-    assert words[program - 1] == f'{tree.path}/.venv/bin/python'
+    assert words[program - 2 : program] == [f'{tree.path}/.venv/bin/python', '-I']
     expected = ['--preset', 'smoke', '--overwrite', '--seed', '3']
     assert words[program + 1 : program + 6] == expected
     assert words[-3:] == ['MKL_NUM_THREADS=1', 'OMP_NUM_THREADS=1', 'OPENBLAS_NUM_THREADS=1']
@@ -423,60 +433,66 @@ def verbs(root, kinds=('jobs', 'programs')):
 PROGRAMS = {
     'test -k a': ['-m pytest -k a'],
     'lint': ['-m ruff check .', '-m ruff format --check .', '-m mypy'],
-    'benchmark update --repeat 3': ['-m reproduce.studies.speed update --repeat 3'],
-    'figures runs A B': ['-m reproduce.studies.figures runs A B'],
-    'cluster --cluster mn1': ['-m reproduce.studies.cluster --cluster mn1'],
-    'miniature --seeds 1': ['-m reproduce.studies.miniature --seeds 1'],
-    'images check DIR': ['-m reproduce.studies.image_commands check DIR'],
-    'invariance': ['-m reproduce.studies.invariance'],
+    'benchmark update --repeat 3': ['-I -m reproduce.studies.speed update --repeat 3'],
+    'figures runs A B': ['-I -m reproduce.studies.figures runs A B'],
+    'cluster --cluster mn1': ['-I -m reproduce.studies.cluster --cluster mn1'],
+    'miniature --seeds 1': ['-I -m reproduce.studies.miniature --seeds 1'],
+    'images check DIR': ['-I -m reproduce.studies.image_commands check DIR'],
+    'invariance': ['-I -m reproduce.studies.invariance'],
     'python -c 1': ['-c 1'],
     # Their own help, not that of run_mpi.sh.
     'test --help': ['-m pytest --help'],
-    'benchmark --help': ['-m reproduce.studies.speed --help'],
-    'figures -h': ['-m reproduce.studies.figures -h'],
-    'cluster --help': ['-m reproduce.studies.cluster --help'],
-    'miniature --help': ['-m reproduce.studies.miniature --help'],
-    'images --help': ['-m reproduce.studies.image_commands --help'],
-    'images check --help': ['-m reproduce.studies.image_commands check --help'],
-    'invariance --help': ['-m reproduce.studies.invariance --help'],
+    'benchmark --help': ['-I -m reproduce.studies.speed --help'],
+    'figures -h': ['-I -m reproduce.studies.figures -h'],
+    'cluster --help': ['-I -m reproduce.studies.cluster --help'],
+    'miniature --help': ['-I -m reproduce.studies.miniature --help'],
+    'images --help': ['-I -m reproduce.studies.image_commands --help'],
+    'images check --help': ['-I -m reproduce.studies.image_commands check --help'],
+    'invariance --help': ['-I -m reproduce.studies.invariance --help'],
     'python --help': ['--help'],
 }
 JOBS = {
-    'smoke --epochs 3': ('-n 2', 'train.py --preset smoke --overwrite --epochs 3'),
-    '-n 3 smoke': ('-n 3', 'train.py --preset smoke --overwrite'),
-    '--oversubscribe smoke': ('-n 2 --oversubscribe', 'train.py --preset smoke --overwrite'),
-    'smoke --help': ('-n 1', 'train.py --preset smoke --overwrite --help'),
-    '-n 4 smoke --epochs 3 -h': ('-n 1', 'train.py --preset smoke --overwrite --epochs 3 --help'),
-    'train -- --epochs 3': ('-n 1', 'train.py --epochs 3'),
-    'train -n 3 -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
-    '-n 3 train -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
-    '-n 3 -- --epochs 3': ('-n 3', 'train.py --epochs 3'),
-    '-n 3 --': ('-n 3', 'train.py'),
-    'train --help': ('-n 1', 'train.py --help'),
-    'train -n 4 -h -- --epochs 3': ('-n 1', 'train.py --epochs 3 --help'),
-    '-- --help': ('-n 1', 'train.py --help'),
+    'smoke --epochs 3': ('-n 2', '-I train.py --preset smoke --overwrite --epochs 3'),
+    '-n 3 smoke': ('-n 3', '-I train.py --preset smoke --overwrite'),
+    '--oversubscribe smoke': ('-n 2 --oversubscribe', '-I train.py --preset smoke --overwrite'),
+    'smoke --help': ('-n 1', '-I train.py --preset smoke --overwrite --help'),
+    '-n 4 smoke --epochs 3 -h': (
+        '-n 1',
+        '-I train.py --preset smoke --overwrite --epochs 3 --help',
+    ),
+    'train -- --epochs 3': ('-n 1', '-I train.py --epochs 3'),
+    'train -n 3 -- --epochs 3': ('-n 3', '-I train.py --epochs 3'),
+    '-n 3 train -- --epochs 3': ('-n 3', '-I train.py --epochs 3'),
+    '-n 3 -- --epochs 3': ('-n 3', '-I train.py --epochs 3'),
+    '-n 3 --': ('-n 3', '-I train.py'),
+    'train --help': ('-n 1', '-I train.py --help'),
+    'train -n 4 -h -- --epochs 3': ('-n 1', '-I train.py --epochs 3 --help'),
+    '-- --help': ('-n 1', '-I train.py --help'),
     'train -n 2 -- FILE.py -n two': ('-n 2', 'FILE.py -n two'),
     '-n 2 -- -m MODULE --hostfile x': ('-n 2', '-m MODULE --hostfile x'),
-    'preflight': ('-n 1', '-m reproduce.job.preflight'),
-    'preflight -n 3': ('-n 3', '-m reproduce.job.preflight'),
-    'preflight -n 3 -- --epochs 3': ('-n 3', '-m reproduce.job.preflight --epochs 3'),
+    'preflight': ('-n 1', '-I -m reproduce.job.preflight'),
+    'preflight -n 3': ('-n 3', '-I -m reproduce.job.preflight'),
+    'preflight -n 3 -- --epochs 3': ('-n 3', '-I -m reproduce.job.preflight --epochs 3'),
     '-n 3 preflight --bind-to core -- --seed 3': (
         '-n 3 --bind-to core',
-        '-m reproduce.job.preflight --seed 3',
+        '-I -m reproduce.job.preflight --seed 3',
     ),
-    'preflight --help': ('-n 1', '-m reproduce.job.preflight --help'),
+    'preflight --help': ('-n 1', '-I -m reproduce.job.preflight --help'),
     # Values that look like verbs or like options of train.py, and options that only mpiexec knows.
-    '-n 2 --host test -- --seed 1': ('-n 2 --host test', 'train.py --seed 1'),
-    '--host smoke --np=2 -- --seed 1': ('--host smoke --np=2', 'train.py --seed 1'),
-    '-n 2 --mca lint python -x cluster -- -h': ('-n 2 --mca lint python -x cluster', 'train.py -h'),
-    '-n 2 --unheard-of test --other -- -h': ('-n 2 --unheard-of test --other', 'train.py -h'),
+    '-n 2 --host test -- --seed 1': ('-n 2 --host test', '-I train.py --seed 1'),
+    '--host smoke --np=2 -- --seed 1': ('--host smoke --np=2', '-I train.py --seed 1'),
+    '-n 2 --mca lint python -x cluster -- -h': (
+        '-n 2 --mca lint python -x cluster',
+        '-I train.py -h',
+    ),
+    '-n 2 --unheard-of test --other -- -h': ('-n 2 --unheard-of test --other', '-I train.py -h'),
 }
 
 
 @pytest.mark.parametrize('line', PROGRAMS)
 def test_each_program_is_started_where_the_user_is(tree, line):
     assert tree.run(*line.split()).returncode == 0
-    assert tree.calls()[4:] == PROGRAMS[line]
+    assert tree.calls()[5:] == PROGRAMS[line]
     environment = tree.environment()
     ours = line.split()[0] in ('test', 'lint')
     assert environment['PWD'] == (str(tree.path) if ours else '/')
@@ -686,8 +702,8 @@ def test_hostfiles(root, tmp_path):
 def test_options_are_checked_before_mpiexec_starts(tree, words, checked):
     done = tree.run(*words.split(), FAKE_OPTIONS_STATUS='2')
     assert done.returncode == 2 and done.stdout == ''
-    # In the project's folder: in the user's there may be folders called as the packages are.
-    assert (tree.path.parent / 'log.options').read_text() == f'0 in {tree.path}: {checked}\n'
+    # Isolated: in the user's folder there may be packages called as the project's are.
+    assert (tree.path.parent / 'log.options').read_text() == f'0 -I: {checked}\n'
     assert tree.run(*words.split()).stdout  # of mpiexec
 
 
@@ -696,55 +712,249 @@ def test_nothing_else_is_checked(tree, words):
     assert tree.run(*words.split(), FAKE_OPTIONS_STATUS='2').returncode == 0
 
 
-@pytest.mark.slow
-def test_an_interrupted_installation_is_done_again(tmp_path, root):
-    """Really installs, is killed twice with all its children, and really installs again; without a
-    C compiler, which whoever runs the tests mostly has."""
-    here = tmp_path / 'a folder'
-    here.mkdir()
-    for name in ('run_mpi.sh', 'constraints.txt', 'setup.py'):
-        shutil.copy(root / name, here)
-    for name in ('extensions', 'reproduce'):
-        shutil.copytree(
-            root / name, here / name, ignore=shutil.ignore_patterns('__pycache__', '*.so')
-        )
-    environment = {**os.environ, 'PYTHON': sys.executable, 'CC': 'false'}
-    for name in ('MPIEXEC', 'VENV', 'EXTRAS'):
-        environment.pop(name, None)
-    command = [
-        '/bin/bash',
-        here / 'run_mpi.sh',
-        'python',
-        '-c',
-        'from extensions import kernels; print("works", bool(kernels.compiled))',
-    ]
-    for seconds in (1, 3):
-        first = subprocess.Popen(
-            command,
-            cwd=here,
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        time.sleep(seconds)
-        os.killpg(first.pid, signal.SIGKILL)
-        assert 'works' not in first.communicate()[0], 'installed before it could be interrupted'
-    second = subprocess.run(
-        command, cwd=here, env=environment, capture_output=True, text=True, timeout=280, check=False
+# ---------------------------------------------------------------- the user's shell and folder
+
+
+def test_a_checkout_with_line_ends_of_windows_works(tmp_path, root):
+    files = [tmp_path / 'here' / name for name in ('run_mpi.sh', '.gitattributes', 'setup.py')]
+    files[0].parent.mkdir()
+    for path in files:
+        shutil.copy(root / path.name, path)
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a', '-C', str(tmp_path / 'here')]
+    try:
+        subprocess.run([*git, 'init', '-q'], check=True)
+    except OSError:
+        pytest.skip('needs git')
+    subprocess.run([*git, 'add', '-A'], check=True)
+    subprocess.run([*git, 'commit', '-q', '-m', 'a'], check=True)
+    clone = ['git', 'clone', '-q', '-c', 'core.autocrlf=true', 'here', 'there']
+    subprocess.run(clone, cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / 'there' / 'run_mpi.sh', '--help'], check=False)
+    assert done.returncode == 0
+    for path in files:
+        assert (tmp_path / 'there' / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_file_system_without_locks(tree, tmp_path):
+    source, library = tmp_path / 'flock.c', tmp_path / 'flock.so'
+    source.write_text(
+        '#include <errno.h>\nint flock(int f, int how) { errno = ENOSYS; return -1; }\n'
     )
-    assert second.returncode == 0 and second.stdout == 'works False\n', second
-    third = subprocess.run(
-        command, cwd=here, env=environment, capture_output=True, text=True, check=True
-    )
-    assert third.stderr == ''
-    wrong = subprocess.run(
-        ['/bin/bash', here / 'run_mpi.sh', 'smoke', '--epoch', '3'],
-        cwd=here,
-        env=environment,
+    try:
+        subprocess.run(['cc', '-shared', '-fPIC', source, '-o', library], check=True)
+    except OSError:
+        pytest.skip('needs a C compiler')
+    for said in (True, False):
+        done = tree.run('smoke', LD_PRELOAD=str(library))
+        assert done.returncode == 0 and ('Setting up' in done.stderr) == said, done
+        assert 'flock' not in done.stderr
+
+
+def test_an_environment_of_somebody_else_is_not_emptied(tree, tmp_path):
+    venv = tmp_path / 'by hand'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
+    before = sorted(venv.rglob('*'))
+    message = only_error(tree.run('smoke', VENV=str(venv)))
+    assert 'not a virtual environment that run_mpi.sh made' in message
+    assert sorted(venv.rglob('*')) == before
+
+
+def test_an_environment_of_somebody_else_is_used_if_it_has_the_project(tree, tmp_path):
+    venv = tmp_path / 'by hand'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
+    [packages] = venv.glob('lib/python3*/site-packages')
+    (packages / 'project.pth').write_text(f'{tree.path}\n')
+    (tree.path / 'reproduce' / '__init__.py').touch()
+    before = sorted(venv.rglob('*'))
+    done = tree.run('python', '-c', 'import sys; print(sys.prefix)', VENV=str(venv))
+    assert (done.stdout, done.stderr) == (f'{venv}\n', '')
+    without = only_error(tree.run('train', '--', 'my.py', VENV=str(venv), MPIEXEC=None))
+    assert f'there is no {venv}/bin/mpiexec: set MPIEXEC=' in without
+    assert sorted(venv.rglob('*')) == before and tree.calls() == []
+
+
+@pytest.mark.skipif(not shutil.which('flock'), reason='needs flock')
+def test_the_environment_of_a_running_job_is_left_alone(tree):
+    tree.run('smoke')
+    job = tree.start('smoke', FAKE_SECONDS='4')
+    assert job.stdout.readline() == '-n\n'
+    with (tree.path / 'constraints.txt').open('a') as file:
+        file.write('# changed\n')
+    marker = tree.path / '.venv' / 'marker'
+    marker.touch()
+    assert 'but a running program uses it: wait' in only_error(tree.run('smoke'))
+    assert marker.exists() and job.poll() is None
+    job.communicate(timeout=60)
+    assert 'Setting up' in tree.run('smoke').stderr and not marker.exists()
+
+
+def test_the_environment_of_a_job_that_was_started_by_hand_is_left_alone(tree):
+    tree.run('smoke')
+    library = tree.path / '.venv' / 'library.so'
+    library.write_bytes(bytes(100))
+    (tree.path / 'setup.py').write_text('')
+    with library.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        assert f'but process {os.getpid()} uses it: wait' in only_error(tree.run('smoke'))
+        assert library.exists()
+    assert 'Setting up' in tree.run('smoke').stderr
+
+
+def test_a_terminal_shows_what_the_set_up_does(tree):
+    master, slave = pty.openpty()
+    done = tree.start('smoke', stderr=slave, FAKE_PIP_SECONDS='2.2')
+    os.close(slave)
+    done.communicate(timeout=60)
+    said = os.read(master, 10000).decode()
+    os.close(master)
+    assert re.search(r"  [1-9] s  pip's words\x1b\[K\r", said), said
+
+
+def test_files_for_many_ranks(tree):
+    """mpiexec and every rank keep a connection to each rank."""
+    tree.run('smoke')
+    tree.mpiexec.write_text(tree.mpiexec.read_text().replace('exit $', 'ulimit -Sn\nexit $'))
+    words = f'"{tree.path}/run_mpi.sh" smoke | tail -n 1'
+    done = subprocess.run(
+        ['/bin/bash', '-c', f'ulimit -Sn 200; ulimit -Hn 400; bash {words}'],
+        env={'PATH': '/usr/bin:/bin', 'PYTHON': str(tree.python), 'MPIEXEC': str(tree.mpiexec)},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.stdout == '400\n', done
+
+
+@pytest.mark.parametrize(
+    'variables, says, silent',
+    [
+        (
+            {'PIP_INDEX_URL': 'http://127.0.0.1:9/', 'PIP_RETRIES': '1'},
+            'check the network',
+            'install',
+        ),
+        ({'PIP_NO_INDEX': '1'}, 'pip could not install the packages', 'network'),
+    ],
+)
+def test_what_is_blamed_for_a_failed_installation(tree, variables, says, silent):
+    """With the real pip."""
+    real = {'PYTHON': sys.executable, 'MPIEXEC': None, 'PIP_CONFIG_FILE': '/dev/null'}
+    done = tree.run('smoke', **real, **variables)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert says in line and silent not in line, done
+    assert '\n    ERROR: ' in done.stderr
+    assert done.returncode == 1
+
+
+HOSTILE = {
+    'PIP_TARGET': '/nowhere',
+    'PIP_PREFIX': '/nowhere',
+    'PIP_CONSTRAINT': '/nowhere/constraints.txt',
+    'PIP_ONLY_BINARY': ':all:',
+    'PIP_NO_DEPS': '1',
+    'PIP_REQUIRE_HASHES': '1',
+    'PIP_USER': '1',
+    'PYTHONHOME': '/nowhere',
+    'PYTHONSTARTUP': '/nowhere/start.py',
+    'PYTHONNOUSERSITE': '',
+    'PYTHONWARNINGS': 'error',
+    'PYTHONINSPECT': '1',
+    'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+    'CHAINER_DTYPE': 'mixed16',
+    'OPAL_PREFIX': '/nowhere',
+    'MPI4PY_LIBMPI': '/nowhere/libmpi.so',
+    'MPI4PY_MPIABI': 'mpich',
+    'CC': 'false',
+}
+
+
+@pytest.fixture
+def hostile(tmp_path, root):
+    """``hostile(*words)``: a command that starts run_mpi.sh, and the shell and folder of a user in
+    which nothing is as it should be; with a read-only project, where that can be had."""
+    here, away = tmp_path / 'a folder', tmp_path / 'away'
+    shutil.copytree(
+        root,
+        here,
+        ignore=shutil.ignore_patterns(
+            '__pycache__', '*.so', '.venv*', '.git', '.ci*', '*.egg-info', 'results', '.*_cache'
+        ),
+    )
+    for package in ('extensions', 'reproduce', 'numpy', 'mpi4py', 'pip'):
+        (away / package).mkdir(parents=True)
+        (away / package / '__init__.py').write_text(f'raise ImportError("another {package}")\n')
+    for library in (
+        'mpi.so',
+        'mpi.so.40',
+        'mpi.so.12',
+        'prrte.so.3',
+        'pmix.so.2',
+        'open-pal.so.80',
+    ):
+        (away / f'lib{library}').write_text('of another MPI')
+    temporary = tmp_path / ('long' * 30)
+    temporary.mkdir()
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ('HOME', 'MPIEXEC')},
+        **HOSTILE,
+        'VENV': str(tmp_path / 'environment'),
+        'PYTHON': sys.executable,
+        'PYTHONPATH': str(away),
+        'LD_LIBRARY_PATH': str(away),
+        'TMPDIR': str(temporary),
+        'EXTRAS': '',
+    }
+    read_only = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" || exit 99; exec "$@"'
+    command = ['unshare', '--mount', 'sh', '-c', read_only, str(here)]
+    try:
+        if subprocess.run([*command, 'true'], capture_output=True, check=False).returncode:
+            raise OSError
+    except OSError:
+        command = []
+    words = [*command, '/bin/bash', str(here / 'run_mpi.sh')]
+    return lambda *more: {
+        'args': [*words, *map(str, more)],
+        'cwd': away,
+        'env': environment,
+        'stdout': subprocess.PIPE,
+        'stderr': subprocess.PIPE,
+        'text': True,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_interrupted_installation_is_done_again_in_the_worst_of_shells(hostile, tmp_path):
+    """Really installs, is killed twice with all its children, and really installs again; without a
+    C compiler, which whoever runs the tests mostly has. Then it really trains."""
+    program = 'import sys; sys.path.pop(0); from extensions import kernels as k; print(k.compiled)'
+    start = hostile('python', '-Ic', program)
+    for seconds in (1, 3):
+        first = subprocess.Popen(**start, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(first.pid, signal.SIGKILL)
+        assert first.communicate()[0] == '', 'installed before it could be interrupted'
+    second = subprocess.run(**start, timeout=280, check=False)
+    assert second.returncode == 0 and second.stdout == '{}\n', second
+    assert re.search(r'^ +\d+ s  \S', second.stderr, re.MULTILINE), 'no sign of life'
+    third = subprocess.run(**start, check=False)
+    assert third.stderr == '' and third.stdout == '{}\n'
+    wrong = subprocess.run(**hostile('smoke', '--epoch', '3'), check=False)
     assert wrong.returncode == 2 and wrong.stdout == ''
     assert wrong.stderr == 'error: there is no option --epoch; did you mean --epochs?\n'
+
+    hosts = tmp_path / 'hosts'  # as in "while read host; do ./run_mpi.sh ...; done < hosts"
+    hosts.write_text('one\ntwo\n')
+    options = '--epochs 1 --width 4 --loader processes:1 --out'.split()
+    with hosts.open() as rest:
+        smoke = hostile('smoke', *options, tmp_path / 'out')
+        done = subprocess.run(**smoke, stdin=rest, timeout=200, check=False)
+        assert os.lseek(rest.fileno(), 0, os.SEEK_CUR) == 0
+    assert done.returncode == 0 and '\ntop-1 ' in done.stdout, done
+    assert (tmp_path / 'out' / 'curves.png').exists()
+    ready = subprocess.run(
+        **hostile('preflight', '--', '--preset', 'smoke', *options, tmp_path / 'other'),
+        stdin=subprocess.DEVNULL,
+        timeout=200,
+        check=False,
+    )
+    assert ready.returncode == 0 and ready.stdout.endswith('\nready\n'), ready

@@ -118,7 +118,8 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
             # Open MPI passes on to other hosts only the variables that are named.
             names = (*BLAS_THREADS, 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH')
             on_hosts += [word for name in names if name in environment for word in ('-x', name)]
-        command = [mpiexec, '-n', str(n), *on_hosts, sys.executable, '-m', module, *arguments]
+        python = [sys.executable, *['-I'] * sys.flags.isolated]  # as run_mpi.sh started this one
+        command = [mpiexec, '-n', str(n), *on_hosts, *python, '-m', module, *arguments]
         return subprocess.run(command, env=environment, check=False, **options)
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f'error: mpiexec does not run: {reason(error)}; set MPIEXEC= to one that does')

@@ -23,9 +23,15 @@ def often():
     print(f'20 took {time.monotonic() - start}', flush=True)
 
 
+def position():
+    if how == 'position' and mpi.rank == 1:
+        raise RuntimeError('no position')
+    return done, None, f'iteration {done}'
+
+
 def main():
     global done
-    with Watchdog(mpi, 0 if how == 'off' else 2, lambda: (done, None, f'iteration {done}')):
+    with Watchdog(mpi, 0 if how == 'off' else 2, position):
         mpi.barrier()
         print(f'started {time.time()}', flush=True)
         if how == 'slow':  # one rank, for longer than 2 seconds, but it moves
@@ -41,6 +47,8 @@ def main():
             for _ in range(40):
                 time.sleep(0.5)
                 done += 1
+        elif how == 'stands still':
+            time.sleep(60)
         elif how == 'agreed':
             raise ranks.AgreedExit(3)
         else:

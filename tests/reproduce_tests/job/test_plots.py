@@ -1,6 +1,9 @@
-"""What curves.png shows, read back from its lines, and what it leaves in memory."""
+"""What curves.png shows, in every shell, read back from its lines; what it leaves in memory."""
 
 import gc
+import os
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -67,3 +70,32 @@ def test_figures_do_not_gather_in_memory(tmp_path):
         assert sum(isinstance(thing, Figure) for thing in gc.get_objects()) <= 1
     finally:
         gc.enable()
+
+
+PROGRAM = """
+from reproduce.job import plots
+from reproduce.job.options import parse
+keys = 'main/loss validation/main/loss validation/main/accuracy lr alpha_sgd'.split()
+log = [{'epoch': i, **dict.fromkeys(keys, 0.5)} for i in (1, 2)]
+plots.curves(log, parse(['--preset', 'smoke'], 2)[0], '.')
+"""
+
+
+def curves(root, folder, **variables):
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, 'PYTHONPATH': str(root), **variables}
+    subprocess.run([sys.executable, '-c', PROGRAM], cwd=folder, env=environment, check=True)
+    return (folder / 'curves.png').read_bytes()
+
+
+@pytest.fixture(scope='module')
+def plain(root_of_project, tmp_path_factory):
+    return curves(root_of_project, tmp_path_factory.mktemp('plain'))
+
+
+@pytest.mark.parametrize(
+    'backend', ['module://matplotlib_inline.backend_inline', 'of an older release', 'TkAgg']
+)
+def test_curves_are_the_same_in_every_shell(root, tmp_path, plain, backend):
+    (tmp_path / 'matplotlibrc').write_text('text.usetex: True\nfont.size: 30\nbackend: TkAgg\n')
+    assert curves(root, tmp_path, MPLBACKEND=backend) == plain

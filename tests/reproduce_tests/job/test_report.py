@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 import types
 
 import pytest
@@ -192,3 +193,10 @@ def test_the_table_shows_what_the_last_update_used(capsys):
 )
 def test_duration(seconds, text):
     assert report.duration(seconds) == text
+
+
+def test_versions_are_those_of_the_start(monkeypatch):
+    """At the end, another environment may be on the disk, or none."""
+    found = report.versions()
+    monkeypatch.setattr(sys, 'path', [])
+    assert report.versions() == found and {'simplejpeg', 'numpy', 'mpi'} < set(found)
