@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import traceback
 
 from reproduce import loader
-from reproduce.job import janitor
+from reproduce.job import janitor, mpi_library
+
+# Names of a launcher and of its variables: the number of processes, and the number of this one. A
+# launcher that Slurm's srun has started comes before srun.
+_MPIEXEC = 'start with ./run_mpi.sh, which has its own mpiexec; MPIEXEC= sets another, and its MPI'
+_SRUN = 'start with LAUNCHER=srun ./run_mpi.sh, or give srun --mpi=pmix, or --mpi=pmi2 for MPICH'
+_LAUNCHERS = (
+    ("Open MPI's mpiexec", 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', _MPIEXEC),
+    ("MPICH's mpiexec", 'PMI_SIZE', 'PMI_RANK', _MPIEXEC),
+    ('srun', 'SLURM_STEP_NUM_TASKS', 'SLURM_PROCID', _SRUN),
+)
 
 
 def before_mpi():
@@ -21,6 +33,31 @@ def before_mpi():
     import mpi4py.MPI  # noqa: F401  (now, so that an error in a later import can end the job)
 
     sys.excepthook = lambda kind, error, trace: abort(error)
+    _refuse_jobs_of_one_rank()
+
+
+def _refuse_jobs_of_one_rank():
+    """Ends this rank if its launcher has started several ranks, but MPI finds only this one."""
+    from mpi4py import MPI
+
+    launcher = next((names for names in _LAUNCHERS if names[1] in os.environ), None)
+    # The shell of "srun --pty" has the variables of a rank.
+    if launcher is None or MPI.COMM_WORLD.size > 1 or 'SLURM_PTY_PORT' in os.environ:
+        return
+    name, size, rank, remedy = launcher
+    if os.environ[size] == '1':
+        return
+    if os.environ.get(rank) != '0':
+        time.sleep(5)  # rank 0 says it; most launchers then end the others
+    else:
+        library = mpi_library(MPI.Get_library_version())
+        print(
+            f'error: {name} started {os.environ[size]} processes, but the MPI of this Python '
+            f'({library}) sees {os.environ[size]} jobs of one process: {remedy}',
+            file=sys.stderr,
+            flush=True,
+        )
+    sys.exit(2)
 
 
 def abort(error: BaseException):
