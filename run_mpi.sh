@@ -74,12 +74,14 @@ Other programs start the same way:
   ./run_mpi.sh train -n 4 -- -m MODULE [its options]
 
 The word "train" may be left out before an option: ./run_mpi.sh -n 4 -- --preset smoke
-Without -n and hosts, a job has one process. The mpiexec command is printed before it runs.
+Without -n and hosts, a job has one process; within a job of Slurm or PBS, one in each of its places.
+The mpiexec command is printed before it runs.
 The exit status is the program's.
 
 Environment variables:
   EXTRAS=gpu             install CuPy, cuDNN and NCCL too (2 GB); .venv remembers it
   MPIEXEC=/path/mpiexec  use a cluster's own MPI, instead of the Open MPI that pip installs
+  LAUNCHER=srun          let Slurm's srun start the processes, with its options instead of mpiexec's
   PYTHON=/path/python    use this Python, 3.9 to 3.13
   VENV=/path             the environment, instead of .venv; one made by hand stays as it is
   OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS
@@ -276,6 +278,17 @@ read_job() {
     if [[ -n $help && -z $verb ]]; then usage && exit; fi
     if [[ -n $help ]]; then options=(-n 1) n=1 separator=-- misplaced=() words+=(--help); fi
     check_job
+    refuse_copies
+}
+
+# "srun ./run_mpi.sh" starts it on every rank, and each would start a whole job.
+refuse_copies() {
+    local copies=${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-${SLURM_STEP_NUM_TASKS:-1}}}
+    # The shell of "srun --pty" has the variables of a rank.
+    if ((copies == 1)) || [[ -n $SLURM_PTY_PORT ]]; then return; fi
+    # The launcher ends all when one has ended.
+    if ((${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${SLURM_PROCID:-0}}})); then sleep 5 && exit 1; fi
+    fail "$copies copies of run_mpi.sh were started: start it once, it starts the processes itself; LAUNCHER=srun does so by srun"
 }
 
 # Sets `verb` and `words`. Programs would report a wrong name too, but only after the installation.
@@ -415,8 +428,8 @@ install() {
         fail "$venv is not a virtual environment that run_mpi.sh made, nor has it this project: set VENV= to another folder, or remove it"
     fi
     if [[ -n $MPIEXEC ]]; then
-        extras='test' mpicc=$(dirname "$mpiexec")/mpicc
-        [[ -x $mpicc ]] || fail "no mpicc beside $mpiexec: install that MPI's development package (Debian, Ubuntu: libopenmpi-dev)"
+        extras='test'
+        find_mpicc
     fi
     echo "Setting up $venv (first time, or something changed; about a minute) ..." >&2
     clean_shell
@@ -499,7 +512,13 @@ ensure_installed() {
 # Sets mpiexec and open_mpi, which stays empty for another MPI.
 find_mpi() {
     mpiexec=$venv/bin/mpiexec open_mpi=1
+    case $LAUNCHER in
+        '') ;;
+        srun) command -v srun >/dev/null || fail 'LAUNCHER=srun: there is no command srun here' ;;
+        *) fail "LAUNCHER=$LAUNCHER: it can only be srun. MPIEXEC= names an mpiexec" ;;
+    esac
     if [[ -z $MPIEXEC ]]; then return; fi
+    if [[ ${MPIEXEC##*/} == srun ]]; then fail 'MPIEXEC=srun: srun has no MPI of its own: set LAUNCHER=srun instead'; fi
     mpiexec=$(type -P "$MPIEXEC") || fail "MPIEXEC=$MPIEXEC is not a command"
     [[ $mpiexec == /* ]] || mpiexec=$PWD/$mpiexec
     export MPIEXEC=$mpiexec
@@ -514,6 +533,27 @@ raise_file_limit() {
     most=$(ulimit -H -n)
     if [[ $most == unlimited ]] || ((most > 65536)); then most=65536; fi
     if [[ $(ulimit -S -n) != unlimited ]] && (($(ulimit -S -n) < most)); then ulimit -S -n "$most"; fi
+}
+
+# Sets mpicc, the compiler of the MPI that mpiexec belongs to. Debian has mpicc.mpich for mpiexec.mpich, and its mpicc may
+# be another MPI's.
+find_mpicc() {
+    local folder name of others=''
+    folder=$(dirname "$mpiexec") name=$(basename "$mpiexec")
+    for mpicc in "$folder/mpicc${name#mpi*[cn]}" "$folder/mpicc" "$folder"/mpicc.*; do
+        if [[ ! -x $mpicc ]]; then continue; fi
+        of=$("$mpicc" -E -dM -x c - <<<'#include <mpi.h>' 2>/dev/null) || of=''
+        case $of in
+            *' OPEN_MPI '*) of=1 ;;
+            *' MPI_VERSION '*) of='' ;;
+            *) of=$open_mpi ;; # it does not say
+        esac
+        if [[ $of == "$open_mpi" ]]; then return; fi
+        others+=" $mpicc"
+    done
+    local remedy="install that MPI's development package (Debian, Ubuntu: libopenmpi-dev or libmpich-dev)"
+    if [[ -n $others ]]; then fail "$mpiexec belongs to another MPI than$others: $remedy"; fi
+    fail "no mpicc beside $mpiexec: $remedy"
 }
 
 set_environment() {
@@ -548,6 +588,90 @@ count_cores() {
     echo $((cores > 0 && cores < threads ? cores : threads))
 }
 
+# How many ranks a batch system has made place for; else the cores. Open MPI refuses more.
+count_places() {
+    local part places=0
+    if [[ -n $SLURM_JOB_ID && -n $SLURM_TASKS_PER_NODE ]]; then
+        for part in ${SLURM_TASKS_PER_NODE//,/ }; do # as in 8(x127),4
+            if [[ $part =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]]; then
+                places=$((places + BASH_REMATCH[1] * ${BASH_REMATCH[3]:-1}))
+            fi
+        done
+        echo $places
+    elif [[ -n $PBS_JOBID && -r $PBS_NODEFILE ]]; then
+        grep -c . "$PBS_NODEFILE"
+    else
+        count_cores
+    fi
+}
+
+# Ends with one line where an option is of the other kind of MPI: mpiexec would print a page.
+check_dialect() { # OPTION VALUE
+    local other=''
+    case ${open_mpi:-0}$1 in
+        1-f | 1-hosts | 1-ppn | 1-env | 1-genv) other=MPICH ;;
+        0-x | 0*-oversubscribe | 0*mca | 0--allow-run-as-root | 0*-report-bindings) other='Open MPI' ;;
+        0*-map-by) if [[ $2 == *ppr:* ]]; then other='Open MPI'; fi ;;
+    esac
+    if [[ -n $other ]]; then
+        fail "$1${2:+ $2} is an option of $other, which $mpiexec is not: hostfiles/README.md has the options of both"
+    fi
+}
+
+# Open MPI's host files say "NAME slots=N", and MPICH's "NAME:N". Either takes the other's as a list of hosts.
+adapt_options() {
+    local kind values i=0 name value foreign='[[:space:]]slots *=' list=-hosts adapted=()
+    if [[ -n $open_mpi ]]; then foreign='^[^[:space:]:#]+:[0-9]+' list=--host; fi
+    while ((i < ${#options[@]})); do
+        name=${options[i]%%=*}
+        classify "$name"
+        value=${options[i + 1]}
+        if ((values == 0)); then value=''; fi
+        if [[ ${options[i]} == *=* ]]; then value=${options[i]#*=} values=0; fi
+        check_dialect "$name" "$value"
+        if [[ $kind == hostfile ]] && grep -Eq "$foreign" "$value"; then
+            adapted+=("$list" "$(host_list "$value")")
+        else
+            adapted+=("${options[@]:i:values+1}")
+        fi
+        i=$((i + values + 1))
+    done
+    options=("${adapted[@]}")
+}
+
+# Prints NAME:N,NAME:N of a host file of any kind.
+host_list() { # FILE
+    sed -E 's/#.*//; s/^[[:space:]]*([^[:space:]]+)([[:space:]].*)?[[:space:]]slots *= *([0-9]+).*/\1:\3/; s/^[[:space:]]*//; s/[[:space:]].*//; /^$/d' \
+        "$1" | paste -sd,
+}
+
+# Adds the options of srun: a job ends when one rank has failed, and a rank's image loaders use all its cores.
+adapt_to_srun() {
+    local cores=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} mpi=pmi2
+    if [[ -n $open_mpi ]]; then mpi=pmix; fi
+    mpiexec=srun
+    options=("--mpi=${SLURM_MPI_TYPE:-$mpi}" --kill-on-bad-exit=1 --cpu-bind=none ${cores:+"$cores"} "${options[@]}")
+}
+
+# Adds the options of Open MPI.
+adapt_to_open_mpi() {
+    local name
+    if [[ $(id -u) == 0 ]]; then options+=(--allow-run-as-root); fi
+    if [[ -n $hosts$batch ]]; then
+        # Of the environment, ranks on other hosts get what is named here.
+        for name in $(compgen -e); do
+            case $name in
+                OMP_NUM_THREADS | OPENBLAS_NUM_THREADS | MKL_NUM_THREADS | PATH | LD_LIBRARY_PATH | PYTHONPATH | \
+                    PYTHONUNBUFFERED | IMAGENET_ROOT | CHAINER* | NCCL_* | CUDA_* | CUPY_* | UCX_*) options+=(-x "$name") ;;
+            esac
+        done
+    fi
+    # It refuses more ranks than places, or than cores.
+    if [[ -z $hosts && -z $places && $n =~ ^[0-9]+$ ]] && ((n > $(count_places))); then options+=(--map-by :OVERSUBSCRIBE); fi
+    # It ties one or two ranks to a core each, which a rank's image loaders would have to share.
+    if [[ -z $binding && (-z $hosts$batch || $n == [12]) ]]; then options+=(--bind-to none); fi
+}
+
 # Ends with one line if train.py's options are wrong: mpiexec would add a page to the line that its ranks print. Sets
 # `out`, the folder of a training's results, and `added`, options that the verb needs.
 check_options() { # VERB OPTION...
@@ -564,12 +688,16 @@ check_options() { # VERB OPTION...
 
 # Starts mpiexec with `options`, and with the program that `verb` and `words` name.
 start_job() {
-    local name out='' added=() program=() start=("$0" "${verb:-train}" "${options[@]}" --)
+    local out='' added=() program=() start=("$0" "${verb:-train}" "${options[@]}" --) batch=${SLURM_JOB_ID:-$PBS_JOBID}
     [[ -x $mpiexec ]] || fail "there is no $mpiexec: set MPIEXEC= to the mpiexec of the MPI that mpi4py was built for"
+    if [[ $verb == smoke ]]; then start=("$0" "${options[@]}" smoke); fi
+    if [[ -z $hosts && -z $n ]]; then
+        n=1
+        if [[ $verb == smoke ]]; then n=2; elif [[ -n $batch ]]; then n=$(count_places); fi
+        options=(-n "$n" "${options[@]}")
+    fi
     case $verb in
         smoke)
-            start=("$0" "${options[@]}" smoke)
-            if [[ -z $hosts && -z $n ]]; then options=(-n 2 "${options[@]}") n=2; fi
             check_options smoke "${words[@]}"
             words=(--preset smoke "${added[@]}" "${words[@]}")
             ;;
@@ -584,24 +712,11 @@ start_job() {
     if ((${#program[@]} == 0)) && [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=(-I "$code/reproduce/train.py"); fi
     if ((${#program[@]})); then exec </dev/null; fi # mpiexec would read what the caller has for others
 
-    hosts=${hosts:-${SLURM_JOB_ID:-$PBS_JOBID}}
-    if [[ -z $hosts && -z $n ]]; then options=(-n 1 "${options[@]}"); fi
-    if [[ -n $open_mpi ]]; then
-        if [[ $(id -u) == 0 ]]; then options+=(--allow-run-as-root); fi
-        if [[ -n $hosts ]]; then
-            # Of the environment, ranks on other hosts get what is named here.
-            for name in $(compgen -e); do
-                case $name in
-                    OMP_NUM_THREADS | OPENBLAS_NUM_THREADS | MKL_NUM_THREADS | PATH | LD_LIBRARY_PATH | PYTHONPATH | \
-                        PYTHONUNBUFFERED | IMAGENET_ROOT | CHAINER* | NCCL_* | CUDA_* | CUPY_* | UCX_*) options+=(-x "$name") ;;
-                esac
-            done
-        else
-            # Open MPI refuses more ranks than cores.
-            if [[ -z $places && $n =~ ^[0-9]+$ ]] && ((n > $(count_cores))); then options+=(--map-by :OVERSUBSCRIBE); fi
-        fi
-        # It ties one or two ranks to a core each, which a rank's image loaders would have to share.
-        if [[ -z $binding && (-z $hosts || $n == [12]) ]]; then options+=(--bind-to none); fi
+    if [[ $LAUNCHER == srun ]]; then
+        adapt_to_srun
+    else
+        adapt_options
+        if [[ -n $open_mpi ]]; then adapt_to_open_mpi; fi
     fi
     local command=("$mpiexec" "${options[@]}" "$venv/bin/python" "${program[@]}" "${words[@]}")
     { printf '%q ' "${settings[@]}" "${command[@]}" && echo; } >&2

@@ -41,7 +41,7 @@ def start_forkserver(remove_after_end=lambda path: None):
 
     Call this function before anything imports ``mpi4py.MPI``: a process that is forked after MPI
     has opened InfiniBand can crash or hang. The server ignores the signals that stop a training.
-    mpiexec sends them to all processes of the rank's group, but only the rank handles them.
+    mpiexec and batch systems send them to all processes of a rank, but only the rank handles them.
 
     Args:
         remove_after_end (callable): Takes the path of each file that a kill would leave behind.
@@ -76,8 +76,17 @@ def _folder_for_sockets() -> str:
     return multiprocessing.util.get_temp_dir()
 
 
+# Ends a loader process. A batch system that ends a job sends SIGTERM to each of its processes, but
+# the rank still needs images for the iteration that is under way.
+_END = signal.SIGUSR2
+
+
 class _LoaderProcess(multiprocessing.context.ForkServerProcess):
     """A process that does not import the main script, which would start MPI."""
+
+    def terminate(self):
+        """Ends the process, for the pool."""
+        self._popen._send_signal(_END)
 
     def start(self):
         main = sys.modules['__main__']
@@ -442,8 +451,8 @@ class ImageLoader:
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline and any(p._popen.returncode is None for p in dead):
             time.sleep(0.01)
-        # The pool ends processes by SIGTERM, so a process with another ending died first.
-        ended = sorted(dead, key=lambda process: process.exitcode == -signal.SIGTERM)
+        # The pool ends processes by _END, so a process with another ending died first.
+        ended = sorted(dead, key=lambda process: process.exitcode == -_END)
         pid, code = (ended[0].pid, ended[0].exitcode) if ended else ('?', None)
         how = f'by {signal.Signals(-code).name}' if code and code < 0 else f'with status {code}'
         return RuntimeError(
@@ -483,7 +492,7 @@ def _initialize(preprocessing, *shared):
         os.close(fd)
     faulthandler.enable()  # shows where a decoder crashed
     os.setpgrp()  # signals to the rank's group do not arrive here
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends its processes by SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_owner, daemon=True).start()
 

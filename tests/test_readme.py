@@ -228,11 +228,20 @@ def test_every_verb_and_name_stands_in_a_readme(verbs):
             assert [verb, name] in used or f'`{name}`' in text, (verb, name)
 
 
+SLURM = """
+--nodes --nodelist --ntasks-per-node --ntasks-per-socket --gpus-per-node --gpus-per-task
+--cpus-per-task --cpu-bind --time --signal --requeue --no-requeue --exclusive --overcommit
+--batch --mpi
+"""
+
+
 def test_options_exist():
-    """Every --option in a README is train.py's, or another command's, or one of mpiexec or pip."""
+    """Every --option in a README is train.py's, or another command's, or one of mpiexec, Slurm or
+    pip."""
     code = ''.join(path.read_text() for path in SOURCES)
     own = {'--' + name.replace('_', '-') for name in Settings.__dataclass_fields__} | {'--dry-run'}
-    others = set('--help --hostfile --map-by --bind-to --report-bindings'.split())
+    others = set('--help --hostfile --host --map-by --bind-to --oversubscribe'.split())
+    others |= {'--report-bindings', *SLURM.split()}
     pip = set('--no-deps --no-binary --no-build-isolation'.split())
     for name, text in TEXTS.items():
         for option in re.findall(r'(?<![\w-])--[a-z][a-z-]*', text):

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 _GO_ON = 'REPRODUCE_GO_ON'  # environment variable: the command with which a stopped run goes on
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _REPEAT = 1.0  # seconds; timeout(1) and schedulers send a signal twice
 _GRACE = 5.0  # seconds from the second Ctrl-C until mpiexec is killed
 _DASHES = b'-' * 70  # a line of at least so many begins and ends what mpiexec adds to an error

@@ -23,6 +23,7 @@ from mpi4py import MPI
 
 from extensions import device_of, kernels, schedules
 from extensions.timing import PARTS
+from reproduce.job import mpi_library
 
 _COLUMNS = (  # title, key in the log, format
     ('epoch', 'epoch', '{:>5d}'),
@@ -49,7 +50,7 @@ def versions() -> dict:
         'numpy': np.__version__,
         **{name: version(name) for name in ('simplejpeg', 'opencv-python-headless', 'Pillow')},
         'mpi4py': mpi4py.__version__,
-        'mpi': MPI.Get_library_version().split(',')[0].strip(),
+        'mpi': mpi_library(MPI.Get_library_version()),
     }
     if cuda.available:
         found['cupy'] = cuda.cupy.__version__
@@ -123,6 +124,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
     rows = {
         'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, '
         f'on {comm.inter_size:,} host(s), {device_name}',
+        **({'': _how_workers_share(s, comm.size)} if each > 1 else {}),
         'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
         'learning rate': f'base {s.lr_base:g}, first {s.lr(0):g}',
         'communicator': f'{type(comm).__name__}; {comm.reason}',
@@ -137,6 +139,15 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         'output': s.out,
     }
     return '\n'.join(f'{title:14}{text}' for title, text in rows.items())
+
+
+def _how_workers_share(settings, n_processes) -> str:
+    each = settings.workers // n_processes
+    batch = n_processes * settings.local_batch_size
+    return (
+        f'each process plays {each:,} workers, one after the other; --workers {n_processes} would '
+        f'be one each, and a total batch of {batch:,}'
+    )
 
 
 def all_reduce_of(comm, settings) -> str:

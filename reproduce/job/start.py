@@ -10,9 +10,20 @@ import os
 import resource
 import sys
 import tempfile
+import time
 import traceback
 
-from reproduce.job import janitor
+from reproduce.job import janitor, mpi_library
+
+# Names of a launcher and of its variables: the number of processes, and the number of this one. A
+# launcher that Slurm's srun has started comes before srun.
+_MPIEXEC = 'start with ./run_mpi.sh, which has its own mpiexec; MPIEXEC= sets another, and its MPI'
+_SRUN = 'start with LAUNCHER=srun ./run_mpi.sh, or give srun --mpi=pmix, or --mpi=pmi2 for MPICH'
+_LAUNCHERS = (
+    ("Open MPI's mpiexec", 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', _MPIEXEC),
+    ("MPICH's mpiexec", 'PMI_SIZE', 'PMI_RANK', _MPIEXEC),
+    ('srun', 'SLURM_STEP_NUM_TASKS', 'SLURM_PROCID', _SRUN),
+)
 
 _MOST_FILES = 1 << 16  # some programs close every file that they might have
 _OWN_FILES = 64  # files of a rank that are not connections to other ranks, roughly
@@ -50,6 +61,7 @@ def before_mpi():
             'installs everything, or install by hand (hostfiles/README.md)'
         )
     sys.excepthook = lambda kind, error, trace: abort(error)
+    _refuse_jobs_of_one_rank()
     lack = lack_of_files(mpi4py.MPI.COMM_WORLD.size)
     if lack and mpi4py.MPI.COMM_WORLD.rank == 0:
         print(f'note: {lack}', file=sys.stderr, flush=True)
@@ -78,6 +90,30 @@ def lack_of_files(n_ranks: int) -> str:
         f'a rank may open {soft:,} files, but {n_ranks:,} ranks need {n_ranks + _OWN_FILES:,} if '
         'they are connected by TCP: raise the hard limit (ulimit -Hn, limits.conf) on every host'
     )
+
+
+def _refuse_jobs_of_one_rank():
+    """Ends this rank if its launcher has started several ranks, but MPI finds only this one."""
+    from mpi4py import MPI
+
+    launcher = next((names for names in _LAUNCHERS if names[1] in os.environ), None)
+    # The shell of "srun --pty" has the variables of a rank.
+    if launcher is None or MPI.COMM_WORLD.size > 1 or 'SLURM_PTY_PORT' in os.environ:
+        return
+    name, size, rank, remedy = launcher
+    if os.environ[size] == '1':
+        return
+    if os.environ.get(rank) != '0':
+        time.sleep(5)  # rank 0 says it; most launchers then end the others
+    else:
+        library = mpi_library(MPI.Get_library_version())
+        print(
+            f'error: {name} started {os.environ[size]} processes, but the MPI of this Python '
+            f'({library}) sees {os.environ[size]} jobs of one process: {remedy}',
+            file=sys.stderr,
+            flush=True,
+        )
+    sys.exit(2)
 
 
 def abort(error: BaseException):

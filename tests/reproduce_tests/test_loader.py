@@ -195,7 +195,7 @@ def test_a_minibatch_is_not_copied(folder):
 
 
 @pytest.mark.filterwarnings('error::pytest.PytestUnhandledThreadExceptionWarning')
-@pytest.mark.parametrize('other', ['runs', 'is deaf to SIGTERM'])
+@pytest.mark.parametrize('other', ['runs', 'is stopped'])
 def test_a_killed_process_is_an_error_at_once(folder, other):
     """Nor is another waited for, which may never get a lock that the dead one held."""
     with loader_of(folder, 'processes:2') as parallel:
@@ -212,6 +212,21 @@ def test_a_killed_process_is_an_error_at_once(folder, other):
     assert time.monotonic() - start < 5
 
 
+def test_sigterm_of_a_batch_system_to_all_processes_loses_no_image(folder):
+    with loader_of(folder, 'processes:2') as parallel, loader_of(folder, 'serial') as serial:
+        parallel.train_batch(0, 0)
+        processes = list(parallel._executor._processes.values())
+        assert len(processes) == 2
+        for iteration in range(1, 6):
+            for process in processes:
+                os.kill(process.pid, signal.SIGTERM)
+            np.testing.assert_array_equal(
+                parallel.train_batch(iteration, 0)[0], serial.train_batch(iteration, 0)[0]
+            )
+        assert all(process.is_alive() for process in processes)
+    assert not any(process.is_alive() for process in processes)
+
+
 def test_a_minibatch_of_a_dead_process_is_not_waited_for(folder):
     """Even where the pool never tells so."""
     with loader_of(folder, 'processes:1') as parallel:
@@ -224,7 +239,7 @@ def test_a_minibatch_of_a_dead_process_is_not_waited_for(folder):
 
 def test_of_dead_processes_the_one_that_others_were_ended_for_is_named(folder):
     with loader_of(folder, 'serial') as serial:
-        for n, signum in enumerate((signal.SIGTERM, signal.SIGSEGV, signal.SIGTERM)):
+        for n, signum in enumerate((loader._END, signal.SIGSEGV, loader._END)):
             process = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))
             process.start()
             os.kill(process.pid, signum)

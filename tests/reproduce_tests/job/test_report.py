@@ -6,7 +6,7 @@ import types
 import pytest
 from mpi4py import MPI
 
-from reproduce.job import report, supervise
+from reproduce.job import mpi_library, report, supervise
 from reproduce.settings import PRESETS
 
 
@@ -85,6 +85,43 @@ def test_progress_after_a_wait_for_a_slower_rank(clock, capsys):
     updater.images_done = 200
     progress(trainer)
     assert ' 2 images/s, 40 min 00 s left' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'text, name',
+    [
+        (
+            'Open MPI v5.0.11, package: Open MPI, ident: 5.0.11, repo rev: v5.0.11',
+            'Open MPI v5.0.11',
+        ),
+        (
+            'MPICH Version:\t4.0.2\nMPICH Release date:\tThu Apr  7\nMPICH Device:\tch4',
+            'MPICH 4.0.2',
+        ),
+        ('MVAPICH2 Version      :\t2.3.7\nMVAPICH2 Release date : 2022\n', 'MVAPICH2 2.3.7'),
+        (
+            'Intel(R) MPI Library 2021.10 for Linux* OS\n\0',
+            'Intel(R) MPI Library 2021.10 for Linux* OS',
+        ),
+    ],
+)
+def test_the_name_of_an_mpi_is_one_line(text, name):
+    assert mpi_library(text) == name
+
+
+def test_the_header_of_the_papers_run_on_fewer_processes():
+    class Folder(list):
+        root, classes = '', ()
+
+    def header(n):
+        comm = types.SimpleNamespace(size=n, inter_size=n // 8, reason='')
+        return report.header(PRESETS['paper'](), comm, Folder(), Folder(), 1)
+
+    assert (
+        'each process plays 32 workers, one after the other; --workers 32 would be one each, and '
+        'a total batch of 1,024'
+    ) in header(32)
+    assert 'one after the other' not in header(1024)
 
 
 def test_plan_stretches_to_the_epochs_of_the_run():
