@@ -63,5 +63,6 @@ def remove_those_of_open_mpi():
         if os.path.basename(path).startswith('sm_segment.'):
             remove_after_end(path, 'launcher')
     folder = os.environ.get('PMIX_SERVER_TMPDIR', '')
-    if os.path.basename(folder) == f'ompi.{os.getppid()}':
+    # The launcher's, and on other hosts that of its daemon.
+    if os.path.basename(folder) in (f'ompi.{os.getppid()}', f'prted.{os.getppid()}'):
         remove_after_end(folder, 'launcher')
