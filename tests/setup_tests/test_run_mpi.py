@@ -28,7 +28,12 @@ fi
 if [[ $1 == -Ic && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
 if [[ $3 == reproduce.job.options ]]; then
     echo "$MPI4PY_RC_INITIALIZE $1: ${{*:4}}" >"$FAKE_LOG.options"
+    printf '%s\\n' $FAKE_FOUND
     exit ${{FAKE_OPTIONS_STATUS:-0}}
+fi
+if [[ $2 == */reproduce/job/launch.py ]]; then
+    printf '%s\\n' "${{@:3:2}}" >"$FAKE_LOG.launch"
+    exec "${{@:5}}"
 fi
 echo "$*" >>"$FAKE_LOG"
 env >"$FAKE_LOG.env"
@@ -268,20 +273,40 @@ def test_smoke(tree):
     assert words[:2] == ['-n', '2']
     program = words.index(f'{tree.path}/reproduce/train.py')
     assert words[program - 2 : program] == [f'{tree.path}/.venv/bin/python', '-I']
-    expected = ['--preset', 'smoke', '--overwrite', '--seed', '3']
-    assert words[program + 1 : program + 6] == expected
+    expected = ['--preset', 'smoke', '--seed', '3']
+    assert words[program + 1 : program + 5] == expected
     assert words[-3:] == ['MKL_NUM_THREADS=1', 'OMP_NUM_THREADS=1', 'OPENBLAS_NUM_THREADS=1']
     printed = done.stderr.strip().splitlines()[-1]
-    assert 'OMP_NUM_THREADS=1' in printed and printed.endswith(
-        '--preset smoke --overwrite --seed 3'
-    )
+    assert 'OMP_NUM_THREADS=1' in printed and printed.endswith('--preset smoke --seed 3')
     again = subprocess.run(['/bin/bash', '-c', printed], capture_output=True, text=True, check=True)
     assert again.stdout == done.stdout, 'the printed command does not do the same'
 
 
-def test_smoke_that_goes_on_overwrites_nothing(tree):
-    _, words = job(tree, 'smoke', '--resume', 'auto')
-    assert '--overwrite' not in words and '--resume' in words
+def test_smoke_takes_the_place_that_was_found_for_it(tree):
+    _, words = job(
+        tree, 'smoke', '--seed', '3', FAKE_FOUND='/x/smoke-2 --out smoke-2 --resume auto'
+    )
+    given = '--preset smoke --out smoke-2 --resume auto --seed 3'.split()
+    program = words.index(f'{tree.path}/reproduce/train.py')
+    assert words[program + 1 : program + 1 + len(given)] == given
+    out, start = (tree.path.parent / 'log.launch').read_text().splitlines()
+    assert out == '/x/smoke-2' and shlex.split(start) == [f'{tree.path}/run_mpi.sh', 'smoke']
+
+
+@pytest.mark.parametrize(
+    'words, out, start',
+    [
+        ('-n 3 smoke', '/x', '-n 3 smoke'),
+        ('train -n 3 -- --epochs 4', '/x', 'train -n 3 --'),
+        ('-n 3 -- --epochs 4', '/x', 'train -n 3 --'),
+        ('preflight -n 3', '', 'preflight -n 3 --'),
+        ('-n 3 -- my.py --epochs 4', '', 'train -n 3 --'),
+    ],
+)
+def test_what_the_parent_of_mpiexec_gets_to_know(tree, words, out, start):
+    assert tree.run(*words.split(), FAKE_FOUND='/x' if out else '').returncode == 0
+    found, command = (tree.path.parent / 'log.launch').read_text().split('\n')[:2]
+    assert found == out and shlex.split(command)[1:] == start.split()
 
 
 def test_smoke_with_dashes(tree):
@@ -452,13 +477,13 @@ PROGRAMS = {
     'python --help': ['--help'],
 }
 JOBS = {
-    'smoke --epochs 3': ('-n 2', '-I train.py --preset smoke --overwrite --epochs 3'),
-    '-n 3 smoke': ('-n 3', '-I train.py --preset smoke --overwrite'),
-    '--oversubscribe smoke': ('-n 2 --oversubscribe', '-I train.py --preset smoke --overwrite'),
-    'smoke --help': ('-n 1', '-I train.py --preset smoke --overwrite --help'),
+    'smoke --epochs 3': ('-n 2', '-I train.py --preset smoke --epochs 3'),
+    '-n 3 smoke': ('-n 3', '-I train.py --preset smoke'),
+    '--oversubscribe smoke': ('-n 2 --oversubscribe', '-I train.py --preset smoke'),
+    'smoke --help': ('-n 1', '-I train.py --preset smoke --help'),
     '-n 4 smoke --epochs 3 -h': (
         '-n 1',
-        '-I train.py --preset smoke --overwrite --epochs 3 --help',
+        '-I train.py --preset smoke --epochs 3 --help',
     ),
     'train -- --epochs 3': ('-n 1', '-I train.py --epochs 3'),
     'train -n 3 -- --epochs 3': ('-n 3', '-I train.py --epochs 3'),
@@ -693,10 +718,10 @@ def test_hostfiles(root, tmp_path):
 @pytest.mark.parametrize(
     'words, checked',
     [
-        ('smoke --seed 3', '2 train --preset smoke --overwrite --seed 3'),
-        ('train -n 3 -- --epochs 4', '3 train --epochs 4'),
-        ('-- --dry-run', '1 train --dry-run'),
-        ('preflight -n 5 -- --seed 1', '5 preflight --seed 1'),
+        ('smoke --seed 3', '2 / smoke --seed 3'),
+        ('train -n 3 -- --epochs 4', '3 / train --epochs 4'),
+        ('-- --dry-run', '1 / train --dry-run'),
+        ('preflight -n 5 -- --seed 1', '5 / preflight --seed 1'),
     ],
 )
 def test_options_are_checked_before_mpiexec_starts(tree, words, checked):
