@@ -88,8 +88,6 @@ class ResNet50(chainer.Chain):
             in this order: conv1; each block's conv1, conv2, conv3, conv4 (if the block projects);
             fc. None draws from NumPy's global state.
 
-    Parameters are float32, whatever CHAINER_DTYPE says.
-
     Raises:
         ValueError: ``stem`` is neither of the two, or ``n_classes`` or ``width`` is not an integer
             above 0.
@@ -104,7 +102,7 @@ class ResNet50(chainer.Chain):
         super().__init__()
         rng = None if seed is None else np.random.RandomState(seed)
         self.stem = stem
-        with chainer.using_config('dtype', np.dtype(np.float32)), self.init_scope():
+        with self.init_scope():
             self.conv1 = _convolution(3, width, *STEMS[stem], rng)
             self.bn1 = _batch_normalization(width)
             in_channels = width

@@ -2,6 +2,7 @@ import concurrent.futures
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,11 +213,20 @@ def test_a_killed_process_is_an_error_at_once(folder, other):
     assert time.monotonic() - start < 5
 
 
+def ignores(process, signum):
+    status = Path(f'/proc/{process}/status').read_text()
+    return int(re.search(r'SigIgn:\s*([0-9a-f]+)', status)[1], 16) >> (signum - 1) & 1
+
+
 def test_sigterm_of_a_batch_system_to_all_processes_loses_no_image(folder):
     with loader_of(folder, 'processes:2') as parallel, loader_of(folder, 'serial') as serial:
         parallel.train_batch(0, 0)
         processes = list(parallel._executor._processes.values())
         assert len(processes) == 2
+        deadline = time.monotonic() + 30
+        while not all(ignores(process.pid, signal.SIGTERM) for process in processes):
+            assert time.monotonic() < deadline  # a process begins with its imports
+            time.sleep(0.01)
         for iteration in range(1, 6):
             for process in processes:
                 os.kill(process.pid, signal.SIGTERM)

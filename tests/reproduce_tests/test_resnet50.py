@@ -553,11 +553,3 @@ def test_equals_torchvision(train, side):
     for name, param in model.namedparams():
         assert_close(param.grad, gradients.pop(torchvision_name(name)), 1e-8)
     assert not gradients
-
-
-def test_the_model_is_float32_whatever_chainers_default_is():
-    """CHAINER_DTYPE in a user's shell sets the same."""
-    with chainer.using_config('dtype', chainer.mixed16):
-        model = ResNet50(10, width=4)
-        y = model(np.zeros((2, 3, 32, 32), np.float32))
-    assert {y.dtype, *(param.dtype for param in model.params())} == {np.dtype(np.float32)}

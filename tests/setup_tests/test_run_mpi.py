@@ -32,7 +32,7 @@ if [[ $3 == reproduce.job.options ]]; then
     exit ${{FAKE_OPTIONS_STATUS:-0}}
 fi
 if [[ $2 == */reproduce/job/launch.py ]]; then
-    printf '%s\\n' "${{@:3:2}}" >"$FAKE_LOG.launch"
+    [[ -z $FAKE_LOG ]] || printf '%s\\n' "${{@:3:2}}" >"$FAKE_LOG.launch"
     exec "${{@:5}}"
 fi
 echo "$*" >>"$FAKE_LOG"

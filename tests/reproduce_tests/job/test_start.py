@@ -44,8 +44,18 @@ def test_an_empty_folder_of_the_same_name(tmp_path):
     """As the project is installed, "python -m" finds it beside empty folders of its names."""
     for package in ('extensions', 'reproduce'):
         (tmp_path / package).mkdir()
-    done = python('-m', 'reproduce.job.options', '1', 'train', '--epoch', '3', cwd=tmp_path)
+    done = python('-m', 'reproduce.job.options', *'1 . train --epoch 3'.split(), cwd=tmp_path)
     assert 'there is no option --epoch' in done.stderr, done
+
+
+def test_whatever_chainers_default_dtype_is(tmp_path):
+    environment = {**os.environ, 'CHAINER_DTYPE': 'mixed16'}
+    program = (
+        'from reproduce.job import start; start.before_mpi(); import extensions, chainer; '
+        'print(chainer.config.dtype)'
+    )
+    done = python('-c', program, env=environment, cwd=tmp_path)
+    assert done.stdout == 'float32\n', done
 
 
 def test_without_a_home(tmp_path):
