@@ -137,23 +137,24 @@ class Job:
 
     def _pass_on(self, pipe, descriptor):
         """Copies what mpiexec prints to this process's output, as soon as it comes."""
-        banners = _Banners()
-        data = True
+        banners, has_reader = _Banners(), True
+        data = b' '
         while data:
             data = os.read(pipe.fileno(), 1 << 16)
             self._has_said_how_to_go_on |= b'To go on: ' in data
             # mpiexec reports the end that was asked for as if it were a fault.
             shown = banners.drop(data) if descriptor == 2 and self._signum else data
             try:
-                while shown and not self._reader_gone:
+                while shown and has_reader:
                     shown = shown[os.write(descriptor, shown) :]
             except OSError as error:
+                has_reader = False  # the rest is read, and lost: else the job would wait
                 self._lose_reader(error)
 
     def _lose_reader(self, error):
-        self._reader_gone = error  # the rest is read, and lost: else the job would wait
-        if self._signum:
+        if self._signum or self._reader_gone:
             return
+        self._reader_gone = error
         _say(f'the output cannot be written ({error.strerror}): the job stops with a checkpoint')
         self._process.send_signal(signal.SIGUSR1)
 
