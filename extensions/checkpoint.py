@@ -71,8 +71,9 @@ class Checkpointer(training.Extension):
     A checksum covers every number in the file, and loading the file executes nothing from it. The
     file holds the state of all processes, so a run can continue on another number of processes. To
     collect this state, all ranks first call ``gather`` of every extension that has this method.
-    Beside :class:`~extensions.VirtualWorkersUpdater` this is all that a run needs to continue. Any
-    other updater is saved as rank 0 has it, with rank 0's iterator.
+    Beside :class:`~extensions.VirtualWorkersUpdater` this is all that a run needs to continue.
+    Beside Chainer's StandardUpdater it is not: all ranks would get the order of rank 0's iterator.
+    Chainer saves neither the float32 copies of ``use_fp32_update()`` nor a dynamic loss scale.
 
     The last ``keep`` checkpoints remain. Only checkpoints that this run has written, before or
     after it was resumed, and that are older than the newest are removed.
