@@ -300,3 +300,42 @@ def test_a_killed_parent_ends_the_job(start, uninterrupted, tmp_path):
     wait_for(lambda: {*map(state_of, ranks)} <= {'', 'Z'}, 10)
     assert start(out, '--resume', 'auto').wait(200) == 0
     assert parameters_of(out) == uninterrupted
+
+
+def test_smoke_after_ctrl_c_goes_on_to_the_same_bits(root_of_project, environment, tmp_path):
+    """./run_mpi.sh smoke, Ctrl-C in its middle, and ./run_mpi.sh smoke again."""
+    if not (Path(sys.prefix) / 'installed').exists():
+        pytest.skip('run_mpi.sh has not made this environment')
+    words = [str(root_of_project / 'run_mpi.sh'), 'smoke', *OPTIONS[2:]]
+    variables = {**environment(), 'VENV': sys.prefix}
+    variables.pop('PYTHONPATH')
+    folders = [tmp_path / 'disturbed', tmp_path / 'undisturbed']
+    outs = [folder / 'results/smoke' for folder in folders]
+    for folder in folders:
+        folder.mkdir()
+    job = Terminal(words, folders[0], variables)
+    wait_for(has_checkpoint(outs[0]))
+    os.write(job.master, b'\x03')
+    assert ended(job, 'Ctrl-C in ./run_mpi.sh smoke') == -signal.SIGINT
+    stopped_at = newest(outs[0])
+    for folder in folders:
+        # In a shell's loop, standard input holds what comes next.
+        loop = f'while read -r _; do {shlex.join(words)} || exit; done'
+        again = subprocess.run(
+            ['bash', '-c', loop],
+            cwd=folder,
+            env=variables,
+            input='once\n' + 'twice\n' * (folder == folders[1]),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert again.returncode == 0, again
+        if folder == folders[0]:
+            assert (
+                f'goes on from results/smoke/checkpoints/checkpoint-{stopped_at:09d}'
+                in again.stdout
+            )
+    assert parameters_of(outs[0]) == parameters_of(outs[1])
+    # A finished run stays as it is. The second one had a folder of its own.
+    assert parameters_of(folders[1] / 'results/smoke-2') == parameters_of(outs[1])
