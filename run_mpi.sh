@@ -99,6 +99,7 @@ venv=${VENV:-$here/.venv}
 while [[ $venv == ?*/ ]]; do venv=${venv%/}; done # its log and its lock are beside it
 stamp=$venv/installed # what .venv was made of; and EXTRAS, to be remembered
 log=$venv.log
+without_mpi='import sys, mpi4py; mpi4py.rc.initialize = False' # an isolated Python does not see MPI4PY_RC_INITIALIZE
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -453,7 +454,7 @@ install() {
     if [[ -n $MPIEXEC ]]; then MPICC=$mpicc pip_install --no-cache-dir --no-binary mpi4py mpi4py || fail_pip; fi
     pip_install --no-build-isolation -e ".[$extras${EXTRAS:+,$EXTRAS}]" || fail_pip
     set_environment
-    MPI4PY_RC_INITIALIZE=0 step "$venv/bin/python" -Ic 'import extensions, reproduce.images, reproduce.job.plots' ||
+    step "$venv/bin/python" -Ic "$without_mpi"'; import extensions, reproduce.images, reproduce.job.plots' ||
         fail_step "$venv does not work, though pip had no error"
     printf '%s\n%s\n' "$wanted" "$EXTRAS" >"$stamp"
 }
@@ -679,7 +680,9 @@ check_options() { # VERB OPTION...
     for word; do
         if [[ $word == -h || $word == --help ]]; then return; fi
     done
-    lines=$(MPI4PY_RC_INITIALIZE=0 "$venv/bin/python" -I -m reproduce.job.options "${n:-1}" "$PWD" "$@") || exit
+    # Isolated, as packages on PYTHONPATH and in this folder may have the names of this project's; and without MPI.
+    lines=$("$venv/bin/python" -Ic "$without_mpi"'; from reproduce.job import options; options.main(sys.argv[1:])' \
+        "${n:-1}" "$PWD" "$@") || exit
     if [[ -z $lines ]]; then return; fi
     while read -r word; do
         if [[ -z $out ]]; then out=$word; else added+=("$word"); fi

@@ -221,12 +221,10 @@ class Checkpointer(training.Extension):
         is_own = iteration in self._own
         self._own = [*(i for i in self._own if i < iteration), iteration]
         try:
-            copy: dict = {}
-            _Copier(copy, self._copy).save(trainer)
+            self._copy = copy_of(trainer, self._copy)
         except MemoryError as error:
             _warn(f'checkpoint {path} was not written', error)
             return path
-        self._copy = copy
         self._writer = threading.Thread(target=self._write, args=(path, iteration, is_own, top1))
         self._writer.start()
         return path
@@ -299,6 +297,21 @@ class Checkpointer(training.Extension):
         found = serializer('own', own)
         if found != own:
             self._run, self._own = (json.loads(found)[name] for name in ('run', 'iterations'))
+
+
+def copy_of(state, earlier: dict) -> dict:
+    """Copies all that a trainer, or another object with ``serialize``, saves.
+
+    Args:
+        state (~chainer.training.Trainer): What to copy.
+        earlier (dict): A copy that is not needed any more. Its memory is used where it fits.
+
+    Returns:
+        dict: Arrays by name, on the CPU.
+    """
+    copy: dict = {}
+    _Copier(copy, earlier).save(state)
+    return copy
 
 
 class _Copier(chainer.serializers.DictionarySerializer):

@@ -35,13 +35,14 @@ _GRACE = 5.0  # seconds from the second Ctrl-C until mpiexec is killed
 _DASHES = b'-' * 70  # a line of at least so many begins and ends what mpiexec adds to an error
 
 
-def command_to_go_on(argv=None, start=None) -> str:
+def command_to_go_on(argv=None, start=None, n_processes=1) -> str:
     """Returns the command with which a stopped run goes on.
 
     Args:
         argv (list of str): Program and options of the run; those of this process by default.
         start (str): What comes before the options; by default a mpiexec that starts the program.
             The verb smoke stands for ``--preset smoke``.
+        n_processes (int): Number of processes of that mpiexec.
     """
     if argv is None and _GO_ON in os.environ:
         return os.environ[_GO_ON]
@@ -54,8 +55,8 @@ def command_to_go_on(argv=None, start=None) -> str:
         elif word != '--overwrite' and not word.startswith('--resume='):
             kept.append(word)
     if start is None:
-        n = os.environ.get('OMPI_COMM_WORLD_SIZE') or os.environ.get('PMI_SIZE') or '1'
-        start = shlex.join(['mpiexec', '-n', n, Path(sys.executable).name, program])
+        python = Path(sys.executable).name
+        start = shlex.join(['mpiexec', '-n', str(n_processes), python, program])
     elif start.endswith(' smoke') and kept[:2] == ['--preset', 'smoke']:
         kept = kept[2:]
     return f'{start} {shlex.join([*kept, "--resume", "auto"])}'
@@ -83,7 +84,7 @@ class Job:
         signal.signal(signal.SIGTSTP, self._suspend)
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, _GO_ON: go_on},
+            env={**os.environ, **({_GO_ON: go_on} if go_on else {})},
             stdin=subprocess.DEVNULL if os.isatty(0) else None,  # not of its session
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

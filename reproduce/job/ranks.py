@@ -106,7 +106,9 @@ def run(main):
         stopped = isinstance(error, Stopped)
         if MPI.COMM_WORLD.rank == 0:
             line = (
-                f'{error}. To go on: {launch.command_to_go_on()}' if stopped else f'error: {error}'
+                f'{error}. To go on: {launch.command_to_go_on(n_processes=MPI.COMM_WORLD.size)}'
+                if stopped
+                else f'error: {error}'
             )
             print(line, file=sys.stderr, flush=True)
         raise AgreedExit(128 + error.signum if stopped else 1) from None

@@ -81,7 +81,7 @@ def test_mpich_trains_to_the_same_bits_and_stops_with_a_checkpoint(
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) != 0
-    assert said_by(out).count('error: stopped by SIGUSR1 after iteration') == 1, said_by(out)
+    assert said_by(out).count('stopped after iteration') == 1, said_by(out)
     assert start(mpich, out, *on_mpich(out, '--resume', 'auto')).wait(200) == 0, said_by(out)
     for folder, name in ((one, r'Open MPI v\S+'), (out, r'MPICH \S+')):
         (versions,) = set(re.findall('^versions .*', said_by(folder), re.MULTILINE))
@@ -93,7 +93,8 @@ def test_mpich_trains_to_the_same_bits_and_stops_with_a_checkpoint(
 def test_a_launcher_of_another_mpi(start, mpich, mpiexec, job_environment, tmp_path):
     """Each rank would be a job of its own, all in one folder."""
     program = [sys.executable, 'reproduce/train.py', '--preset', 'smoke', '--out']
-    elsewhere = {'OMPI_MCA_btl_sm_backing_directory': str(tmp_path)}
+    # Where Open MPI leaves what no mpiexec removes.
+    elsewhere = {'OMPI_MCA_btl_sm_backing_directory': str(tmp_path), 'TMPDIR': str(tmp_path)}
     for environment, launcher, name, library in (
         ({**job_environment, **elsewhere}, 'mpiexec.mpich', "MPICH's", r'Open MPI v\S+'),
         (mpich, mpiexec, "Open MPI's", r'MPICH \S+'),

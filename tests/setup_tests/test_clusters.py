@@ -38,7 +38,7 @@ def test_as_many_ranks_as_the_allocation_has_places(tree, tasks, n):
     words = job(tree, '--', '--dry-run', **variables)[1]
     assert words[:2] == ['-n', str(n)] and ':OVERSUBSCRIBE' not in words
     asked = (tree.path.parent / 'log.options').read_text()
-    assert f': {n} / train ' in asked, 'not checked for these ranks'
+    assert asked.startswith(f'{n} / train '), 'not checked for these ranks'
 
 
 def test_as_many_ranks_as_pbs_has_places(tree, tmp_path):

@@ -26,8 +26,8 @@ if [[ $1 == -ISc ]]; then
     exit
 fi
 if [[ $1 == -Ic && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
-if [[ $3 == reproduce.job.options ]]; then
-    echo "$MPI4PY_RC_INITIALIZE $1: ${{*:4}}" >"$FAKE_LOG.options"
+if [[ $1 == -Ic && $2 == *"mpi4py.rc.initialize = False"*reproduce.job*options.main* ]]; then
+    [[ -z $FAKE_LOG ]] || echo "${{*:3}}" >"$FAKE_LOG.options"
     printf '%s\\n' $FAKE_FOUND
     exit ${{FAKE_OPTIONS_STATUS:-0}}
 fi
@@ -183,7 +183,8 @@ def test_installs_once_and_again_when_something_changed(tree):
 
 def test_without_mpiexec_the_wheel_brings_it(tree):
     tree.run('python', MPIEXEC=None)
-    assert '.[test,mpi]' in tree.calls()[2] and not any('mpi4py' in call for call in tree.calls())
+    installs = [call for call in tree.calls() if ' install ' in call]
+    assert '.[test,mpi]' in installs[1] and not any('mpi4py' in call for call in installs)
 
 
 def test_broken_environment_is_made_anew(tree):
@@ -728,7 +729,7 @@ def test_options_are_checked_before_mpiexec_starts(tree, words, checked):
     done = tree.run(*words.split(), FAKE_OPTIONS_STATUS='2')
     assert done.returncode == 2 and done.stdout == ''
     # Isolated: in the user's folder there may be packages called as the project's are.
-    assert (tree.path.parent / 'log.options').read_text() == f'0 -I: {checked}\n'
+    assert (tree.path.parent / 'log.options').read_text() == f'{checked}\n'
     assert tree.run(*words.split()).stdout  # of mpiexec
 
 

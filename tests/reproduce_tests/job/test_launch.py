@@ -22,9 +22,8 @@ def test_the_command_that_goes_on(words, start, expected):
 
 def test_the_command_of_a_bare_mpiexec(monkeypatch):
     monkeypatch.delenv('REPRODUCE_GO_ON', raising=False)
-    monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '4')
     monkeypatch.setattr('sys.argv', ['reproduce/train.py', '--out', 'a b'])
-    command = launch.command_to_go_on()
+    command = launch.command_to_go_on(n_processes=4)
     assert command.startswith('mpiexec -n 4 python')
     assert command.endswith(" reproduce/train.py --out 'a b' --resume auto")
     monkeypatch.setenv('REPRODUCE_GO_ON', './run_mpi.sh smoke')
