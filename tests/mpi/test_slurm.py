@@ -180,8 +180,8 @@ class Job:
         """Once the job is in this state: without waiting in the queue, and at full speed."""
         self.slurm.wait_for(lambda: self['JobState'] == state)
         Path(f'{self.out}-slow').unlink()
-        # In Slurm's queue a job waits for longer: its nodes end its first steps, and take its second
-        # credential for a new one only if whole seconds have passed since they revoked the first.
+        # In Slurm's queue a job waits for longer: its nodes end its first steps, and take a second
+        # credential only if whole seconds have passed since they revoked the first.
         self.slurm.wait_for(self.slurm.ready)
         time.sleep(2)
         self.slurm('scontrol', 'update', f'JobId={self.number}', 'StartTime=now')
@@ -322,7 +322,9 @@ def test_srun_of_jobs_of_one_rank(slurm, tmp_path, command, message):
     job = slurm.submit(
         out,
         script=('--wrap', f'srun --mpi=none {command}'),
-        OMPI_MCA_btl_sm_backing_directory=str(tmp_path),  # one without mpiexec leaves a file there
+        # Where Open MPI leaves what no mpiexec removes.
+        OMPI_MCA_btl_sm_backing_directory=str(tmp_path),
+        TMPDIR=str(tmp_path),
     )
     assert job.end() == 'FAILED', job.said()
     assert job.said().count('error: ' + message) == 1, job.said()

@@ -88,13 +88,13 @@ def test_an_mpi_that_does_not_load_is_named_in_one_line(plan, tmp_path):
 @pytest.mark.parametrize('program', ['import extensions', 'import reproduce.train'])
 def test_a_process_without_mpiexec_leaves_nothing(tmp_path, program):
     """16 MiB each, which nobody would remove."""
-    show = '; import os; print(sorted(os.listdir("/dev/shm")))'
-    before = set(os.listdir('/dev/shm'))
-    done = python('-c', f'{program}{show}; os.kill(os.getpid(), 9)', cwd=tmp_path)
+    # In a folder of its own, as other jobs have theirs in /dev/shm.
+    environment = {**os.environ, 'OMPI_MCA_btl_sm_backing_directory': str(tmp_path)}
+    maps = '; import os; print(open("/proc/self/maps").read()); os.kill(os.getpid(), 9)'
+    done = python('-c', program + maps, cwd=tmp_path, env=environment)
     assert done.returncode == -9, done
-    left = {name for name in set(os.listdir('/dev/shm')) - before if name.startswith('sm_segment')}
-    own = {name for name in left if name in done.stdout}
-    assert not own
+    assert f'{tmp_path}/sm_segment' in done.stdout  # it was there
+    assert not list(tmp_path.glob('sm_segment*'))
 
 
 def test_the_limit_of_open_files():

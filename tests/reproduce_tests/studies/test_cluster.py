@@ -349,7 +349,8 @@ def test_published_values_are_drawn_at_their_own_number_of_gpus(monkeypatch, tmp
         (drawn[2], 'total', 60, 15),
     ):
         predictions, *published = (line.get_xydata().tolist() for line in axis.lines)
-        assert predictions == [[row['processes'], row[key] / unit] for row in rows]
+        expected = [[row['processes'], row[key] / unit] for row in rows]
+        np.testing.assert_allclose(predictions, expected, rtol=1e-12)
         assert published == ([[[1024, value]]] if 1024 in numbers else [])
 
 
