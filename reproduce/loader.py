@@ -164,6 +164,7 @@ class _Slots:
     def close(self):
         if self._fd is not None:
             os.close(self._fd)
+            self._fd = None  # another file may get the number
 
     def share(self) -> tuple:
         """Returns the arguments with which a new process can map the memory."""
