@@ -206,10 +206,10 @@ class Checkpointer(training.Extension):
                     path = path if self._written else None
             except Exception as raised:  # noqa: BLE001  (the other ranks must not wait)
                 error = raised
-        path, failed = self._comm.mpi_comm.bcast((path and str(path), repr(error or '')))
+        path, failed = self._comm.mpi_comm.bcast((path and str(path), error and repr(error)))
         if error:
             raise error
-        if failed != repr(''):
+        if failed:
             raise RuntimeError(f'rank 0 could not save a checkpoint: {failed}')
         return path
 

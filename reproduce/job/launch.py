@@ -105,7 +105,8 @@ class Job:
         status = self._process.wait()
         for thread in threads:
             thread.join(_GRACE)
-        if status and self._out and not self._has_said_how_to_go_on:
+        # Status 2 is of a run that was refused; its error has the remedy.
+        if status not in (0, 2) and self._out and not self._has_said_how_to_go_on:
             self._say_what_is_kept()
         if self._signum and status:
             # A shell's loop ends only if a signal is seen to have ended the command.

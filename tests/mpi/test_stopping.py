@@ -261,6 +261,18 @@ def test_before_the_first_iteration(start, tmp_path):
     assert said.splitlines()[-1] == 'There is no checkpoint yet.', said
 
 
+def test_a_run_that_is_refused_gets_its_own_error_only(start, tmp_path):
+    out = tmp_path / 'out'
+    job = start(out)
+    wait_for(has_checkpoint(out))
+    job.send_signal(signal.SIGTERM)
+    ended(job, 'SIGTERM')
+    Path(f'{out}.txt').unlink()
+    assert start(out).wait(60) == 2
+    said = Path(f'{out}.txt').read_text()
+    assert 'which --resume auto goes on from' in said and 'To go on: ' not in said
+
+
 def test_nohup_holds(start, uninterrupted, tmp_path):
     out = tmp_path / 'out'
     job = start(out, before=('nohup',))
