@@ -76,7 +76,7 @@ class Job:
         self._signum, self._since = 0, 0.0  # the first signal, and its time
         self._ends_at_once = False
         self._reader_gone: OSError | None = None
-        self._has_said_how_to_go_on = False
+        self._has_said_how_to_go_on = self._has_said_error = False
         self._process: Any = None
         for signum in _STOPS:
             if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup does
@@ -144,8 +144,10 @@ class Job:
         while data:
             data = os.read(pipe.fileno(), 1 << 16)
             self._has_said_how_to_go_on |= b'To go on: ' in data
-            # mpiexec reports the end that was asked for as if it were a fault.
-            shown = banners.drop(data) if descriptor == 2 and self._signum else data
+            self._has_said_error |= b'error: ' in data
+            # mpiexec reports an end that was asked for, or that a rank has explained, once more.
+            explained = self._signum or self._has_said_error
+            shown = banners.drop(data) if descriptor == 2 and explained else data
             try:
                 while shown and has_reader:
                     shown = shown[os.write(descriptor, shown) :]

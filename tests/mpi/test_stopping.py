@@ -270,7 +270,8 @@ def test_a_run_that_is_refused_gets_its_own_error_only(start, tmp_path):
     Path(f'{out}.txt').unlink()
     assert start(out).wait(60) == 2
     said = Path(f'{out}.txt').read_text()
-    assert 'which --resume auto goes on from' in said and 'To go on: ' not in said
+    assert said.count('error: ') == 1 and 'which --resume auto goes on from' in said
+    assert 'To go on: ' not in said and '------' not in said  # nor mpiexec's own report
 
 
 def test_nohup_holds(start, uninterrupted, tmp_path):
