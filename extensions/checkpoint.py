@@ -161,7 +161,6 @@ class Checkpointer(training.Extension):
         self._last = time.monotonic()
         path = self.save(trainer, wait=bool(signum))
         if signum:
-            self._signum = 0
             raise Stopped(
                 signum,
                 f'stopped after iteration {trainer.updater.iteration:,}, '

@@ -274,6 +274,17 @@ def test_a_signal_stops_with_a_complete_checkpoint(train, tmp_path, monkeypatch,
     assert signal.getsignal(signum) == handler
 
 
+def test_a_stop_whose_checkpoint_fails_says_so(train, monkeypatch, capsys):
+    def full(*_):
+        time.sleep(0.2)
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(checkpoint, 'write', full)
+    with pytest.raises(Stopped, match='after iteration 1, but no checkpoint could be written'):
+        train(9, before=lambda trainer: signal.raise_signal(signal.SIGTERM))
+    assert 'No space left on device' in capsys.readouterr().err
+
+
 def test_a_signal_stops_one_run_only(comm, tmp_path):
     """In a notebook, the same objects serve the next run."""
     updater, checkpointer = Counter(), Checkpointer(comm, tmp_path, {})
