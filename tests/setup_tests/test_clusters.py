@@ -5,24 +5,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-
-sys.path.insert(0, os.path.dirname(__file__))
-from test_run_mpi import Tree, job, only_error
+from fakes import Tree, job, only_error
 
 HYDRA = 'HYDRA build details: Version: 4.2'
 SLURM = {'SLURM_JOB_ID': '7', 'SLURM_TASKS_PER_NODE': '8(x128)'}
 NOTES = """#!/bin/bash
 printf '%s\\n' "${0##*/}" "$@"
 """
-
-
-@pytest.fixture
-def tree(tmp_path, root):
-    return Tree(tmp_path, root)
 
 
 @pytest.fixture
