@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from fakes import job, only_error
+from fakes import FAKE_MPIEXEC, job, only_error
 
 
 def test_no_python(tree, tmp_path):
