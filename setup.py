@@ -116,7 +116,7 @@ setup(
     # only have their names. In setuptools' own way they come after these.
     options={'editable_wheel': {'mode': 'compat'}},
     package_data={
-        'extensions': ['*.h', 'kernels/*.c'],
+        'extensions': ['*.h', '*.cu', 'kernels/*.c'],
         'reproduce': ['data/*', 'studies/cluster/*.json'],
     },
     install_requires=[

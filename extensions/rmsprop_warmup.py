@@ -11,7 +11,7 @@ import numpy as np
 from chainer import optimizer, using_device
 from chainer.backends import cuda
 
-from extensions import kernels
+from extensions import kernels, rmsprop_warmup_gpu
 from extensions.gradients import own_gradients
 
 # Elements per block of the NumPy update. Its four streams and the scratch (5 x 256 KiB in float32)
@@ -163,7 +163,7 @@ class RMSpropWarmupRule(optimizer.UpdateRule):
     def update_core_gpu(self, param):
         if param.grad is None:
             return
-        cuda.elementwise(*KERNEL)(
+        cuda.elementwise(*KERNEL, options=rmsprop_warmup_gpu.OPTIONS)(
             param.grad,
             *self._hyperparameters(param.dtype),
             param.data,
@@ -249,12 +249,13 @@ class RMSpropWarmup(optimizer.GradientMethod):
         return RMSpropWarmupRule(self.hyperparam)
 
     def update(self, lossfun=None, *args, **kwds):
-        """Updates all parameters, on CPUs in a single call.
+        """Updates all parameters in a single call, on a GPU in a single launch.
 
         Chainer's :class:`~chainer.GradientMethod` loops over the parameters. For a small parameter,
-        the loop takes longer than the arithmetic. On CPUs the loop runs here only if a rule's hook,
-        a rule of another class, a loss scale, float16, or an array that is not in C order requires
-        it, for the parameters' first update, or without the C library.
+        the loop takes longer than the arithmetic. The loop runs here only if a rule's hook, a rule
+        of another class, a loss scale, float16, several dtypes or devices, a parameter with two
+        names, or an array that is not in C order requires it, for the parameters' first update, or
+        on CPUs without the C library.
 
         Args:
             lossfun (callable): As everywhere in Chainer: returns the loss, whose gradients are used
@@ -305,7 +306,7 @@ class RMSpropWarmup(optimizer.GradientMethod):
                 known[key] = rule._hyperparameters(param.dtype)
             values.append(known[key])
             rules.append(rule)
-        if not kernels.rmsprop_warmup(arrays, values):
+        if not _update_all(arrays, values):
             return False
         for rule in rules:
             rule.t += 1
@@ -353,15 +354,21 @@ def _check_arrays(name, param, state):
         )
 
 
+def _update_all(arrays, values) -> bool:
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return kernels.rmsprop_warmup(arrays, values)
+    if all(isinstance(array, cuda.ndarray) for array in arrays):
+        return rmsprop_warmup_gpu.update(arrays, values)
+    return False
+
+
 def _is_plain(rule, param) -> bool:
-    """Whether the rule would only call ``update_core_cpu``, as in most iterations."""
+    """Whether the rule would only do the update's arithmetic, as in most iterations."""
     hooks = rule._hookable
     return (
         type(rule) is RMSpropWarmupRule
         and not (hooks._pre_update_hooks or hooks._post_update_hooks)
         and rule.state is not None
-        and isinstance(rule.state['m'], np.ndarray)
-        and isinstance(param.array, np.ndarray)
         and param.dtype != np.float16
         and param._loss_scale is None
     )

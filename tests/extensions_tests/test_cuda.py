@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import re
 import types
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mpi4py import MPI
 
 import extensions
 import reproduce
-from extensions import rmsprop_warmup
+from extensions import rmsprop_warmup, rmsprop_warmup_gpu
 from reproduce import images
 
 if importlib.util.find_spec('cupy') is None:
@@ -62,12 +63,14 @@ def source_of_normalization():
     )
 
 
-def compile_to_ptx(source, capability):
+def compile_to_ptx(source, capability, *options, raw=False):
     headers = Path(cupy.__file__).parent / '_core' / 'include'
     runtime = Path(importlib.util.find_spec('nvidia.cuda_runtime').submodule_search_locations[0])
     includes = ''.join(f'#include <{name}>\n' for name in core._cupy_header_list)
-    program = nvrtc.createProgram(includes + source, 'rmsprop_warmup.cu', (), ())
+    source = source if raw else includes + source  # as CuPy does
+    program = nvrtc.createProgram(source, 'rmsprop_warmup.cu', (), ())
     options = (
+        *options,
         f'--gpu-architecture=compute_{capability}',
         '-std=c++17',
         f'-I{headers}',
@@ -85,7 +88,7 @@ def compile_to_ptx(source, capability):
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
 @pytest.mark.parametrize('capability', [60, 70, 80, 90])
 def test_the_kernel_compiles(capability, dtype):
-    ptx = compile_to_ptx(generated_source(dtype), capability)
+    ptx = compile_to_ptx(generated_source(dtype), capability, *rmsprop_warmup_gpu.OPTIONS)
     assert f'.target sm_{capability}' in ptx and '.entry rmsprop_warmup' in ptx
     if dtype == 'float32':
         # One pass over memory: four loads for three stores, in each copy that the compiler makes
@@ -93,6 +96,21 @@ def test_the_kernel_compiles(capability, dtype):
         loads, stores = ptx.count('ld.global'), ptx.count('st.global')
         assert loads >= 4 and 3 * loads == 4 * stores
         assert '.f64' not in ptx[ptx.index('.entry') :]
+        assert not re.search(r'fma\.|(add|mul)\.(ftz\.)?f', ptx)  # each operation is rounded
+
+
+@pytest.mark.parametrize('dtype, kind', [('float32', 'f32'), ('float64', 'f64')])
+@pytest.mark.parametrize('capability', [60, 70, 80, 90])
+def test_the_kernel_of_all_parameters_compiles(capability, dtype, kind):
+    source = rmsprop_warmup_gpu.source(dtype)
+    ptx = compile_to_ptx(source, capability, *rmsprop_warmup_gpu.OPTIONS, raw=True)
+    assert f'.target sm_{capability}' in ptx and '.entry rmsprop_warmup_all' in ptx
+    loads = len(re.findall(rf'ld\.global(\.nc)?\.{kind}', ptx))
+    stores = len(re.findall(rf'st\.global\.{kind}', ptx))
+    assert loads >= 4 and stores == ptx.count('st.global')
+    if dtype == 'float32':
+        assert 3 * loads == 4 * stores and '.f64' not in ptx[ptx.index('.entry') :]
+    assert not re.search(r'fma\.|(add|mul)\.(ftz\.)?f', ptx)  # each operation is rounded
 
 
 @pytest.mark.parametrize('capability', [60, 70, 80, 90])

@@ -1,0 +1,248 @@
+"""The update on a GPU, and what else an iteration launches there.
+
+The tests marked "gpu" run on a GPU, and without one on the CuPy of host memory, which counts
+launches and the host's waits.
+"""
+
+import os
+import subprocess
+import sys
+
+import chainer
+import numpy as np
+import pytest
+from chainer.backends import cuda
+
+from extensions import RMSpropWarmup, RMSpropWarmupRule, rmsprop_warmup_gpu
+from reproduce.resnet50 import ResNet50
+
+CUPY_ON_HOST = 'tests/cupy_on_host'
+
+SHAPES = {
+    **{'none': (0,), 'empty': (3, 0, 2), 'number': (), 'one': (1,), 'odd': (3, 5, 7)},
+    **{f'near_{n}': (n,) for n in (2047, 2048, 2049, 4096)},
+    **{'convolution': (64, 3, 7, 7), 'long': (100_003,), 'last_empty': (0,)},
+}
+
+
+def test_these_tests_on_the_cupy_of_host_memory(root):
+    environment = {**os.environ, 'PYTHONPATH': f'{root / CUPY_ON_HOST}{os.pathsep}{root}'}
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-m', 'gpu', '-q', '-p', 'no:cacheprovider', __file__],
+        check=False,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0 and 'skipped' not in done.stdout, done.stdout
+
+
+def chain_of(shapes, dtype, device):
+    rng = np.random.RandomState(0)
+    chain = chainer.Chain()
+    with chain.init_scope():
+        for name, shape in shapes.items():
+            value = np.asarray(rng.standard_normal(shape), dtype)
+            setattr(chain, name, chainer.Parameter(value))
+    chain.to_device(device)
+    return chain
+
+
+def give_gradients(model, rng, device):
+    for param in {id(param): param for param in model.params()}.values():
+        scale = 10.0 ** rng.randint(-3, 1)
+        gradient = np.asarray(scale * rng.standard_normal(param.shape), param.dtype)
+        param.grad = device.send(gradient)
+
+
+def arrays_of(model):
+    """All parameters, m and delta on the CPU, and the rules' t."""
+    send = chainer.get_device('@numpy').send
+    params = list(model.params())
+    states = [p.update_rule.state or {} for p in params]
+    arrays = [p.array for p in params] + [array for s in states for array in s.values()]
+    return [send(array) for array in arrays], [p.update_rule.t for p in params]
+
+
+def assert_same(one, other):
+    assert one[1] == other[1] and len(one[0]) == len(other[0])
+    for a, b in zip(one[0], other[0]):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Notes whether each update on a GPU was done in one launch."""
+    done = []
+    update = rmsprop_warmup_gpu.update
+    monkeypatch.setattr(
+        rmsprop_warmup_gpu, 'update', lambda *args: done.append(update(*args)) or done[-1]
+    )
+    return done
+
+
+def trained(update, device, dtype='float32', shapes=SHAPES, prepare=lambda *args: None, n_steps=4):
+    device = chainer.get_device(device)
+    chain = chain_of(shapes, dtype, device)
+    optimizer = RMSpropWarmup(0.1, 0.7, 0.3, weight_decay_rate=0.01)
+    if dtype == 'float16':
+        optimizer.eps = 1e-3
+    optimizer.setup(chain)
+    changes = prepare(optimizer, chain)
+    rng = np.random.RandomState(1)
+    for step in range(n_steps):
+        give_gradients(chain, rng, device)
+        optimizer.lr = 0.1 / (1 + step)
+        optimizer.alpha_rmsprop = 0.3 * (step % 3)
+        if changes:
+            changes(step)
+        update(optimizer)
+    return arrays_of(chain)
+
+
+def different_rules(optimizer, chain):
+    for i, param in enumerate(chain.params()):
+        hyperparam = param.update_rule.hyperparam
+        if i % 3 == 0:
+            hyperparam.weight_decay_rate = 0
+        if i % 4 == 1:
+            hyperparam.lr, hyperparam.mu1 = 0.05, 0.8
+    chain.odd.update_rule.enabled = False
+    return lambda step: chain.long.cleargrad() if step == 2 else None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('prepare', [lambda *args: None, different_rules])
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_one_launch_has_the_bits_of_many_and_of_the_cpu(gpu, at_once, dtype, prepare):
+    ours = trained(RMSpropWarmup.update, gpu, dtype, prepare=prepare)
+    assert at_once == [True] * 3  # the first update makes the states
+    alone = trained(chainer.GradientMethod.update, gpu, dtype, prepare=prepare)
+    assert len(at_once) == 3
+    assert_same(ours, alone)
+    assert_same(ours, trained(RMSpropWarmup.update, '@numpy', dtype, prepare=prepare))
+
+
+@pytest.mark.gpu
+def test_resnet50_is_updated_in_one_launch(gpu, at_once):
+    results = []
+    for update in (RMSpropWarmup.update, chainer.GradientMethod.update):
+        model = ResNet50(1000, 64, 'imagenet', 0)
+        model.to_device(gpu)
+        optimizer = RMSpropWarmup(0.1, 0.5, 0.2, weight_decay_rate=1e-4).setup(model)
+        give_gradients(model, np.random.RandomState(0), gpu)
+        for _ in range(2):
+            count = launches(lambda update=update, optimizer=optimizer: update(optimizer))
+        results.append(arrays_of(model))
+        if count:
+            assert count == ({'launches': 161} if len(results) > 1 else {'launches': 1, 'sent': 1})
+    assert at_once == [True] and len(results[0][0]) == 3 * 161
+    assert_same(*results)
+
+
+def launches(function):
+    """How often the function launched a kernel, sent to the GPU and waited for it, other than 0.
+
+    Empty on a real GPU, which does not count.
+    """
+    counted = getattr(cuda.cupy, 'COUNT', None)
+    before = dict(counted or {})
+    function()
+    kinds = {'h2d': 'sent', 'sync': 'waits', 'memcpy d2d': 'copies'}
+    total = {}
+    for name, n in (counted or {}).items():
+        if name not in ('h2d bytes', 'alloc', 'getitem', 'use', 'event', 'event query', 'dlpack'):
+            kind = kinds.get(name, 'launches')
+            total[kind] = total.get(kind, 0) + n - before.get(name, 0)
+    return {kind: n for kind, n in total.items() if n}
+
+
+@pytest.mark.gpu
+def test_updates_that_the_host_does_not_wait_for(gpu, at_once):
+    """The table of an update in progress is not overwritten by later ones."""
+    shapes = {'a': (1 << 22,), **{f'p{i}': (i,) for i in range(50)}}
+    ours = trained(RMSpropWarmup.update, gpu, shapes=shapes, n_steps=40)
+    assert at_once == [True] * 39
+    assert_same(ours, trained(RMSpropWarmup.update, '@numpy', shapes=shapes, n_steps=40))
+
+
+@pytest.mark.gpu
+def test_the_update_runs_on_the_current_stream(gpu, at_once):
+    stream = cuda.Stream(non_blocking=True)
+    with stream:
+        ours = trained(RMSpropWarmup.update, gpu)
+    stream.synchronize()
+    assert at_once == [True] * 3
+    assert_same(ours, trained(RMSpropWarmup.update, '@numpy'))
+
+
+class OtherRule(RMSpropWarmupRule):
+    pass
+
+
+def other_rule(optimizer, chain):
+    chain.odd.update_rule = OtherRule(optimizer.hyperparam)
+
+
+def hook(optimizer, chain):
+    chain.odd.update_rule.add_hook(lambda rule, param: None, name='nothing')
+
+
+def loss_scale(optimizer, chain):
+    def change(step):
+        chain.odd._loss_scale = 4
+
+    return change
+
+
+def gradient_in_fortran_order(optimizer, chain):
+    def change(step):
+        chain.odd.grad = chain.xp.asfortranarray(chain.odd.grad)
+
+    return change
+
+
+def two_dtypes(optimizer, chain):
+    double = chainer.Parameter(chain.odd.array.astype('float64'))
+    double.update_rule = optimizer.create_update_rule()
+    with chain.init_scope():
+        chain.double = double
+
+
+def two_names(optimizer, chain):
+    with chain.init_scope():
+        chain.other_name = chain.odd
+
+
+def one_array_for_two(optimizer, chain):
+    chain.one.array = chain.number.array.reshape(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    'prepare',
+    [
+        *(other_rule, hook, loss_scale, gradient_in_fortran_order),
+        *(two_dtypes, two_names, one_array_for_two),
+    ],
+)
+def test_what_one_launch_cannot_update_is_updated_one_after_the_other(gpu, at_once, prepare):
+    ours = trained(RMSpropWarmup.update, gpu, prepare=prepare)
+    assert not any(at_once)
+    assert_same(ours, trained(chainer.GradientMethod.update, gpu, prepare=prepare))
+
+
+@pytest.mark.gpu
+def test_float16_is_updated_one_after_the_other(gpu, at_once):
+    ours = trained(RMSpropWarmup.update, gpu, 'float16')
+    assert not at_once
+    assert_same(ours, trained(chainer.GradientMethod.update, gpu, 'float16'))
+
+
+@pytest.mark.gpu
+def test_a_model_of_empty_parameters_is_updated(gpu, at_once):
+    trained(RMSpropWarmup.update, gpu, shapes={'a': (0,), 'b': (0, 3)})
+    assert at_once == [True] * 3
