@@ -6,9 +6,10 @@ in parentheses, such as (S), marks the source of an equation or a number. ``SOUR
 letters.
 """
 
-# This import comes first: without it, Chainer cannot be imported on current NumPy.
-from extensions import numpy_compatibility  # noqa: F401  isort: skip
+# These imports come first: without them, Chainer finds no CUDA of NVIDIA's wheels, and cannot be
+# imported on current NumPy.
 from extensions import cupy_compatibility  # noqa: F401  isort: skip
+from extensions import numpy_compatibility  # noqa: F401  isort: skip
 from extensions import shared_memory  # noqa: F401  isort: skip
 
 from extensions.batch_statistics import AllreduceBatchStatistics, MovingBatchStatistics

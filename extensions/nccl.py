@@ -12,6 +12,7 @@ from chainer.backends import cuda
 from chainermn.communicators import pure_nccl_communicator
 from mpi4py import MPI
 
+from extensions import cupy_compatibility
 from extensions.communicator_base import (
     AVERAGES,
     BROADCASTS,
@@ -22,6 +23,8 @@ from extensions.communicator_base import (
 )
 from extensions.gradients import own_gradients
 from extensions.timing import TimedSteps
+
+cupy_compatibility.mend_kernels()
 
 
 class HalfPrecisionNcclCommunicator(
@@ -184,6 +187,8 @@ class Gpus:
         bus_ids (tuple of str): PCI bus of each GPU that the rank can use; empty without a GPU.
         nccl (int): NCCL's version number, such as 2708 or 22304; 0 without NCCL.
         obstacle (str): Why the rank sees no GPU; None if it sees one.
+        is_expected (bool): Whether the rank has a GPU or CuPy, which its user does not hide. To
+            train on CPUs would then be a surprise.
     """
 
     rank: int
@@ -191,6 +196,7 @@ class Gpus:
     bus_ids: tuple = ()
     nccl: int = 0
     obstacle: str | None = None
+    is_expected: bool = True
 
     def __str__(self):
         return f'rank {self.rank} on {self.host}'
@@ -204,11 +210,16 @@ class Gpus:
         return f'{self.nccl // major}.{self.nccl % major // 100}.{self.nccl % 100}'
 
 
+_NO_NCCL = 'has a GPU, but no NCCL for CuPy'
+
+
 def inspect(rank: int) -> Gpus:
     """Returns the GPUs that this rank sees. Never fails: the result states the obstacle."""
     host = MPI.Get_processor_name()
+    if cupy_compatibility.hidden():
+        return Gpus(rank, host, obstacle=f'has {cupy_compatibility.hidden()}', is_expected=False)
     if not cuda.available:
-        return Gpus(rank, host, obstacle='has no usable GPU or no CuPy')
+        return Gpus(rank, host, obstacle=_why_no_cupy(), is_expected=_has_gpu_or_cupy())
     runtime = cuda.cupy.cuda.runtime
     try:
         n_gpus = runtime.getDeviceCount()
@@ -221,6 +232,19 @@ def inspect(rank: int) -> Gpus:
     if chainermn.nccl._available:
         nccl = min(chainermn.nccl.get_build_version(), chainermn.nccl.get_version())
     return Gpus(rank, host, bus_ids, nccl)
+
+
+def _has_gpu_or_cupy() -> bool:
+    return cupy_compatibility.has_gpu() or cupy_compatibility.has_cupy()
+
+
+def _why_no_cupy() -> str:
+    if cupy_compatibility.has_cupy():
+        reason = ' '.join(str(getattr(cuda, '_resolution_error', '')).split())
+        return f'has a CuPy that fails: {reason}'
+    if cupy_compatibility.has_gpu():
+        return 'has a GPU, but no CuPy: start with EXTRAS=gpu ./run_mpi.sh, which installs it'
+    return 'has no GPU and no CuPy'
 
 
 def choose(name: str, everyone: list[Gpus]) -> tuple[str, str]:
@@ -239,12 +263,13 @@ def choose(name: str, everyone: list[Gpus]) -> tuple[str, str]:
         CommunicatorError: In one of these cases:
             ``name`` is ``pure_nccl``, and a rank has no GPU or no NCCL.
             ``name`` is ``auto``, and only some ranks have both.
+            ``name`` is ``auto``, and a rank has a GPU or CuPy, but cannot use it.
             NCCL is too old, or its version differs between ranks.
     """
     lacking = [s for s in everyone if s.obstacle or not s.nccl]
     why = ''
     if lacking:
-        why = f'{lacking[0]} {lacking[0].obstacle or "has a GPU, but no NCCL for CuPy"}'
+        why = f'{lacking[0]} {lacking[0].obstacle or _NO_NCCL}'
     if lacking and name == 'pure_nccl':
         raise CommunicatorError(
             f'the communicator pure_nccl needs a GPU and NCCL on every rank: {why}. '
@@ -255,6 +280,12 @@ def choose(name: str, everyone: list[Gpus]) -> tuple[str, str]:
         raise CommunicatorError(
             f'some ranks can use NCCL and some cannot: {able} can, but {why}. '
             'Give every rank a GPU, or choose the communicator mpi'
+        )
+    surprised = next((s for s in lacking if s.is_expected), None)
+    if surprised:
+        raise CommunicatorError(
+            f'auto finds no GPU that it can use: {surprised} '
+            f'{surprised.obstacle or _NO_NCCL}. To train on CPUs, choose the communicator mpi'
         )
     if lacking:
         return 'mpi', f'auto: {why}'
