@@ -87,6 +87,34 @@ def mpirun():
 
 
 @pytest.fixture(scope='session')
+def cupy_on_host(tmp_path_factory):
+    """Variables of a process that is to find tests/cupy_on_host and its eight GPUs."""
+    if shutil.which('g++') is None:
+        pytest.skip('needs g++, which compiles the kernels for the host')
+    return {
+        'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests' / 'cupy_on_host')]),
+        'HOST_KERNELS': str(tmp_path_factory.mktemp('kernels')),
+        'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5,6,7',
+    }
+
+
+@pytest.fixture
+def on_host(mpirun, cupy_on_host, tmp_path):
+    """``on_host(n, script, *arguments)`` is mpirun on GPUs that tests/cupy_on_host stands for.
+
+    Returns the CompletedProcess, and each rank's calls of the device, see host_calls.py.
+    """
+
+    def run(n, script, *arguments, **keywords):
+        keywords = {**cupy_on_host, 'HOST_CALLS': str(tmp_path / 'calls'), **keywords}
+        done = mpirun(n, script, *arguments, **keywords)
+        logs = [tmp_path / f'calls.{rank}' for rank in range(n)]
+        return done, [log.read_text().splitlines() if log.exists() else [] for log in logs]
+
+    return run
+
+
+@pytest.fixture(scope='session')
 def root_of_project():
     return ROOT
 

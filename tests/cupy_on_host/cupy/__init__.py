@@ -18,7 +18,8 @@ It cannot show a missing synchronization, the device's own arithmetic (order of 
 operations, cuBLAS, cuDNN), races between threads, the size of its memory, or any speed. The
 promotion of dtypes is that of the NumPy below it.
 
-There are eight GPUs: CUDA_VISIBLE_DEVICES hides some. HOST_NCCL_VERSION sets NCCL's version.
+There are eight GPUs: CUDA_VISIBLE_DEVICES hides some. HOST_NCCL_VERSION sets NCCL's version, and
+HOST_KERNELS the folder of what was compiled.
 """
 
 import functools

@@ -30,7 +30,7 @@ _C_TYPES = {
 @functools.cache
 def _compiled(source):
     """Returns the function ``run`` of a C++ source. Processes share what was compiled."""
-    folder = Path(tempfile.gettempdir(), f'cupy-on-host-{os.getuid()}')
+    folder = Path(os.environ.get('HOST_KERNELS') or f'{tempfile.gettempdir()}/cupy-{os.getuid()}')
     folder.mkdir(mode=0o700, exist_ok=True)
     source = '#include <device.h>\n' + source
     headers = ''.join(path.read_text() for path in sorted(_INCLUDE.rglob('*.*h')))
