@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P)
 
 # The verbs. Jobs start mpiexec. The others run one program, most of them a module of this project.
 jobs=(smoke train preflight)
-programs=(test lint benchmark figures cluster miniature images invariance bundle python)
+programs=(test lint benchmark figures cluster miniature images invariance gpu-check bundle python)
 declare -A module=(
     [benchmark]=reproduce.studies.speed
     [figures]=reproduce.studies.figures
@@ -18,6 +18,7 @@ declare -A module=(
     [miniature]=reproduce.studies.miniature
     [images]=reproduce.studies.image_commands
     [invariance]=reproduce.studies.invariance
+    [gpu-check]=reproduce.studies.gpu_check
     [bundle]=reproduce.job.bundle
 )
 # The names that a verb needs after it. The modules have them too; a test compares the two.
@@ -45,6 +46,7 @@ Measure and look:
   miniature   train a small network without one or the other part of the method
   images      check an image folder, or arrange flat images in class folders; needs a NAME
   invariance  train on 1, 2, 4 and 8 processes, and compare the bits
+  gpu-check   check whether this machine's GPU is right, and how fast it is
 
 Set up:
   bundle      make a folder of wheels, for machines without a network

@@ -204,10 +204,19 @@ class Gpus:
     @property
     def nccl_version(self):
         """The version as text: 22304 is 2.23.4, and 2708 is 2.7.8; - without NCCL."""
-        if not self.nccl:
-            return '-'
-        major = 10000 if self.nccl >= 10000 else 1000
-        return f'{self.nccl // major}.{self.nccl % major // 100}.{self.nccl % 100}'
+        return _text(self.nccl)
+
+
+def _text(number: int) -> str:
+    if not number:
+        return '-'
+    major = 10000 if number >= 10000 else 1000
+    return f'{number // major}.{number % major // 100}.{number % 100}'
+
+
+def version() -> str:
+    """Returns the version of the NCCL that this process has loaded, as text; - without one."""
+    return _text(chainermn.nccl.get_version() if chainermn.nccl._available else 0)
 
 
 _NO_NCCL = 'has a GPU, but no NCCL for CuPy'

@@ -21,7 +21,7 @@ from chainer.backends import cuda
 from chainer.training import extension, triggers
 from mpi4py import MPI
 
-from extensions import device_of, kernels, schedules
+from extensions import device_of, kernels, nccl, schedules
 from extensions.timing import PARTS
 from reproduce.job import mpi_library
 
@@ -55,7 +55,21 @@ def versions() -> dict:
     if cuda.available:
         found['cupy'] = cuda.cupy.__version__
         found['cuda'] = str(cuda.cupy.cuda.runtime.runtimeGetVersion())
+        found['cudnn'] = str(cuda.libcudnn.getVersion()) if cuda.cudnn_enabled else 'none'
+        found['nccl'] = nccl.version()
     return found
+
+
+def gpu(number=0) -> str:
+    """Describes a GPU: its name, compute capability, memory, and the CUDA of its driver."""
+    runtime = cuda.cupy.cuda.runtime
+    properties = runtime.getDeviceProperties(number)
+    driver = runtime.driverGetVersion()
+    return (
+        f'{properties["name"].decode()}, compute capability {properties["major"]}.'
+        f'{properties["minor"]}, {properties["totalGlobalMem"] / 2**30:.0f} GiB, driver for CUDA '
+        f'{driver // 1000}.{driver % 1000 // 10}'
+    )
 
 
 def plan(settings, n_images: int) -> str:
@@ -117,9 +131,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
     """
     s = settings
     device = device_of(comm)
-    device_name = 'CPU'
-    if device.xp is not np:
-        device_name = cuda.cupy.cuda.runtime.getDeviceProperties(device.device.id)['name'].decode()
+    device_name = 'CPU' if device.xp is np else gpu(device.device.id)
     each = s.workers // comm.size
     rows = {
         'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, '

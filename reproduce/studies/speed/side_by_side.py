@@ -13,6 +13,8 @@ import numpy as np
 from reproduce.job import BLAS_THREADS
 from reproduce.job.command_line import reason
 
+_NO_MPIEXEC = 'error: mpiexec does not run: {}; set MPIEXEC= to one that does'
+
 
 def side_by_side(candidates, repeat, synchronize=lambda: None) -> dict:
     """Times functions in the order A B C A B C ..., so that a drifting machine hits all equally.
@@ -99,6 +101,15 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
     Raises:
         SystemExit: There is no such ``mpiexec``.
     """
+    command, environment = job_of(n, arguments, module, hostfile)
+    try:
+        return subprocess.run(command, env=environment, check=False, **options)
+    except OSError as error:
+        sys.exit(_NO_MPIEXEC.format(reason(error)))
+
+
+def job_of(n: int, arguments, module: str, hostfile=None) -> tuple:
+    """Returns the command and the environment with which :func:`start_ranks` starts a job."""
     beside = Path(sys.executable).parent / 'mpiexec'
     mpiexec = os.environ.get('MPIEXEC') or (str(beside) if beside.exists() else 'mpiexec')
     environment = {
@@ -118,8 +129,7 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
             # Open MPI passes on to other hosts only the variables that are named.
             names = (*BLAS_THREADS, 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH')
             on_hosts += [word for name in names if name in environment for word in ('-x', name)]
-        python = [sys.executable, *['-I'] * sys.flags.isolated]  # as run_mpi.sh started this one
-        command = [mpiexec, '-n', str(n), *on_hosts, *python, '-m', module, *arguments]
-        return subprocess.run(command, env=environment, check=False, **options)
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f'error: mpiexec does not run: {reason(error)}; set MPIEXEC= to one that does')
+        sys.exit(_NO_MPIEXEC.format(reason(error)))
+    python = [sys.executable, *['-I'] * sys.flags.isolated]  # as run_mpi.sh started this one
+    return [mpiexec, '-n', str(n), *on_hosts, *python, '-m', module, *arguments], environment

@@ -1,0 +1,398 @@
+"""Is this machine's GPU right, and how fast is it? Answers in less than nine minutes.
+
+./run_mpi.sh gpu-check
+
+It compares what the GPU computes with the CPU, trains a small network to its accuracy, kills and
+resumes a training, and then measures speed. The most valuable steps come first, and each has a
+limit. A row of the table is printed when its step ends. OUT gets the table (table.txt), all
+output (log.txt), and all numbers (gpu_check.json). The exit status is 0 if every step passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from reproduce.job.command_line import Parser, reason
+from reproduce.studies.speed.side_by_side import job_of
+
+_RIGHT, _SPEED = 'reproduce.studies.gpu_check.right', 'reproduce.studies.gpu_check.speed'
+_TOP1 = 0.95  # of the preset smoke
+_LEAST = 10.0  # seconds; with less left, a step does not start
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A part of the check.
+
+    Attributes:
+        name (str): In the table.
+        limit (float): Seconds that it may take.
+        question (str): What it asks, in words.
+        run (callable): Takes this Step and a :class:`Session`. Returns words for the table.
+            Raises :class:`Failed`.
+        needs (str): A package without which the step is left out.
+        environment (dict): Variables that it adds.
+    """
+
+    name: str
+    limit: float
+    question: str
+    run: object
+    needs: str = ''
+    environment: dict = dataclasses.field(default_factory=dict)
+
+
+class Failed(Exception):
+    """A step that failed. The message is for the table."""
+
+
+class Session:
+    """The folder of a check, its log, and the time that is left.
+
+    Attributes:
+        out (Path): The folder of the results.
+        scratch (Path): A folder for what is thrown away.
+        figures (dict): Name of a step to the numbers that it found.
+    """
+
+    def __init__(self, out: Path, scratch: Path, seconds: float):
+        self.out, self.scratch = out, scratch
+        self.figures: dict = {}
+        self._log = open(out / 'log.txt', 'w')  # noqa: SIM115  (until the end)
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until the check must end."""
+        return self._end - time.monotonic()
+
+    def say(self, line: str):
+        print(line, flush=True)
+        with open(self.out / 'table.txt', 'a') as file:
+            file.write(f'{line}\n')
+
+    def job(self, step, n, module, arguments, until=None) -> str:
+        """Runs a job of ``n`` ranks, or kills it. Returns its output.
+
+        Args:
+            step (Step): Its limit and environment count.
+            n (int): Ranks.
+            module (str): Module that they run.
+            arguments (list): Its words.
+            until (callable): The job is killed as soon as this is true. None: it must end itself.
+
+        Raises:
+            Failed: The job took too long, or failed, or ended before ``until``.
+        """
+        command, environment = job_of(n, list(map(str, arguments)), module)
+        return self.command(step, command, environment, until)
+
+    def command(self, step, command, environment=None, until=None) -> str:
+        """Runs a command, as :meth:`job`."""
+        self._log.write(f'\n===== {step.name}: {" ".join(command)}\n')
+        self._log.flush()
+        end = time.monotonic() + min(step.limit, self.left)
+        with tempfile.TemporaryFile('w+', errors='replace') as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**(environment or os.environ), **step.environment},
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None and time.monotonic() < end:
+                    if until and until():
+                        break
+                    time.sleep(0.1)
+                ended = process.poll()
+            finally:
+                _kill(process)
+            output.seek(0)
+            text = output.read()
+        self._log.write(text)
+        self._log.flush()
+        if ended is None and not until:
+            raise Failed(f'was stopped after {step.limit:g} s')
+        if until and ended is not None:
+            raise Failed(f'ended with exit status {ended}, instead of being killed')
+        if ended:
+            raise Failed(_last_line(text) or f'exit status {ended}')
+        return text
+
+
+def _kill(process):
+    """Ends a job: mpiexec ends its ranks when it is asked to, and is killed if it does not."""
+    for signum, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    failures = [line for line in lines if line.startswith(('FAIL', 'error:'))]
+    return (failures or lines or [''])[-1]
+
+
+# ---------------------------------------------------------------- the steps
+
+
+def checks(module, n=1, functions='chainer'):
+    """Returns a step's ``run`` that makes the checks of one of this package's programs."""
+
+    def run(step, session):
+        path = session.scratch / f'{step.name}.json'
+        kind = step.name.split(',')[0]
+        try:
+            session.job(step, n, module, [kind, path, functions])
+        finally:
+            if path.exists():
+                session.figures[step.name] = json.loads(path.read_text())
+        found = session.figures[step.name]
+        return '; '.join(f'{name.replace("_", " ")} {c["words"]}' for name, c in found.items())
+
+    return run
+
+
+def train(*options, folder, overwrite=True):
+    """Returns the words of a training with the digits."""
+    return ['--preset', 'smoke', '--out', folder, *['--overwrite'] * overwrite, *options]
+
+
+def smoke(step, session):
+    folder = session.scratch / 'smoke'
+    session.job(step, 1, 'reproduce.train', train('--workers', 2, folder=folder))
+    summary = json.loads((folder / 'summary.json').read_text())
+    session.figures[step.name] = summary
+    if summary['top1'] < _TOP1:
+        raise Failed(f'top-1 {summary["top1"]:.2%}, less than {_TOP1:.0%}')
+    return f'top-1 {summary["top1"]:.2%}, {summary["images_per_second"]:,.0f} images/s'
+
+
+def resume(step, session):
+    import numpy as np
+
+    options = '--workers', 1, '--epochs', 2
+    whole, parts = session.scratch / 'whole', session.scratch / 'parts'
+    session.job(step, 1, 'reproduce.train', train(*options, folder=whole))
+    session.job(
+        step,
+        1,
+        'reproduce.train',
+        train(*options, folder=parts),
+        until=lambda: any(parts.glob('checkpoints/*.npz')),
+    )
+    resumed = train(*options, '--resume', 'auto', folder=parts, overwrite=False)
+    session.job(step, 1, 'reproduce.train', resumed)
+    with np.load(whole / 'model.npz') as a, np.load(parts / 'model.npz') as b:
+        same = sum(np.array_equal(a[name], b[name]) for name in a.files)
+        n, worst = len(a.files), max(float(abs(a[k] - b[k]).max()) for k in a.files)
+    session.figures[step.name] = {'arrays': n, 'same': same, 'largest difference': worst}
+    words = f'{same} of {n} arrays have the bits of a run that was not killed'
+    if same < n:
+        raise Failed(f'{words}; the others differ by up to {worst:.1e}')
+    return words
+
+
+def tests(step, session):
+    folder = Path(__file__).resolve().parents[3] / 'tests'
+    if not folder.is_dir():
+        return 'left out: the tests are not here'
+    words = f'-m pytest -q -p no:cacheprovider -m gpu {folder}'.split()
+    text = session.command(step, [sys.executable, *words])
+    return _last_line(text).strip('= ')
+
+
+def loading(step, session):
+    options = {
+        'iterations': 8,
+        'image_size': 224,
+        'local_batch_size': 32,
+        'loader': f'processes:{max(1, min(12, (os.cpu_count() or 1) - 2))}',
+        'image_root': None,
+        'width': 64,
+        'stem': 'imagenet',
+        'repeat': 3,
+        'allreduce_grad_dtype': 'float16',
+        'peer': 'chainermn',
+        'result': str(session.scratch / 'loading.json'),
+    }
+    module = 'reproduce.studies.speed.iteration_program'
+    session.job(step, 1, module, [json.dumps(options)])
+    from reproduce.studies.speed.iteration import middle_half
+
+    result = json.loads(Path(options['result']).read_text())
+    rows = {name: middle_half(list(rounds)) for name, rounds in result['seconds'].items()}
+    session.figures[step.name] = rows
+    return '; '.join(
+        f'{name}: {1000 * row["iteration"]:,.0f} ms, data {1000 * row["data"]:.1f}, all but '
+        f'forward + backward {1000 * (row["iteration"] - row["compute"]):.1f}'
+        for name, row in rows.items()
+    )
+
+
+_TF32 = {'NVIDIA_TF32_OVERRIDE': '1'}
+STEPS = (
+    Step('kernels', 60, 'update, images, half precision, counts', checks(_RIGHT)),
+    Step('network', 60, 'ResNet-50 against float64', checks(_RIGHT)),
+    Step('workers', 60, '8 workers on the GPU and on the CPU', checks(_RIGHT)),
+    Step('nccl', 60, 'two ranks on one GPU', checks(_RIGHT, n=2)),
+    Step('memory', 60, 'update and all-reduce against a copy', checks(_SPEED)),
+    Step('iteration', 75, 'images/s by Chainer', checks(_SPEED)),
+    Step(
+        'network, torch',
+        60,
+        'the network by --functions torch',
+        checks(_RIGHT, functions='torch'),
+        'torch',
+    ),
+    Step('iteration, torch', 60, 'images/s by Torch', checks(_SPEED, functions='torch'), 'torch'),
+    Step(
+        'iteration, torch, TF32',
+        60,
+        'the same with 10 bits in products',
+        checks(_SPEED, functions='torch'),
+        'torch',
+        _TF32,
+    ),
+    Step('resume', 120, 'a training that is killed goes on', resume),
+    Step('tests', 120, 'the tests that need a GPU', tests, 'pytest'),
+    Step('smoke', 180, 'a training to its accuracy', smoke),
+    Step('loading', 90, "an iteration with images, and ChainerMN's own way", loading),
+)
+
+
+# ---------------------------------------------------------------- main
+
+
+def parse(argv=None):
+    parser = Parser(prog='./run_mpi.sh gpu-check', description=__doc__)
+    add = parser.add_argument
+    add(
+        '--steps',
+        metavar='NAME[;NAME]',
+        help='make only these steps; their names are in the first column of the table [all]',
+    )
+    add(
+        '--seconds',
+        type=float,
+        default=530,
+        metavar='N',
+        help='stop after N seconds; steps that are not reached are late [%(default)g]',
+    )
+    add(
+        '--out',
+        default='results/gpu-check',
+        metavar='FOLDER',
+        help='write the results to FOLDER [%(default)s]',
+    )
+    options = parser.parse_args(argv)
+    names = [step.name for step in STEPS]
+    wanted = [w.strip() for w in options.steps.split(';')] if options.steps else names
+    for name in wanted:
+        if name not in names:
+            parser.refuse(f'--steps has no {name!r}; the steps are {"; ".join(names)}')
+    if not options.seconds > 0:
+        parser.refuse(f'--seconds must be above 0, not {options.seconds:g}')
+    options.steps = [step for step in STEPS if step.name in wanted]
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.refuse(f'--out {reason(error)}')
+    return options
+
+
+def machine() -> dict:
+    """Describes the machine: the first GPU, its memory, driver, and CUDA's libraries.
+
+    Raises:
+        Failed: No GPU can be used. The message says why.
+    """
+    code = (
+        'import json, extensions; from extensions import nccl; from reproduce.job import report; '
+        'gpus = nccl.inspect(0); print(); print(json.dumps({"obstacle": gpus.obstacle, '
+        '"nccl": gpus.nccl_version, "versions": report.versions(), "gpu": report.gpu()}))'
+    )
+    python = [sys.executable, *['-I'] * sys.flags.isolated]
+    done = subprocess.run([*python, '-c', code], check=False, capture_output=True, text=True)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise Failed(_last_line(done.stderr) or f'exit status {done.returncode}') from None
+    if found.pop('obstacle'):
+        raise Failed(f'this machine {json.loads(done.stdout.splitlines()[-1])["obstacle"]}')
+    return {**found, 'cores': os.cpu_count(), 'system': platform.platform()}
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    out = Path(options.out).resolve()
+    (out / 'table.txt').unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        session = Session(out, Path(scratch), options.seconds)
+        try:
+            about = machine()
+        except Failed as error:
+            print(f'error: no GPU to check: {error}. These steps would have run:', file=sys.stderr)
+            for step in options.steps:
+                print(f'  {step.name:24} {step.question}', file=sys.stderr)
+            return 1
+        session.say(_heading(about))
+        begin, results = time.monotonic(), {}
+        for step in options.steps:
+            state, seconds, words = _attempt(step, session)
+            results[step.name] = {'state': state, 'seconds': seconds, 'words': words}
+            session.say(f'{state:5} {step.name:24} {seconds:4.0f} s  {words}')
+        content = {
+            'date': time.strftime('%Y-%m-%d'),
+            'machine': about,
+            'steps': results,
+            'figures': session.figures,
+        }
+        (out / 'gpu_check.json').write_text(json.dumps(content, indent=1) + '\n')
+        bad = [name for name, result in results.items() if result['state'] not in ('ok', 'skip')]
+        session.say(
+            f'{len(results) - len(bad)} of {len(results)} steps passed in '
+            f'{time.monotonic() - begin:.0f} s' + (f'; not: {"; ".join(bad)}' if bad else '')
+        )
+    print(f'results in {out}: table.txt, log.txt, gpu_check.json')
+    return 1 if bad else 0
+
+
+def _attempt(step, session) -> tuple[str, float, str]:
+    begin = time.monotonic()
+    if step.needs and importlib.util.find_spec(step.needs) is None:
+        return 'skip', 0, f'there is no package {step.needs}'
+    if session.left < _LEAST:
+        return 'late', 0, 'no time left'
+    try:
+        state, words = 'ok', step.run(step, session)
+    except Failed as error:
+        state, words = 'FAIL', str(error)
+    return state, time.monotonic() - begin, re.sub(r'\s+', ' ', words)
+
+
+def _heading(about) -> str:
+    versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
+    return f'{about["gpu"]}; NCCL {about["nccl"]}; {about["cores"]} cores; {versions}'
+
+
+if __name__ == '__main__':
+    sys.exit(main())

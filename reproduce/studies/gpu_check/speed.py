@@ -1,0 +1,143 @@
+"""How fast a GPU is: the programs of the steps that measure.
+
+python -m reproduce.studies.gpu_check.speed STEP FILE FUNCTIONS
+    As reproduce.studies.gpu_check.right.
+"""
+
+from __future__ import annotations
+
+from reproduce.job import start
+
+if __name__ == '__main__':
+    start.before_mpi()
+
+import sys
+import time
+
+import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
+import chainer.functions as F
+import numpy as np
+from chainer.backends import cuda
+from mpi4py import MPI
+
+from extensions.timing import Timer
+from reproduce.job import ranks
+from reproduce.resnet50 import ResNet50
+from reproduce.studies.gpu_check import checks
+from reproduce.studies.gpu_check.right import gpu
+
+N_STREAMS = 7  # of the update: four arrays are read, and three are written
+
+
+def milliseconds(function, n=20, warm=3) -> tuple[float, float, float]:
+    """Times a function.
+
+    Returns:
+        tuple of float: Medians, in milliseconds: of the device, by CUDA's events; of the host until
+            the device is done; and of the host until it has launched everything.
+    """
+    times = []
+    for i in range(warm + n):
+        cuda.Stream.null.synchronize()
+        before, after = cuda.Event(), cuda.Event()
+        begin = time.perf_counter()
+        before.record()
+        function()
+        after.record()
+        launched = time.perf_counter() - begin
+        after.synchronize()
+        whole = time.perf_counter() - begin
+        device = cuda.cupy.cuda.get_elapsed_time(before, after) / 1000
+        if i >= warm:
+            times.append((device, whole, launched))
+    return tuple(1000 * np.median(times, axis=0))
+
+
+def copy() -> dict:
+    """A copy on the device, the measure of memory-bound work."""
+    gpu()
+    source = cuda.cupy.ones(2**28, np.float32)
+    target = cuda.cupy.empty_like(source)
+    device, _, _ = milliseconds(lambda: cuda.cupy.copyto(target, source))
+    return {'GB/s, read and written': 2 * source.nbytes / device / 1e6}
+
+
+def update() -> dict:
+    """The update of ResNet-50's parameters, against a copy of as many bytes."""
+    model = ResNet50(1000, 64, 'imagenet', 0)
+    model.to_device(gpu())
+    for param in model.params():
+        param.grad = cuda.cupy.full_like(param.array, 1e-3)
+    optimizer = extensions.RMSpropWarmup(0.1, 0.5, 0.01).setup(model)
+    device, whole, launched = milliseconds(optimizer.update)
+    n_bytes = N_STREAMS * 4 * model.count_params()
+    half = cuda.cupy.ones(n_bytes // 8, np.float32)
+    other = cuda.cupy.empty_like(half)
+    ideal, _, _ = milliseconds(lambda: cuda.cupy.copyto(other, half))
+    return {'device ms': device, 'copy ms': ideal, 'host ms': whole, 'launches ms': launched}
+
+
+def all_reduce() -> dict:
+    """Pack, NCCL with one rank, division, unpack and the check, on ResNet-50's gradients."""
+    gpu()
+    comm = extensions.create_communicator('pure_nccl', mpi_comm=MPI.COMM_SELF)
+    model = ResNet50(1000, 64, 'imagenet', 0)
+    model.to_device(extensions.device_of(comm))
+    comm.bcast_data(model)
+    for param in model.params():
+        param.grad = cuda.cupy.full_like(param.array, 1e-3)
+    found = {}
+    for check in (True, False):
+        comm.set_config('stop_on_nonfinite', check)
+        _, whole, _ = milliseconds(lambda: comm.multi_node_mean_grad(model))
+        found['ms, checked' if check else 'ms, unchecked'] = whole
+    comm.timer = Timer(on_gpu=True, skip=2)
+    for _ in range(10):
+        with comm.timer('extensions'):
+            comm.multi_node_mean_grad(model)
+        with comm.timer('update'):
+            pass
+    cuda.Stream.null.synchronize()
+    parts, n = comm.timer.take()
+    return {**found, **{f'{k} ms': 1000 * v / n for k, v in parts.items() if v}}
+
+
+def iteration() -> dict:
+    """Forward, backward and update of 32 and of 128 images at 224 pixels, without loading."""
+    model = ResNet50(1000, 64, 'imagenet', 0)
+    model.to_device(gpu())
+    optimizer = extensions.RMSpropWarmup(0.01).setup(model)
+    rng = np.random.RandomState(0)
+    found = {}
+    for n in (32, 128):
+        x = cuda.to_gpu(rng.rand(n, 3, 224, 224).astype(np.float32))
+        t = cuda.to_gpu(rng.randint(0, 1000, n).astype(np.int32))
+
+        def step(x=x, t=t):
+            model.cleargrads()
+            F.softmax_cross_entropy(model(x), t).backward()
+            optimizer.update()
+
+        _, whole, launched = milliseconds(step, 8, 2)
+        found[f'images/s, {n}'] = 1000 * n / whole
+        found[f'host busy, {n}'] = launched / whole
+    found['GiB'] = cuda.cupy.get_default_memory_pool().total_bytes() / 2**30
+    return found
+
+
+STEPS = {
+    'memory': (copy, update, all_reduce),
+    'iteration': (iteration,),
+}
+
+
+def main():
+    step, path, functions = sys.argv[1:]
+    checks.use(functions)
+    failed = checks.run(STEPS[step], path, MPI.COMM_WORLD)
+    if failed:
+        raise ranks.AgreedExit(1)
+
+
+if __name__ == '__main__':
+    ranks.run(main)
