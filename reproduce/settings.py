@@ -17,6 +17,8 @@ from extensions.schedules import FORMS, PAPER_EPOCHS
 from reproduce import images
 from reproduce.baselines import LR_SCHEDULES
 
+FUNCTIONS = ('chainer', 'torch')
+
 
 class InputError(Exception):
     """Settings that cannot be run. The message is one line with the cause and the remedy."""
@@ -144,6 +146,12 @@ class Settings:
         'imagenet',
         'first layers of the network. imagenet: for images of 224 pixels. cifar: for 32 pixels',
         ('imagenet', 'cifar'),
+    )
+    functions: str = _setting(
+        'chainer',
+        'implementation of convolution, batch normalization, ReLU and max pooling. chainer: '
+        "Chainer's own. torch: PyTorch's operators, in float32; needs PyTorch (P)",
+        FUNCTIONS,
     )
 
     train_root: str | None = _setting(

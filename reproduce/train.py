@@ -155,6 +155,7 @@ def main(argv=None):
         return None
     options = settings.communicator_options
     comm = ranks.on_every_rank(mpi, lambda: extensions.create_communicator(mpi_comm=mpi, **options))
+    supervise.choose_functions(mpi, settings, comm)
     train, val = supervise.find_images(mpi, settings)
     trainer, batches = experiment(settings, comm, train, val)
     supervise.run(mpi, comm, settings, argv, trainer, batches)

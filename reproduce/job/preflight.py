@@ -33,7 +33,7 @@ from extensions import nccl, shared_memory
 from extensions.communicator_base import first_few
 from extensions.virtual_workers import workers_of
 from reproduce import dataset, images, loader
-from reproduce.job import agreement, janitor, options, output, ranks, report
+from reproduce.job import agreement, functions, janitor, options, output, ranks, report
 from reproduce.job.watchdog import Watchdog
 from reproduce.listing import DataError, ImageFolder
 from reproduce.order import ImageOrder
@@ -132,6 +132,7 @@ class Preflight:
             self._check('memory', self._memory)
             if self._mpi.allreduce(self._fits, MPI.LAND):
                 self._check('--loader', self._loader)
+                self._check('--functions', self._functions)
                 self._check('a minibatch', self._minibatch)
 
     def position(self):
@@ -146,6 +147,10 @@ class Preflight:
         self._mpi.barrier()
 
     def _versions(self):
+        try:
+            functions.find(self._settings.functions)  # its version is compared, too
+        except InputError as error:
+            self.problems.append(str(error))
         own = agreement.of_host()
         for name, first in self._mpi.bcast(own).items():
             if own.get(name) != first:
@@ -362,6 +367,17 @@ class Preflight:
                 f'the GPU has {total / _GIB:.1f} GiB, but a minibatch needs about '
                 f'{_MARGIN * need / _GIB:.1f} GiB: choose a smaller --local-batch-size'
             )
+
+    def _functions(self):
+        """Chooses --functions for the minibatch.
+
+        The memory was measured with Chainer's own functions, which need more, since only theirs can
+        be measured.
+        """
+        try:
+            functions.use(self._settings.functions, extensions.device_of(self._comm))
+        except InputError as error:
+            self.problems.append(str(error))
 
     def _minibatch(self):
         """Times forward, backward and update, on all ranks at once."""

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from importlib.metadata import version
 
@@ -23,7 +24,7 @@ from mpi4py import MPI
 
 from extensions import device_of, kernels, nccl, schedules
 from extensions.timing import PARTS
-from reproduce.job import mpi_library
+from reproduce.job import functions, mpi_library
 
 _COLUMNS = (  # title, key in the log, format
     ('epoch', 'epoch', '{:>5d}'),
@@ -57,6 +58,8 @@ def versions() -> dict:
         found['cuda'] = str(cuda.cupy.cuda.runtime.runtimeGetVersion())
         found['cudnn'] = str(cuda.libcudnn.getVersion()) if cuda.cudnn_enabled else 'none'
         found['nccl'] = nccl.version()
+    if 'extensions.torch_functions' in sys.modules:  # imported only for --functions torch
+        found['torch'] = version('torch')
     return found
 
 
@@ -143,6 +146,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         'all-reduce': all_reduce_of(comm, s),
         'update': f'RMSpropWarmup, {"; ".join(_with_ranks(arithmetic))}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
+        'functions': functions.description(s.functions),
         'training': f'{len(train):,} images in {train.root}',
         'validation': f'{len(val):,} images in {val.root}',
         'classes': f'{len(train.classes):,}',

@@ -9,7 +9,7 @@ import chainer
 from chainer.training import extensions as chainer_extensions
 
 from reproduce import dataset
-from reproduce.job import agreement, janitor, options, output, ranks, report
+from reproduce.job import agreement, functions, janitor, options, output, ranks, report
 from reproduce.job.watchdog import Watchdog
 from reproduce.listing import ImageFolder
 
@@ -38,6 +38,18 @@ def _print_plan(settings):
     n_images = dataset.count_images(settings)
     dataset.check_total_batch(settings, n_images)
     print(report.plan(settings, n_images))
+
+
+def choose_functions(mpi, settings, comm):
+    """Makes every rank compute by the implementation that --functions names.
+
+    Args:
+        mpi (mpi4py.MPI.Comm): The ranks.
+        settings (Settings): Settings of the run.
+        comm (~chainermn.CommunicatorBase): The communicator of the same ranks.
+    """
+    device = extensions.device_of(comm)
+    ranks.on_every_rank(mpi, lambda: functions.use(settings.functions, device))
 
 
 def find_images(mpi, settings):

@@ -1,0 +1,60 @@
+"""The implementation of Chainer's functions that --functions names."""
+
+from __future__ import annotations
+
+import sys
+
+from reproduce.settings import InputError
+
+
+def find(name: str):
+    """Imports the implementation, which ``'chainer'`` needs not.
+
+    Args:
+        name (str): The setting ``functions``.
+
+    Returns:
+        module: The module of extensions/ that has it; None for Chainer's own.
+
+    Raises:
+        InputError: A package cannot be imported.
+    """
+    if name == 'chainer':
+        return None
+    try:
+        from extensions import torch_functions
+    except (ImportError, OSError) as error:  # OSError: a library that Torch loads
+        reason = ' '.join(str(error).split())
+        raise InputError(
+            f'--functions {name}: {sys.executable} cannot import PyTorch: {reason}; install it, '
+            'as hostfiles/README.md shows, or take --functions chainer'
+        ) from error
+    return torch_functions
+
+
+def use(name: str, device):
+    """Makes this process compute by the implementation, on a device.
+
+    Args:
+        name (str): The setting ``functions``.
+        device (~chainer.backend.Device): Where the model will be.
+
+    Raises:
+        InputError: The implementation cannot be imported, or cannot compute on the device.
+    """
+    module = find(name)
+    if module is None:
+        return
+    try:
+        module.enable(device)
+    except module.UnusableTorchError as error:
+        raise InputError(
+            f'--functions {name}: {error}; install a PyTorch for this device, or take '
+            '--functions chainer'
+        ) from error
+
+
+def description(name: str) -> str:
+    """Returns the implementation with its version, after :func:`use`."""
+    module = find(name)
+    return "Chainer's own" if module is None else module.description()
