@@ -24,11 +24,10 @@ HOST_KERNELS the folder of what was compiled.
 
 import sys
 
-from cupy import cuda  # noqa: F401
-from cupy._array import ndarray, operation  # noqa: F401
+from cupy import _array, _names, cuda  # noqa: F401
+from cupy._array import ndarray  # noqa: F401
 from cupy._functions import *  # no function here: any, all and max are CuPy's
 from cupy._kernels import ElementwiseKernel, RawKernel, ReductionKernel  # noqa: F401
-from cupy._names import complete
 
 __version__ = '14.2.0'
-complete(sys.modules['cupy'], 'cupy', operation)
+_names.complete(sys.modules['cupy'], 'cupy', _array.operation)
