@@ -62,6 +62,8 @@ class _Parameter:
 
     def check(self, arg, types):
         """Notes the type that a letter stands for, or that an array is of another."""
+        if isinstance(arg, np.ndarray):
+            raise TypeError(f'Unsupported type {type(arg)}')
         if isinstance(arg, ndarray):
             wanted = self.type if self.type in _C_TYPES else types.setdefault(self.type, arg.dtype)
             if arg.dtype != wanted:
@@ -81,8 +83,6 @@ class _Parameter:
         if isinstance(arg, ndarray):
             host = unwrap(arg)
             return np.ascontiguousarray(host if self.raw else np.broadcast_to(host, shape))
-        if isinstance(arg, np.ndarray):
-            raise TypeError(f'Unsupported type {type(arg)}')
         return np.array(arg).astype(self.dtype(types))
 
 

@@ -3,16 +3,15 @@
 import sys
 
 import numpy as np
-from cupy._array import apply
-from cupy._names import complete
+from cupy import _array, _names
 
 
 def rsqrt(x, dtype=None):
-    return apply('rsqrt', lambda host: (1 / np.sqrt(host)).astype(dtype or host.dtype), x)
+    return _array.apply('rsqrt', lambda host: (1 / np.sqrt(host)).astype(dtype or host.dtype), x)
 
 
 def scatter_add(a, slices, value):
-    apply('scatter_add', np.add.at, a, slices, value)
+    _array.apply('scatter_add', np.add.at, a, slices, value)
 
 
-complete(sys.modules['cupyx'], 'cupyx')
+_names.complete(sys.modules['cupyx'], 'cupyx')

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from host_calls import record
 
-from cupy._names import complete
+from cupy import _names
 from cupy.cuda import cublas, nccl, runtime  # noqa: F401
 
 
@@ -139,5 +139,5 @@ def is_available():
 
 
 for _target in (Device, Event, MemoryPointer, Stream):
-    complete(_target, f'cupy.cuda.{_target.__name__}')
-complete(sys.modules['cupy.cuda'], 'cupy.cuda')
+    _names.complete(_target, f'cupy.cuda.{_target.__name__}')
+_names.complete(sys.modules['cupy.cuda'], 'cupy.cuda')

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from host_calls import record
 
-from cupy._names import complete
+from cupy import _names
 from cupy.cuda import runtime
 
 NCCL_SUM = 0
@@ -73,4 +73,4 @@ def _array(pointer, count, datatype):
     return np.frombuffer(memory, dtype)
 
 
-complete(sys.modules['cupy.cuda.nccl'], 'cupy.cuda.nccl')
+_names.complete(sys.modules['cupy.cuda.nccl'], 'cupy.cuda.nccl')

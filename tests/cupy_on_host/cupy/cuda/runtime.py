@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 
-from cupy._names import complete
+from cupy import _names
 
 _current = threading.local()  # each thread has a current GPU
 _first_process = []
@@ -71,4 +71,4 @@ def runtimeGetVersion():
 
 driverGetVersion = runtimeGetVersion
 
-complete(sys.modules['cupy.cuda.runtime'], 'cupy.cuda.runtime')
+_names.complete(sys.modules['cupy.cuda.runtime'], 'cupy.cuda.runtime')
