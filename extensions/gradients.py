@@ -39,6 +39,27 @@ def own_gradients(params):
         _copy(owners[i])
 
 
+def joined_gradients(params):
+    """Returns copies of all gradients in one array, one after the other.
+
+    On a GPU, CuPy copies many gradients with one kernel.
+
+    Args:
+        params (list of ~chainer.Parameter): Have gradients, all on one device.
+    """
+    device = params[0].device
+    with chainer.using_device(device):
+        return device.xp.concatenate([param.grad.ravel() for param in params])
+
+
+def parts_of(array, params):
+    """Yields each parameter's part of the array, as a view in the parameter's shape."""
+    start = 0
+    for param in params:
+        yield array[start : start + param.size].reshape(param.shape)
+        start += param.size
+
+
 def _copy(param):
     # CuPy copies on the current device.
     with chainer.using_device(param.device):

@@ -21,7 +21,7 @@ from extensions.communicator_base import (
     params_with_grad,
     sorted_params,
 )
-from extensions.gradients import own_gradients
+from extensions.gradients import joined_gradients, own_gradients, parts_of
 from extensions.timing import TimedSteps
 
 cupy_compatibility.mend_kernels()
@@ -76,10 +76,10 @@ class HalfPrecisionNcclCommunicator(
             ValueError: On every rank: two ranks have gradients of different parameters or shapes.
             NonFiniteGradients: On every rank: the mean is infinite or NaN.
         """
-        params, error = [], None
+        params, every, scaled, error = [], [], [], None
         try:
             params = params_with_grad(model, zero_fill)
-            every = self._scaled_gradients(params)
+            every, scaled = self._scaled_gradients(params)
         except Exception as its_error:  # noqa: BLE001  (raised on every rank)
             error = its_error
         self.agree(AVERAGES, [(name, param.shape) for name, param in params], error=error)
@@ -87,25 +87,30 @@ class HalfPrecisionNcclCommunicator(
             return  # CUDA has no kernel of no element
         super().multi_node_mean_grad(model, zero_fill)
         if self.gradient_scale != 1:
+            for gradients in scaled:
+                gradients *= gradients.dtype.type(1 / self.gradient_scale)
             for param in every:
-                _multiply(param, 1 / self.gradient_scale)
                 if param.grad.dtype != param.dtype:
                     param.grad = param.grad.astype(param.dtype)
         if self.stop_on_nonfinite:
             self._check_mean(params)
 
     def _scaled_gradients(self, params):
-        """Returns each parameter once, with a gradient of its own, multiplied by the scale."""
+        """Gives each parameter a gradient of its own, multiplied by the scale.
+
+        Returns:
+            tuple: Each parameter once, and the arrays whose parts are the gradients; without a
+                scale, there are none.
+        """
         every = list({id(param): param for _, param in params}.values())  # one may have two names
         for param in every:
             if param.grad is None:
                 with chainer.using_device(param.device):
                     param.grad = param.device.xp.zeros_like(param.array)
-        own_gradients(every)
-        if self.gradient_scale != 1:
-            for param in every:
-                _multiply(param, self.gradient_scale)
-        return every
+        if self.gradient_scale == 1:
+            own_gradients(every)
+            return every, []
+        return every, _multiplied(every, self.gradient_scale)
 
     def _multi_node_mean_grad_async(self, model, zero_fill, stream):
         if stream != cuda.Stream.null:  # double buffering
@@ -139,14 +144,23 @@ class HalfPrecisionNcclCommunicator(
         self.raise_nonfinite(names, own)
 
 
-def _multiply(param, factor):
-    """Multiplies the gradient in float32, in place unless it is float16."""
-    grad = param.grad
-    dtype = np.promote_types(grad.dtype, np.float32)
-    if grad.dtype == dtype:
-        grad *= dtype.type(factor)
-    else:  # Chainer's setter refuses a gradient of another dtype
-        param._set_grad_without_check(grad.astype(dtype) * dtype.type(factor))
+def _multiplied(params, factor):
+    """Makes the gradients parts of few arrays, multiplied in float32 or float64, which it returns.
+
+    One array for each dtype takes one kernel, where each gradient would take one.
+    """
+    groups: dict = {}
+    for param in params:
+        groups.setdefault(np.promote_types(param.grad.dtype, np.float32), []).append(param)
+    arrays = []
+    for dtype, group in groups.items():
+        with chainer.using_device(group[0].device):
+            array = joined_gradients(group).astype(dtype, copy=False)
+            array *= dtype.type(factor)
+        for param, part in zip(group, parts_of(array, group)):
+            param._set_grad_without_check(part)  # the setter refuses another dtype
+        arrays.append(array)
+    return arrays
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from chainer import reporter, training
 from chainer.training import extension
 
 from extensions.communicator_base import NonFiniteGradients
+from extensions.gradients import joined_gradients, parts_of
 from extensions.timing import untimed
 
 
@@ -298,22 +299,31 @@ class _LocalMean:
         self._n_workers = n_workers
         self._dtype = getattr(comm, 'allreduce_grad_dtype', None) or np.dtype(np.float32)
         self._scale = getattr(comm, 'gradient_scale', 1)
-        self._sums = {}
+        self.discard()
+
+    def discard(self):
+        self._names = []  # of the first worker's gradients
+        self._sum = None  # float32, of these gradients, one after the other
         self._counts = collections.Counter()
 
     def add_grad(self, model):
         if self._n_workers == 1:
             return
-        for name, param in model.namedparams():
-            if param.grad is not None:
-                grad = param.grad if self._scale == 1 else param.grad * self._scale
-                rounded = grad.astype(self._dtype).astype(np.float32)
-                self._sums[name] = self._sums[name] + rounded if name in self._sums else rounded
-                self._counts[name] += 1
+        names, params = zip(*((n, p) for n, p in model.namedparams() if p.grad is not None))
+        self._counts.update(names)
+        if self._sum is None:
+            self._names, self._sum = names, self._rounded(params)
+        elif self._names == names:
+            self._sum += self._rounded(params)
 
-    def discard(self):
-        self._sums.clear()
-        self._counts.clear()
+    def _rounded(self, params):
+        """Returns the gradients one after the other. On a GPU, a few kernels process them all."""
+        with chainer.using_device(params[0].device):
+            gradients = joined_gradients(params)
+            if self._scale != 1:
+                gradients *= self._scale
+            rounded = gradients.astype(self._dtype, copy=False)
+            return rounded.astype(np.float32, copy=False)
 
     def mean_grad(self, model):
         differing = sorted(n for n, count in self._counts.items() if count != self._n_workers)
@@ -322,11 +332,17 @@ class _LocalMean:
                 f'the workers of rank {self._comm.rank} have gradients of different parameters: '
                 + ', '.join(differing)
             )
-        for name, param in model.namedparams():
-            if name in self._sums:
-                param.grad[...] = self._sums[name] / (self._n_workers * self._scale)
+        if self._names:
+            params = dict(model.namedparams())
+            self._give_mean([params[name] for name in self._names])
         self.discard()
         self._comm.multi_node_mean_grad(model)
+
+    def _give_mean(self, params):
+        with chainer.using_device(params[0].device):
+            mean = self._sum / (self._n_workers * self._scale)
+            for param, part in zip(params, parts_of(mean, params)):
+                param.grad = part.astype(param.dtype, copy=False)
 
 
 class MeanTrainingLoss(training.Extension):

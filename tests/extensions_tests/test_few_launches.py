@@ -4,6 +4,8 @@ The tests marked "gpu" run on a GPU, and without one on the CuPy of host memory,
 launches and the host's waits.
 """
 
+import collections
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,16 +14,34 @@ import chainer
 import numpy as np
 import pytest
 from chainer.backends import cuda
+from mpi4py import MPI
 
-from extensions import RMSpropWarmup, RMSpropWarmupRule, rmsprop_warmup_gpu
+from extensions import (
+    AllreduceBatchStatistics,
+    RMSpropWarmup,
+    RMSpropWarmupRule,
+    VirtualWorkersUpdater,
+    create_communicator,
+    rmsprop_warmup_gpu,
+)
+from extensions.virtual_workers import _LocalMean
 from reproduce.resnet50 import ResNet50
 
 CUPY_ON_HOST = 'tests/cupy_on_host'
 
 SHAPES = {
-    **{'none': (0,), 'empty': (3, 0, 2), 'number': (), 'one': (1,), 'odd': (3, 5, 7)},
-    **{f'near_{n}': (n,) for n in (2047, 2048, 2049, 4096)},
-    **{'convolution': (64, 3, 7, 7), 'long': (100_003,), 'last_empty': (0,)},
+    'none': (0,),
+    'empty': (3, 0, 2),
+    'number': (),
+    'one': (1,),
+    'odd': (3, 5, 7),
+    'block': (2048,),
+    'less': (2047,),
+    'more': (2049,),
+    'blocks': (4096,),
+    'convolution': (64, 3, 7, 7),
+    'long': (100_003,),
+    'last': (0,),
 }
 
 
@@ -143,21 +163,25 @@ def test_resnet50_is_updated_in_one_launch(gpu, at_once):
     assert_same(*results)
 
 
-def launches(function):
-    """How often the function launched a kernel, sent to the GPU and waited for it, other than 0.
+def counted():
+    """How often kernels were launched, arrays sent to the GPU, copied there and waited for.
 
     Empty on a real GPU, which does not count.
     """
-    counted = getattr(cuda.cupy, 'COUNT', None)
-    before = dict(counted or {})
-    function()
     kinds = {'h2d': 'sent', 'sync': 'waits', 'memcpy d2d': 'copies'}
-    total = {}
-    for name, n in (counted or {}).items():
-        if name not in ('h2d bytes', 'alloc', 'getitem', 'use', 'event', 'event query', 'dlpack'):
-            kind = kinds.get(name, 'launches')
-            total[kind] = total.get(kind, 0) + n - before.get(name, 0)
-    return {kind: n for kind, n in total.items() if n}
+    others = ('h2d bytes', 'alloc', 'getitem', 'use', 'event', 'event query', 'dlpack')
+    total = collections.Counter()
+    for name, n in getattr(cuda.cupy, 'COUNT', {}).items():
+        if name not in others:
+            total[kinds.get(name, 'launches')] += n
+    return total
+
+
+def launches(function):
+    """What a call of the function counted."""
+    before = counted()
+    function()
+    return dict(counted() - before)
 
 
 @pytest.mark.gpu
@@ -246,3 +270,127 @@ def test_float16_is_updated_one_after_the_other(gpu, at_once):
 def test_a_model_of_empty_parameters_is_updated(gpu, at_once):
     trained(RMSpropWarmup.update, gpu, shapes={'a': (0,), 'b': (0, 3)})
     assert at_once == [True] * 3
+
+
+# --- Several workers in one process, and a scale of the gradients ---------------------------------
+
+
+class OneProcess:
+    """A communicator of one rank, as far as the sum over a process's own workers goes."""
+
+    rank, size = 0, 1
+
+    def __init__(self, dtype, scale):
+        self.allreduce_grad_dtype, self.gradient_scale = np.dtype(dtype), scale
+
+    def multi_node_mean_grad(self, model):
+        pass
+
+
+def mean_by_parameter(gradients, dtype, scale):
+    """Each gradient rounded and added on its own."""
+    rounded = [(g.reshape(-1) * scale).astype(dtype).astype(np.float32) for g in gradients]
+    total = rounded[0]
+    for each in rounded[1:]:
+        total = total + each
+    mean = total / (len(gradients) * scale)
+    return mean.astype(gradients[0].dtype).reshape(gradients[0].shape)
+
+
+@pytest.mark.parametrize('device', ['@numpy', pytest.param('@cupy:0', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('scale', [1, 2.0**12])
+@pytest.mark.parametrize('wire', ['float16', 'float32', 'float64'])
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+def test_workers_of_a_process_are_rounded_and_added_as_one_by_one(
+    request, device, dtype, wire, scale
+):
+    if device != '@numpy':
+        request.getfixturevalue('gpu')
+    device = chainer.get_device(device)
+    chain = chain_of(SHAPES, dtype, device)
+    with chain.init_scope():
+        chain.other_name = chain.odd
+        chain.never = chainer.Parameter(np.ones(3, dtype))
+    chain.never.to_device(device)
+    local = _LocalMean(OneProcess(wire, scale), 3)
+    rng = np.random.RandomState(0)
+    for _ in range(2):  # iterations
+        given = collections.defaultdict(list)
+        for _ in range(3):  # workers
+            give_gradients(chain, rng, device)
+            chain.odd.grad = device.xp.asfortranarray(chain.odd.grad)
+            chain.never.cleargrad()
+            for name, param in chain.namedparams():
+                if param.grad is not None:
+                    given[name].append(param.grad.copy())
+            local.add_grad(chain)
+        local.mean_grad(chain)
+        send = chainer.get_device('@numpy').send
+        for name, param in chain.namedparams():
+            if name != '/never':
+                expected = mean_by_parameter(given[name], wire, scale)
+                assert param.grad.dtype == expected.dtype
+                np.testing.assert_array_equal(send(param.grad), send(expected), name)
+        assert chain.never.grad is None
+
+
+class Parts:
+    """A timer that counts instead."""
+
+    def __init__(self):
+        self.counts, self.open = collections.defaultdict(collections.Counter), []
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        before = counted()
+        self.open.append(collections.Counter())
+        yield
+        whole, inner = counted() - before, self.open.pop()
+        self.counts[part] += whole - inner
+        if self.open:
+            self.open[-1] += whole
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('scale', [1, 2.0**8])
+@pytest.mark.parametrize('n_workers', [1, 4])
+def test_launches_and_waits_of_an_iteration_of_resnet50(gpu, n_workers, scale):
+    comm = create_communicator('pure_nccl', mpi_comm=MPI.COMM_SELF, gradient_scale=scale)
+    model = ResNet50(10, 8, 'cifar', 0)
+    model.to_device(gpu)
+    comm.bcast_data(model)
+    rng = np.random.RandomState(0)
+    x = gpu.send(rng.standard_normal((2, 3, 32, 32)).astype(np.float32))
+    t = gpu.send(np.array([3, 7], np.int32))
+    updater = VirtualWorkersUpdater(
+        lambda iteration, worker: (x, t),
+        RMSpropWarmup(0.1, 0.5, 0.2).setup(model),
+        lambda x, t: chainer.functions.softmax_cross_entropy(model(x), t),
+        comm,
+        n_workers,
+        (2 * n_workers, 100),
+        batch_statistics=AllreduceBatchStatistics(model, comm),
+    )
+    updater.losses = []
+    updater.update()  # makes the optimizer's state
+    updater.timer = comm.timer = parts = Parts()
+    with parts('others'):
+        updater.update()
+    counts = {part: dict(count) for part, count in parts.counts.items()}
+    del counts['forward_backward']  # Chainer's
+    if hasattr(cuda.cupy, 'COUNT'):
+        launched = {part: count.get('launches', 0) for part, count in counts.items()}
+        several, scaled = n_workers > 1, scale != 1
+        assert launched == {
+            # For each worker the gradients join, are scaled, rounded, widened and added; the first
+            # one's are not added. At the end the communicator scales, joins and packs.
+            'pack': 2 + several * (n_workers * (4 + scaled) - 1),
+            # The scale, NCCL, two divisions, the check.
+            'allreduce': 4 + several + 3 * scaled,
+            'update': 1,
+            # The batch statistics of each worker; the losses.
+            'others': 1 + several * (3 * n_workers - 1),
+            'data': 0,
+        }, launched
+        assert sum(count.get('waits', 0) for count in counts.values()) == 1
+        assert counts['update'] == {'launches': 1, 'sent': 1}
