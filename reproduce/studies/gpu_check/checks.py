@@ -7,9 +7,6 @@ import time
 import traceback
 from pathlib import Path
 
-import extensions  # noqa: F401  isort: skip  (first: makes Chainer importable on NumPy 2)
-import chainer
-
 
 class Failed(Exception):
     """A check whose result is wrong. The message tells the value."""
@@ -19,14 +16,6 @@ def require(condition, message: str):
     """Raises :class:`Failed` unless the condition holds."""
     if not condition:
         raise Failed(message)
-
-
-def use(functions: str):
-    """Lets Chainer or Torch compute the network's functions."""
-    if functions == 'torch':
-        from extensions import torch_functions
-
-        torch_functions.enable(chainer.get_device('@cupy:0'))
 
 
 def run(functions, path: str, mpi_comm) -> list[str]:

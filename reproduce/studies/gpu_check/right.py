@@ -28,7 +28,7 @@ from mpi4py import MPI
 from extensions import nccl
 from extensions.timing import Timer
 from reproduce import dataset, images, settings
-from reproduce.job import ranks
+from reproduce.job import functions, ranks
 from reproduce.resnet50 import ResNet50
 from reproduce.studies.gpu_check import checks
 from reproduce.train import experiment
@@ -327,8 +327,8 @@ STEPS = {
 
 
 def main():
-    step, path, functions = sys.argv[1:]
-    checks.use(functions)
+    step, path, implementation = sys.argv[1:]
+    ranks.on_every_rank(MPI.COMM_WORLD, lambda: functions.use(implementation, gpu()))
     if step == 'nccl':
         os.environ['NCCL_HOSTID'] = f'pretended-{MPI.COMM_WORLD.rank}'
         os.environ.setdefault('NCCL_SOCKET_IFNAME', 'lo')

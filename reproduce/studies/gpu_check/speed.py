@@ -21,7 +21,7 @@ from chainer.backends import cuda
 from mpi4py import MPI
 
 from extensions.timing import Timer
-from reproduce.job import ranks
+from reproduce.job import functions, ranks
 from reproduce.resnet50 import ResNet50
 from reproduce.studies.gpu_check import checks
 from reproduce.studies.gpu_check.right import gpu
@@ -132,8 +132,8 @@ STEPS = {
 
 
 def main():
-    step, path, functions = sys.argv[1:]
-    checks.use(functions)
+    step, path, implementation = sys.argv[1:]
+    ranks.on_every_rank(MPI.COMM_WORLD, lambda: functions.use(implementation, gpu()))
     failed = checks.run(STEPS[step], path, MPI.COMM_WORLD)
     if failed:
         raise ranks.AgreedExit(1)
