@@ -250,7 +250,7 @@ def loading(step, session):
 
 _TF32 = {'NVIDIA_TF32_OVERRIDE': '1'}
 STEPS = (
-    Step('kernels', 60, 'update, images, half precision, counts', checks(_RIGHT)),
+    Step('kernels', 100, 'update, images, half precision, counts', checks(_RIGHT)),
     Step('network', 60, 'ResNet-50 against float64', checks(_RIGHT)),
     Step('workers', 60, '8 workers on the GPU and on the CPU', checks(_RIGHT)),
     Step('nccl', 60, 'two ranks on one GPU', checks(_RIGHT, n=2)),
@@ -327,17 +327,14 @@ def machine() -> dict:
     """
     code = (
         'import json, extensions; from extensions import nccl; from reproduce.job import report; '
-        'gpus = nccl.inspect(0); print(); print(json.dumps({"obstacle": gpus.obstacle, '
-        '"nccl": gpus.nccl_version, "versions": report.versions(), "gpu": report.gpu()}))'
+        'gpus = nccl.inspect(0); gpus.obstacle or print("\\n" + json.dumps({"gpu": report.gpu(), '
+        '"versions": report.versions()})); raise SystemExit(gpus.obstacle)'
     )
     python = [sys.executable, *['-I'] * sys.flags.isolated]
     done = subprocess.run([*python, '-c', code], check=False, capture_output=True, text=True)
-    try:
-        found = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        raise Failed(_last_line(done.stderr) or f'exit status {done.returncode}') from None
-    if found.pop('obstacle'):
-        raise Failed(f'this machine {json.loads(done.stdout.splitlines()[-1])["obstacle"]}')
+    if done.returncode:
+        raise Failed(_last_line(done.stderr) or f'exit status {done.returncode}')
+    found = json.loads(done.stdout.splitlines()[-1])
     return {**found, 'cores': os.cpu_count(), 'system': platform.platform()}
 
 
@@ -350,7 +347,7 @@ def main(argv=None) -> int:
         try:
             about = machine()
         except Failed as error:
-            print(f'error: no GPU to check: {error}. These steps would have run:', file=sys.stderr)
+            print(f'error: this machine {error}. These steps would have run:', file=sys.stderr)
             for step in options.steps:
                 print(f'  {step.name:24} {step.question}', file=sys.stderr)
             return 1
@@ -391,7 +388,7 @@ def _attempt(step, session) -> tuple[str, float, str]:
 
 def _heading(about) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
-    return f'{about["gpu"]}; NCCL {about["nccl"]}; {about["cores"]} cores; {versions}'
+    return f'{about["gpu"]}; {about["cores"]} cores; {versions}'
 
 
 if __name__ == '__main__':
