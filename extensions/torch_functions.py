@@ -6,8 +6,8 @@ cuDNN's, which CuPy 14 has no binding of; on a CPU they are oneDNN's. Arrays and
 memory in both directions (NumPy's interface, and DLPack on GPUs).
 
 All that Torch does not compute in the same way stays Chainer's: arrays of other types than float32,
-empty arrays, ``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), BN of one value per
-channel, whose unbiased variance Torch makes NaN, and fixed BN that is differentiated.
+``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), BN of one value per channel, where
+Torch's unbiased variance is NaN, and fixed BN that is differentiated.
 
 The module imports Torch. It needs Torch 2, and on GPUs ``cupy.from_dlpack``. Both libraries use
 CUDA's default stream, as Chainer does: nothing waits, and arrays must not be used on other streams.
@@ -118,11 +118,11 @@ def _or_chainers(forward, original):
 
 
 def _fits(node, arrays) -> bool:
-    """Whether all arrays are float32 of one library, not empty, and in Chainer's own layout."""
+    """Whether all arrays are float32, of one library, and in Chainer's own layout."""
     kind = type(arrays[0])
     return (
         kind in (np.ndarray, cuda.ndarray)
-        and all(type(a) is kind and a.dtype == _FLOAT32 and a.size for a in arrays)
+        and all(type(a) is kind and a.dtype == _FLOAT32 for a in arrays)
         and all(layout is None for layout in node.input_layouts)
     )
 

@@ -7,6 +7,7 @@ import types
 import warnings
 import weakref
 
+import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -204,6 +205,33 @@ def test_the_whole_network(calls):
         np.testing.assert_allclose(variance, expected_variances[name], rtol=1e-5, atol=0)
 
 
+def test_a_training_of_a_few_iterations(calls):
+    """From equal parameters the losses agree to rounding, which the training enlarges."""
+    rng = np.random.RandomState(0)
+    x = rng.randn(5, 8, 3, 64, 64).astype(np.float32)
+    t = rng.randint(0, 10, (5, 8)).astype(np.int32)
+
+    def train():
+        model = ResNet50(10, 8, seed=1)
+        optimizer = extensions.RMSpropWarmup(0.01).setup(model)
+        losses = []
+        for images, labels in zip(x, t):
+            model.cleargrads()
+            loss = F.softmax_cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.update()
+            losses.append(float(loss.array))
+        return losses
+
+    losses = train()
+    assert calls.count('convolution') == 5 * 53
+    functions.disable()
+    expected = train()
+    errors = abs(np.array(losses) / expected - 1)
+    assert errors[0] < 1e-6 and errors.max() < 1e-5, errors
+    assert max(expected) - min(expected) > 0.05
+
+
 # ---------------------------------------------------------------- convolution
 
 
@@ -341,6 +369,7 @@ def test_other_types_are_chainers(dtype, calls):
         (lambda x: F.max_pooling_2d(x, 2, cover_all=False, return_indices=True)[0], (2, 3, 8, 8)),
         (lambda x: F.convolution_2d(x, x[:, :, :2, :2], stride=2, cover_all=True), (3, 3, 7, 7)),
         (lambda x: F.batch_normalization(x, x[0, 0], x[0, 0], axis=(0, 1)), (4, 3, 2, 5)),
+        (lambda x: F.batch_normalization(x, *2 * [x[:, 0, 0, 0]], axis=(1, 2, 3)), (4, 4, 2, 5)),
         (lambda x: F.batch_normalization(x, x[0], x[0]), (4, 3)),
     ],
 )
@@ -353,9 +382,27 @@ def test_what_torch_computes_otherwise_is_chainers(function, shape, calls):
     assert calls == []
 
 
-def test_no_images():
-    x, W = np.zeros((0, 4, 5, 5), np.float32), arrays((6, 4, 3, 3))[0]
-    assert F.relu(F.convolution_2d(x, W, pad=1)).shape == (0, 6, 5, 5)
+def test_weights_of_another_type_are_chainers(calls):
+    gy, x, W = arrays((2, 5, 4, 4), (2, 4, 4, 4), (5, 4, 3, 3))
+    y, gx, gW = with_gradients(convolution(pad=1))(gy, x, W.astype(np.float16))
+    assert (y.dtype, gx.dtype, gW.dtype) == (np.float32, np.float32, np.float16)
+    assert calls == []
+
+
+def test_layouts_of_cudnn_are_chainers():
+    x, W = arrays((2, 4, 5, 5), (5, 4, 3, 3))
+    node = convolution_2d.Convolution2DFunction()
+    node._input_layouts = (1, 2)
+    assert functions._convolution(node, (x, W)) is NotImplemented
+    node._input_layouts = (None, None)
+    assert functions._convolution(node, (x, W)) is not NotImplemented
+
+
+def test_no_images(calls):
+    gy, x, W = arrays((0, 6, 5, 5), (0, 4, 5, 5), (6, 4, 3, 3))
+    y, gx, gW = with_gradients(lambda x, W: F.relu(F.convolution_2d(x, W, pad=1)))(gy, x, W)
+    assert (y.shape, gx.shape) == (gy.shape, x.shape) and calls
+    np.testing.assert_array_equal(gW, np.zeros_like(W))
 
 
 def test_a_batch_normalization_with_its_own_implementation_keeps_it(calls):
@@ -432,6 +479,9 @@ def test_memory_is_shared_and_outlives_torchs_tensor():
     tensor = functions._tensor(x)
     assert tensor.data_ptr() == x.ctypes.data
     assert functions._array(tensor, x).ctypes.data == x.ctypes.data
+    assert functions._array(tensor.transpose(0, 3), x).flags.c_contiguous
+    x.flags.writeable = False  # a tensor would let others write
+    assert functions._tensor(x).data_ptr() != x.ctypes.data
     y = functions._array(torch.full((1000, 1000), 3.0), x)
     gc.collect()
     torch.full((1000, 1000), 5.0)  # would take the memory, were it free
