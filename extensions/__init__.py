@@ -8,6 +8,7 @@ letters.
 
 # This import comes first: without it, Chainer cannot be imported on current NumPy.
 from extensions import numpy_compatibility  # noqa: F401  isort: skip
+from extensions import cupy_compatibility  # noqa: F401  isort: skip
 from extensions import shared_memory  # noqa: F401  isort: skip
 
 from extensions.batch_statistics import AllreduceBatchStatistics, MovingBatchStatistics

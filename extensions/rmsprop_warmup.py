@@ -341,7 +341,8 @@ def _check_arrays(name, param, state):
                 f'RMSpropWarmup: {what} has the shape {array.shape}, but the parameter has '
                 f'{param.shape}. Load the state of the same model, or call optimizer.setup'
             )
-        if not array.flags.writeable:
+        # A state that has not followed its parameter from a GPU yet is CuPy's: all can be written.
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
             raise ValueError(
                 f'RMSpropWarmup: {what} is read-only, as memory-mapped files and buffers are. Set '
                 'a copy: array.copy()'

@@ -15,6 +15,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def _count_gpus():
+    """The GPUs that CUDA shows this process. CUDA reads CUDA_VISIBLE_DEVICES once, at this call."""
+    cuda = chainer.backends.cuda
+    if not cuda.available:  # which alone tells only that the CUDA libraries are there
+        return 0
+    try:
+        return cuda.cupy.cuda.runtime.getDeviceCount()
+    except cuda.cupy.cuda.runtime.CUDARuntimeError:
+        return 0
+
+
+# Only tests marked gpu see the GPUs, see hide_gpus. What a session or module starts is for CPUs.
+N_GPUS = _count_gpus()
+VISIBLE_GPUS = os.environ.get('CUDA_VISIBLE_DEVICES')
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 # Open MPI 5's component for one-sided transfers sleeps for a second in each MPI_Init where there is
 # no fabric; these tests start some thousand processes.
 os.environ.setdefault('OMPI_MCA_btl', '^ofi')
@@ -23,9 +40,10 @@ os.environ.setdefault('OMPI_MCA_btl', '^ofi')
 def mpi_environment():
     """The environment of a job: one BLAS thread per rank, more ranks than cores allowed, root
     allowed."""
+    inherited = [os.environ['PYTHONPATH']] if os.environ.get('PYTHONPATH') else []
     environment = {
         **os.environ,
-        'PYTHONPATH': str(ROOT),
+        'PYTHONPATH': os.pathsep.join([str(ROOT), *inherited]),
         'OMPI_ALLOW_RUN_AS_ROOT': '1',
         'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1',
         'PRTE_MCA_rmaps_default_mapping_policy': ':oversubscribe',
@@ -64,6 +82,34 @@ def mpirun():
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def cupy_on_host(tmp_path_factory):
+    """Variables of a process that is to find tests/cupy_on_host and its eight GPUs."""
+    if shutil.which('g++') is None:
+        pytest.skip('needs g++, which compiles the kernels for the host')
+    return {
+        'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests' / 'cupy_on_host')]),
+        'HOST_KERNELS': str(tmp_path_factory.mktemp('kernels')),
+        'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5,6,7',
+    }
+
+
+@pytest.fixture
+def on_host(mpirun, cupy_on_host, tmp_path):
+    """``on_host(n, script, *arguments)`` is mpirun on GPUs that tests/cupy_on_host stands for.
+
+    Returns the CompletedProcess, and each rank's calls of the device, see host_calls.py.
+    """
+
+    def run(n, script, *arguments, **keywords):
+        keywords = {**cupy_on_host, 'HOST_CALLS': str(tmp_path / 'calls'), **keywords}
+        done = mpirun(n, script, *arguments, **keywords)
+        logs = [tmp_path / f'calls.{rank}' for rank in range(n)]
+        return done, [log.read_text().splitlines() if log.exists() else [] for log in logs]
 
     return run
 
@@ -171,16 +217,22 @@ def shallow(monkeypatch):
     monkeypatch.setattr(resnet50, 'BLOCKS', dict.fromkeys(resnet50.BLOCKS, 1))
 
 
+@pytest.fixture(autouse=True)
+def hide_gpus(request, monkeypatch):
+    """A test for CPUs finds no GPU, and neither do its jobs; one marked ``gpu`` finds all."""
+    if request.node.get_closest_marker('gpu') is None:
+        if N_GPUS:
+            monkeypatch.setattr('cupy.cuda.runtime.getDeviceCount', lambda: 0)
+    elif VISIBLE_GPUS is None:
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    else:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', VISIBLE_GPUS)
+
+
 @pytest.fixture
 def gpu():
     """The first GPU, made the current device; without one the test is skipped."""
-    cuda = chainer.backends.cuda
-    try:
-        # cuda.available alone tells only that the CUDA libraries are there.
-        found = cuda.available and cuda.cupy.cuda.runtime.getDeviceCount() > 0
-    except cuda.cupy.cuda.runtime.CUDARuntimeError:
-        found = False
-    if not found:
+    if not N_GPUS:
         pytest.skip('needs a GPU')
     device = chainer.get_device('@cupy:0')
     device.use()

@@ -369,7 +369,7 @@ def test_arrays_that_are_shared_or_lie_otherwise_in_memory(request, mpirun, tmp_
         done = mpirun(2, PROGRAMS / 'odd_arrays.py', tmp_path, name)
         assert done.returncode == 0, done.stdout
     else:
-        request.getfixturevalue('pretended_nccl')(2, 'odd_arrays.py', tmp_path, name)
+        request.getfixturevalue('nccl')(2, 'odd_arrays.py', tmp_path, name)
     for case in ODD_CASES:
         dtype = DTYPE.get(case, np.float32)
         given = [{n: whole_numbers(r, n, s, dtype) for n, s in SHAPES.items()} for r in range(2)]
@@ -407,7 +407,7 @@ def test_loss_scales_in_chainermns_optimizer(request, mpirun, tmp_path, name):
         done = mpirun(2, PROGRAMS / 'loss_scale.py', tmp_path, name, timeout=60)
         assert done.returncode == 0, done.stdout
     else:
-        request.getfixturevalue('pretended_nccl')(2, 'loss_scale.py', tmp_path, name)
+        request.getfixturevalue('nccl')(2, 'loss_scale.py', tmp_path, name)
     results = {
         how: [np.load(tmp_path / f'{how}-{rank}.npz') for rank in range(2)]
         for how in ('none', 'static', 'dynamic', 'overflow')
@@ -427,27 +427,25 @@ def test_loss_scales_in_chainermns_optimizer(request, mpirun, tmp_path, name):
 
 
 @pytest.fixture
-def pretended_nccl(mpirun, tmp_path):
-    """``pretended_nccl(n, program, *arguments)``: pure_nccl without GPUs, as far as that goes.
+def nccl(on_host):
+    """``nccl(n, program, *arguments)``: pure_nccl without GPUs, as far as that goes.
 
-    Returns what the job printed, and the calls that each rank made to NCCL and to CUDA.
+    Returns what the job printed, and each rank's calls of NCCL and CUDA.
     """
 
     def run(n, program, *arguments):
-        program = PROGRAMS / program
-        done = mpirun(n, PROGRAMS / 'pretended_nccl.py', tmp_path / 'calls', program, *arguments)
+        done, logs = on_host(n, PROGRAMS / program, *arguments)
         assert done.returncode == 0, done.stdout
-        logs = [(tmp_path / f'calls.{rank}').read_text().splitlines() for rank in range(n)]
         return done.stdout, logs
 
     return run
 
 
 @pytest.mark.parametrize('processes, scale', [(1, 1), (2, 1), (4, 1), (4, 2**4), (2, 2**-3)])
-def test_pure_nccl_is_what_ring_says(pretended_nccl, tmp_path, processes, scale):
-    """The wiring of ChainerMN's communicator: what is sent, divided and taken out again. The sum
-    itself is a pretended NCCL's."""
-    _, logs = pretended_nccl(processes, 'nccl_mean.py', tmp_path, scale)
+def test_pure_nccl_is_what_ring_says(nccl, tmp_path, processes, scale):
+    """What ChainerMN's communicator sends, divides and takes out again, by its own kernels' texts.
+    The sum itself is not NCCL's."""
+    _, logs = nccl(processes, 'nccl_mean.py', tmp_path, scale)
     wires = [sent(worker, 'float16', scale) for worker in range(processes)]
     with np.errstate(all='ignore'):
         mean = ring_mean(wires, 'float16')
@@ -459,27 +457,28 @@ def test_pure_nccl_is_what_ring_says(pretended_nccl, tmp_path, processes, scale)
         for name in mean:
             expected = (mean[name].astype(np.float64) / scale).astype(np.float32)
             assert_same_bits(actual[name], expected)
-        assert calls == [
+        steps = ('use', 'nccl', 'launch cupy_batched', 'launch div')
+        assert [call for call in calls if call.startswith(steps)] == [
             f'use GPU {rank}',
-            'init',
-            f'bcast {n_sent + 3} float32 from 0',
-            'pack float16',
-            f'allReduce {n_sent} float16',
-            f'divide by {processes}',
-            'unpack',
+            'nccl init',
+            f'nccl bcast {n_sent + 3} float32 from 0',
+            'launch cupy_batched_pack_params',
+            f'nccl allReduce {n_sent} float16',
+            'launch div_by_size',
+            'launch cupy_batched_unpack_params',
         ]
 
 
-def test_pure_nccl_stops_on_an_infinite_gradient(pretended_nccl, tmp_path):
-    said, _ = pretended_nccl(3, 'nccl_mean.py', tmp_path, np.inf)
+def test_pure_nccl_stops_on_an_infinite_gradient(nccl, tmp_path):
+    said, _ = nccl(3, 'nccl_mean.py', tmp_path, np.inf)
     for rank in range(3):
         assert f'rank {rank}: the mean gradient is infinite or NaN' in said
     assert said.count('updated: /edge (3 inf and 0 NaN from rank 2 on ') == 3
 
 
 @pytest.mark.parametrize('how', ['scale', 'check', 'neither'])
-def test_double_buffering_leaves_out_neither_scale_nor_check(pretended_nccl, how):
-    said, logs = pretended_nccl(2, 'double_buffering.py', how)
+def test_double_buffering_leaves_out_neither_scale_nor_check(nccl, how):
+    said, logs = nccl(2, 'double_buffering.py', how)
     for rank in range(2):
         line = next(li for li in said.splitlines() if li.startswith(f'rank {rank}: '))
         if how == 'neither':
@@ -519,7 +518,7 @@ def test_an_error_on_one_rank_is_raised_on_every_rank(request, mpirun, name):
         assert done.returncode == 0, done.stdout
         said = done.stdout
     else:
-        said, _ = request.getfixturevalue('pretended_nccl')(2, 'one_rank_errs.py', name)
+        said, _ = request.getfixturevalue('nccl')(2, 'one_rank_errs.py', name)
     of_mpi = ('broadcast_into_read_only', 'workers_that_differ', 'no_worker', 'no_worker_anywhere')
     for case, message in ERRORS.items():
         if (case in of_mpi and name != 'mpi') or (case == 'broken_gpu' and name == 'mpi'):

@@ -73,12 +73,14 @@ def test_a_validation_is_in_no_iteration(runs):
     assert max(times.values()) < SLEEP / 2
 
 
-def test_steps_of_pure_nccl_are_in_their_parts_and_nothing_is_synchronized(mpirun, tmp_path):
-    done = mpirun(2, PROGRAMS / 'pretended_nccl.py', tmp_path / 'calls', PROGRAMS / 'nccl_timed.py')
+def test_steps_of_pure_nccl_are_in_their_parts_and_nothing_is_synchronized(on_host):
+    done, logs = on_host(2, PROGRAMS / 'nccl_timed.py')
     assert done.returncode == 0, done.stdout
-    for rank in range(2):
+    for rank, calls in enumerate(logs):
         assert f'rank {rank}: whole( pack( ) allreduce( ) pack( ) )' in done.stdout.splitlines()
-        calls = (tmp_path / f'calls.{rank}').read_text().splitlines()
-        steps = [call.split()[0] for call in calls[-4:]]
-        assert steps == ['pack', 'allReduce', 'divide', 'unpack']
+        first, last = (
+            calls.index(f'launch cupy_batched_{kind}_params') for kind in ('pack', 'unpack')
+        )
+        steps = [call.split()[1] for call in calls[first : last + 1]]
+        assert steps[1:-1] == ['allReduce', 'div_by_size']
         assert 'synchronize' not in calls

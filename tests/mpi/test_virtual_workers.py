@@ -154,22 +154,16 @@ def test_run_equals_the_equations_in_float64(train, processes, kind):
 
 
 @pytest.mark.parametrize('processes', [1, 3, 6])
-def test_run_with_a_pretended_nccl_equals_the_equations_in_float64(mpirun, tmp_path, processes):
-    """ChainerMN's pure_nccl as it is, on host memory: updater, communicator and their order."""
-    program = ('train_small.py', tmp_path, N, 'pure_nccl', 'float16', 'mean')
-    done = mpirun(
-        processes,
-        PROGRAMS / 'pretended_nccl.py',
-        tmp_path / 'calls',
-        PROGRAMS / program[0],
-        *program[1:],
-    )
+def test_run_on_gpus_of_host_memory_equals_the_equations_in_float64(on_host, tmp_path, processes):
+    """ChainerMN's pure_nccl as it is: updater, communicator and their order."""
+    program = PROGRAMS / 'train_small.py'
+    done, logs = on_host(processes, program, tmp_path, N, 'pure_nccl', 'float16', 'mean')
     assert done.returncode == 0, done.stdout
-    for rank in range(processes):
+    for rank, calls in enumerate(logs):
         assert_follows_the_equations(dict(np.load(tmp_path / f'{rank}.npz')))
-        calls = (tmp_path / f'calls.{rank}').read_text().splitlines()
-        assert len([call for call in calls if call.startswith('allReduce')]) == STEPS
-        assert calls[2].startswith('bcast') and ' float32 from 0' in calls[2]
+        calls = [call for call in calls if call.startswith('nccl')]
+        assert calls[1].startswith('nccl bcast') and calls[1].endswith(' float32 from 0')
+        assert [call.split()[1] for call in calls[2:]] == ['allReduce'] * STEPS
 
 
 @pytest.mark.gpu

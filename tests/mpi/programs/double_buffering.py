@@ -18,6 +18,7 @@ comm = extensions.create_communicator(
 link = chainer.Link()
 with link.init_scope():
     link.p = chainer.Parameter(np.zeros(2, np.float32))
+link.to_device(extensions.device_of(comm))
 optimizer = chainermn.create_multi_node_optimizer(
     extensions.RMSpropWarmup(1, mu1=0), comm, double_buffering=True
 ).setup(link)

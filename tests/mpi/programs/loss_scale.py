@@ -17,7 +17,9 @@ out, name = sys.argv[1:]
 
 def train(how):
     comm = extensions.create_communicator(name, 'float32', stop_on_nonfinite=how != 'overflow')
+    device = extensions.device_of(comm)
     model = chainer.links.Linear(3, 1, nobias=True, initialW=0.25)
+    model.to_device(device)
     optimizer = chainermn.create_multi_node_optimizer(extensions.RMSpropWarmup(0.1), comm)
     optimizer.setup(model)
     if how == 'static':
@@ -30,7 +32,7 @@ def train(how):
     def loss(*batch):
         calls.append(batch)
         infinite = how == 'overflow' and comm.rank == 1 and len(calls) == 4
-        y = model(np.stack(batch[0]) if isinstance(batch[0], list) else batch[0])
+        y = model(device.send(np.stack(batch[0]) if isinstance(batch[0], list) else batch[0]))
         return chainer.functions.mean(y * y) * np.float32(np.inf if infinite else 1)
 
     iterator = chainer.iterators.SerialIterator(x, 2, shuffle=False)
@@ -43,7 +45,7 @@ def train(how):
     trainer.run()
     np.savez(
         f'{out}/{how}-{comm.rank}.npz',
-        W=model.W.array,
+        W=chainer.backends.cuda.to_cpu(model.W.array),
         lr=[entry.get('lr', 0) for entry in log.log],
         t=optimizer.t,
         scale=optimizer.actual_optimizer._loss_scale or 0,

@@ -12,7 +12,8 @@ model = model_of(gradients(0))
 model.to_device(device)
 comm.bcast_data(model)
 for name, param in model.namedparams():
-    param.grad = gradients(comm.rank)[name]
+    grad = gradients(comm.rank)[name]
+    param.grad = None if grad is None else device.send(grad)
 model.edge.grad[...] = 1  # they would overflow
 parts = []
 

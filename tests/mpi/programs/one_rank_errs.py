@@ -15,12 +15,15 @@ from tests_common import model_of
 name = sys.argv[1]
 comm = extensions.create_communicator(name)
 second = comm.rank == 1
+device = extensions.device_of(comm)
+xp = device.xp
 
 
 def new_model():
     model = model_of({'/a': np.zeros((4, 3)), '/b': np.zeros(5)})
-    model.a.grad = np.full((4, 3), comm.rank, np.float32)
-    model.b.grad = np.full(5, 2 * comm.rank, np.float32)
+    model.to_device(device)
+    model.a.grad = xp.full((4, 3), comm.rank, np.float32)
+    model.b.grad = xp.full(5, 2 * comm.rank, np.float32)
     return model
 
 
@@ -33,13 +36,14 @@ def missing(model):
 def lacking(model):
     if second:
         model = model_of({'/a': np.zeros((4, 3))})
+        model.to_device(device)
     comm.multi_node_mean_grad(model, zero_fill=True)
 
 
 def shape(model):
     if second:
-        model.b.array = np.zeros((1, 5), np.float32)
-        model.b.grad = np.zeros((1, 5), np.float32)
+        model.b.array = xp.zeros((1, 5), np.float32)
+        model.b.grad = xp.zeros((1, 5), np.float32)
     comm.multi_node_mean_grad(model)
 
 
@@ -47,6 +51,7 @@ def never_set(model):
     if second:
         with model.init_scope():
             model.b = chainer.Parameter(shape=(5,))
+            model.b.to_device(device)
     comm.multi_node_mean_grad(model)
 
 
@@ -65,13 +70,13 @@ def broadcast_without_size(model):
 
 def broadcast_of_another_shape(model):
     if second:
-        model.a.array = np.zeros((3, 4), np.float32)
+        model.a.array = xp.zeros((3, 4), np.float32)
     comm.bcast_data(model)
 
 
 def broadcast_of_another_dtype(model):
     if second:
-        model.a.array = np.zeros((4, 3), np.float64)
+        model.a.array = xp.zeros((4, 3), np.float64)
     comm.bcast_data(model)
 
 
@@ -158,5 +163,5 @@ for case in CASES + ONLY[name]:
         print(f'rank {comm.rank}: {case.__name__}: {type(error).__name__}: {error}', flush=True)
     model = new_model()
     comm.multi_node_mean_grad(model)
-    assert np.all(model.a.grad == 0.5) and np.all(model.b.grad == 1), case
+    assert (model.a.grad == 0.5).all() and (model.b.grad == 1).all(), case
 MPI.COMM_WORLD.Barrier()

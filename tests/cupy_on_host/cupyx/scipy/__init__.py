@@ -1,0 +1,1 @@
+"""Chainer imports it, and needs nothing of it here."""

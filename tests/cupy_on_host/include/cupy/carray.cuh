@@ -1,0 +1,1 @@
+// CuPy 14's declares CArray, which device.h does here, and no longer `half`.
