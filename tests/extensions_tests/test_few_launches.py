@@ -203,7 +203,9 @@ def test_the_update_runs_on_the_parameters_gpu(gpu, at_once, monkeypatch):
     if runtime.getDeviceCount() < 2:
         pytest.skip('needs two GPUs')
     devices, raw = [], cuda.raw
-    monkeypatch.setattr(cuda, 'raw', lambda *args: devices.append(runtime.getDevice()) or raw(*args))
+    monkeypatch.setattr(
+        cuda, 'raw', lambda *args: devices.append(runtime.getDevice()) or raw(*args)
+    )
     ours = trained(RMSpropWarmup.update, '@cupy:1')
     assert at_once == [True] * 3 and devices == [1] * 3 and runtime.getDevice() == 0
     assert_same(ours, trained(RMSpropWarmup.update, '@numpy'))
