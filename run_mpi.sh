@@ -526,9 +526,10 @@ install() {
     # Chainer's setup.py imports pkg_resources, which the isolated builds of pip lack: hence setuptools first, and no
     # isolation. An mpi4py from pip's cache may be of another MPI.
     cd "$code"
+    if [[ -n $MPIEXEC ]] && grep -q ^mpi4py "$constraints"; then first+=(Cython); fi
     pip_install "${own[@]}" "${first[@]}" || fail_pip
-    if [[ -n $MPIEXEC ]] && grep -q ^mpi4py "$constraints"; then
-        MPICC=$mpicc pip_install --no-cache-dir --no-binary mpi4py mpi4py || fail_pip
+    if contains Cython "${first[@]}"; then
+        MPICC=$mpicc pip_install --no-build-isolation --no-cache-dir --no-binary mpi4py mpi4py || fail_pip
     fi
     pip_install --no-build-isolation -e ".[$extras${EXTRAS:+,$EXTRAS}]" || fail_pip
     set_environment

