@@ -54,9 +54,13 @@ def has_cupy() -> bool:
     return importlib.util.find_spec('cupy') is not None
 
 
-def has_gpu() -> bool:
-    """Returns whether this host shows this process an NVIDIA GPU."""
-    return any(Path('/dev').glob('nvidia[0-9]*'))
+def count_gpus() -> int:
+    """Returns how many NVIDIA GPUs this host shows this process."""
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    n = len(list(Path('/dev').glob('nvidia[0-9]*')))
+    if hidden():
+        return 0
+    return min(n, len(visible.split(','))) if visible else n
 
 
 def hidden() -> str:

@@ -258,14 +258,14 @@ def inspect(rank: int) -> Gpus:
 
 
 def _has_gpu_or_cupy() -> bool:
-    return cupy_compatibility.has_gpu() or cupy_compatibility.has_cupy()
+    return cupy_compatibility.count_gpus() > 0 or cupy_compatibility.has_cupy()
 
 
 def _why_no_cupy() -> str:
     if cupy_compatibility.has_cupy():
         reason = ' '.join(str(getattr(cuda, '_resolution_error', '')).split())
         return f'has a CuPy that fails: {reason}'
-    if cupy_compatibility.has_gpu():
+    if cupy_compatibility.count_gpus():
         return 'has a GPU, but no CuPy: start with EXTRAS=gpu ./run_mpi.sh, which installs it'
     return 'has no GPU and no CuPy'
 

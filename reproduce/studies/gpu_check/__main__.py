@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -241,9 +240,10 @@ def loading(step, session):
     result = json.loads(Path(options['result']).read_text())
     rows = {name: middle_half(list(rounds)) for name, rounds in result['seconds'].items()}
     session.figures[step.name] = rows
+    parts = ('data', 'pack', 'allreduce', 'update', 'extensions')
     return '; '.join(
-        f'{name}: {1000 * row["iteration"]:,.0f} ms, data {1000 * row["data"]:.1f}, all but '
-        f'forward + backward {1000 * (row["iteration"] - row["compute"]):.1f}'
+        f'{name}: {1000 * row["iteration"]:,.1f} ms, of these '
+        + ', '.join(f'{part} {1000 * row[part]:.1f}' for part in parts)
         for name, row in rows.items()
     )
 

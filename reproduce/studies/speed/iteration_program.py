@@ -138,9 +138,10 @@ class Ours(_System):
         self.updater = trainer.updater
         self.model = self.updater.get_optimizer('main').target
         self._evaluator = trainer.get_extension('validation')
-        # A trainer can run only once, so each round makes its own with these extensions.
+        # A trainer can run only once, so each round makes its own with these extensions. Under its
+        # own name, the evaluator would make the Checkpointer save each model that is the best.
         self.entries = [
-            (entry.extension, name, entry.trigger, entry.priority)
+            (entry.extension, f'round_{name}', entry.trigger, entry.priority)
             for name, entry in trainer._extensions.items()
         ]
         self.entries.append((chainer_extensions.LogReport(filename=None),))
