@@ -1,24 +1,19 @@
 """What can be known of the GPU code on a machine without a GPU; needs the extra "gpu"."""
 
-import ast
-import importlib
 import importlib.util
 import re
-import types
 from pathlib import Path
 
-import chainer
 import chainermn
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 import extensions
-import reproduce
 from extensions import rmsprop_warmup, rmsprop_warmup_gpu
 from reproduce import images
 
-if importlib.util.find_spec('cupy') is None:
+if importlib.util.find_spec('cupy') is None or not importlib.util.find_spec('cupy._core'):
     pytest.skip('no CuPy: EXTRAS=gpu ./run_mpi.sh installs it', allow_module_level=True)
 
 import cupy
@@ -127,84 +122,6 @@ def test_a_kernel_that_does_not_compile_fails_here():
         compile_to_ptx(
             generated_source('float32').replace('one_minus_mu2 *', 'one_minus_mu3 *'), 70
         )
-
-
-# --- Every attribute of CuPy that the code names is there -----------------------------------------
-
-CHAINER_ON_A_GPU = [
-    'chainer.backend',
-    'chainer.backends.cuda',
-    'chainer.functions.activation.relu',
-    'chainer.functions.array.reshape',
-    'chainer.functions.connection.convolution_2d',
-    'chainer.functions.connection.linear',
-    'chainer.functions.loss.softmax_cross_entropy',
-    'chainer.functions.normalization.batch_normalization',
-    'chainer.functions.pooling.average_pooling_2d',
-    'chainer.functions.pooling.max_pooling_nd',
-    'chainer.functions.pooling.pooling_2d',
-    'chainer.functions.pooling.pooling_nd',
-    'chainer.link',
-    'chainer.optimizer',
-    'chainer.utils.conv',
-    'chainermn.communicators._communication_utility',
-    'chainermn.communicators._memory_utility',
-    'chainermn.communicators.mpi_communicator_base',
-    'chainermn.communicators.pure_nccl_communicator',
-    'chainermn.nccl',
-]
-# What Chainer and this project call numpy or cupy, whichever the arrays are of.
-CUDA = ('cupy', 'chainer.cuda', 'chainer.backends.cuda', 'chainermn.nccl')
-EITHER = ('xp', 'self.xp', 'device.xp', 'param.device.xp')
-
-
-def modules():
-    for package in (extensions, reproduce):
-        folder = Path(package.__file__).parent
-        for path in sorted(folder.rglob('*.py')):
-            if path.stem != '__init__':
-                yield '.'.join([package.__name__, *path.relative_to(folder).with_suffix('').parts])
-    yield from CHAINER_ON_A_GPU
-
-
-def named_attributes(source):
-    """The dotted names in a source, and what each begins with: a.b.c and a.b."""
-    for node in ast.walk(ast.parse(source)):
-        parts = []
-        while isinstance(node, ast.Attribute):
-            parts.append(node.attr)
-            node = node.value
-        if parts and isinstance(node, ast.Name):
-            yield '.'.join([node.id, *reversed(parts)])
-
-
-def missing(names, namespace):
-    """Those of the names that begin with a module of CUDA's, or ``xp``, and do not exist."""
-    for name in sorted(set(names)):
-        root = next((root for root in EITHER if name.startswith(root + '.')), None)
-        first, *rest = name.split('.')
-        value = namespace.get(first)
-        if root is not None:
-            value, rest = cupy, name[len(root) + 1 :].split('.')
-        if isinstance(value, types.ModuleType) and value.__name__.startswith(CUDA):
-            for attribute in rest:
-                if not hasattr(value, attribute):
-                    yield name
-                    break
-                value = getattr(value, attribute)
-
-
-@pytest.mark.parametrize('name', modules())
-def test_every_attribute_of_cupy_that_is_named_exists(name):
-    module = importlib.import_module(name)
-    names = named_attributes(Path(module.__file__).read_text())
-    assert list(missing(names, vars(module))) == []
-
-
-def test_the_search_for_attributes_finds_what_is_missing():
-    source = 'cuda.cupy.cuda.runtime.nonesuch()\nxp.nothing.of_the_kind\nself.xp.sqrt(x).any\nx.y'
-    found = set(missing(named_attributes(source), {'cuda': chainer.backends.cuda}))
-    assert found == {'cuda.cupy.cuda.runtime.nonesuch', 'xp.nothing', 'xp.nothing.of_the_kind'}
 
 
 def test_the_communicator_of_gpus_is_made_and_split():

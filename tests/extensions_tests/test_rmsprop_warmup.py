@@ -135,7 +135,7 @@ def test_layouts_other_than_c_order():
 def test_a_model_that_moves_between_devices_takes_its_state_along(device, dtype):
     start, rng = arrays((1001,), dtype)
     link = link_of(start)
-    optimizer = RMSpropWarmup(0.1, 0.7, 0.3).setup(link)
+    optimizer = RMSpropWarmup(0.1, 0.7, 0.3, weight_decay_rate=0.2).setup(link)
     theta, m, delta = start.astype(np.float64), 0.0, 0.0
     for place in ['@numpy', device, device, '@numpy', device]:
         link.to_device(place)
@@ -143,7 +143,7 @@ def test_a_model_that_moves_between_devices_takes_its_state_along(device, dtype)
         link.p.grad = link.device.send(g)
         optimizer.update()
         theta, m, delta = equations(
-            theta, m, delta, g.astype(np.float64), 0.1, 0.7, 0.3, 0.9, 0.99, 1e-8
+            theta, m, delta, g.astype(np.float64), 0.1, 0.7, 0.3, 0.9, 0.99, 1e-8, 0.2
         )
     state = link.p.update_rule.state
     rounding = np.finfo(dtype).eps

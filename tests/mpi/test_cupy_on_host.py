@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.mpi
 PROGRAMS = Path(__file__).resolve().parent / 'programs'
 TRAIN = PROGRAMS / 'shallow.py'
-SMOKE = '--preset smoke --width 4 --epochs 1 --local-batch-size 90'.split()
+PYTEST = ('-m', 'pytest', '-q', '-p', 'no:cacheprovider')
+SMOKE = ('--preset', 'smoke', '--width', 4)
 
 
 @pytest.fixture
@@ -164,3 +166,216 @@ def test_it_has_no_name_that_cupy_14_lacks(python):
     assert done.returncode == 0, done.stdout
     rows = done.stdout.splitlines()
     assert len(rows) == 10 and all(row.endswith(' True []') for row in rows), done.stdout
+
+
+# --- The GPU's paths ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Options for 16 training and 10 validation images of 2 classes, and for two epochs of them."""
+    top = tmp_path_factory.mktemp('images')
+    rng = np.random.RandomState(0)
+    for split, count in (('train', 8), ('val', 5)):
+        for name in ('cat', 'dog'):
+            (top / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(top / split / name / f'{i}.png')
+    options = '--preset cifar10 --width 4 --epochs 2 --local-batch-size 2 --loader serial'.split()
+    return [*options, '--train-root', top / 'train', '--val-root', top / 'val']
+
+
+def trained(done, out):
+    """The parameters and statistics at the end, the log, and the digests."""
+    assert done.returncode == 0, done.stdout
+    files = [json.loads((out / name).read_text()) for name in ('log', 'digests.json')]
+    return dict(np.load(out / 'model.npz')), *files
+
+
+@pytest.fixture(scope='module')
+def runs():
+    return {}
+
+
+@pytest.fixture
+def on_cpus(mpirun, images, tmp_path, runs):
+    """``on_cpus(options)``: what a training ends with, the same on any number of processes."""
+
+    def run(options):
+        key = ' '.join(options)
+        if key not in runs:
+            runs[key] = trained(
+                mpirun(2, TRAIN, tmp_path / 'cpu', *images, *options), tmp_path / 'cpu'
+            )
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'processes, options',
+    [
+        (1, '--workers 2'),
+        (2, '--workers 2 --allreduce-grad-dtype float32 --gradient-scale 16 --bn-decay 0.5'),
+        (2, '--workers 2 --allreduce-grad-dtype float64 --pooled-variance'),
+        (2, '--workers 2 --communicator mpi'),
+    ],
+)
+def test_a_training_is_the_cpus(on_cpus, on_host, images, tmp_path, processes, options):
+    """Workers, validation, statistics and checkpoints, and float16 as it is on the wire. With the
+    communicator mpi, the GPUs are not used. Another order of float32's sums is all that differs."""
+    options = options.split()
+    expected, log, digests = on_cpus([o for o in options if o not in ('--communicator', 'mpi')])
+    options += ['--checkpoint-every', '0.0001m']
+    done, calls = on_host(processes, TRAIN, tmp_path / 'gpu', *images, *options)
+    actual, its_log, its_digests = trained(done, tmp_path / 'gpu')
+    if 'mpi' in options:
+        assert its_digests == digests and 'HalfPrecisionMpiCommunicator; asked for' in done.stdout
+        return
+    assert 'HalfPrecisionNcclCommunicator; auto: every rank has a GPU' in done.stdout
+    assert all('use GPU' in calls[0] for calls in calls)
+    for entry, its in zip(log, its_log):
+        for key in ('main/loss', 'validation/main/loss', 'validation/main/accuracy'):
+            assert its[key] == pytest.approx(entry[key], rel=1e-4), key
+    assert its_log[-1]['time/iteration'] > its_log[-1]['time/update'] > 0
+    for name in expected:
+        difference = np.linalg.norm(actual[name] - expected[name])
+        assert difference <= 1e-3 * np.linalg.norm(expected[name]) + 1e-5, name
+
+
+def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(on_host, images, tmp_path):
+    whole, again = tmp_path / 'whole', tmp_path / 'again'
+    options = [*images, *'--workers 2 --checkpoint-every 0.0001m --keep-checkpoints 99'.split()]
+    *_, expected = trained(on_host(2, TRAIN, whole, *options)[0], whole)
+    first, *later = sorted((whole / 'checkpoints').glob('checkpoint-*.npz'))
+    assert len(later) >= 2
+    (again / 'checkpoints').mkdir(parents=True)
+    shutil.copy(first, again / 'checkpoints')
+    shutil.copy(whole / 'settings.json', again)
+    done, _ = on_host(2, TRAIN, again, *options, '--resume', 'auto')
+    assert first.name in done.stdout, done.stdout
+    *_, actual = trained(done, again)
+    assert actual == expected
+
+
+def test_an_infinite_gradient_ends_the_job_before_the_update(on_host, tmp_path):
+    program = PROGRAMS / 'train_with_inf.py'
+    options = (*SMOKE, '--local-batch-size', 8, '--epochs', 50, '--out', tmp_path / 'out')
+    done, _ = on_host(2, program, *options, timeout=60)
+    assert done.returncode == 1, done.stdout
+    message = 'error: iteration 3: the mean gradient is infinite or NaN, and nothing was updated: '
+    assert message + '/fc/W (1 inf and 0 NaN from rank 1 on ' in done.stdout
+    for rank in range(2):
+        assert f'rank {rank}: parameters kept: True, 3 iterations' in done.stdout
+
+
+def test_the_preflight_is_ready(on_host, root, tmp_path):
+    program = root / 'reproduce' / 'job' / 'preflight.py'
+    options = (*SMOKE, '--local-batch-size', 4, '--out', tmp_path / 'out')
+    done, _ = on_host(2, program, *options)
+    assert done.returncode == 0, done.stdout
+    assert 'all-reduce in float16: right, ' in done.stdout and 'ready' in done.stdout
+    shared, _ = on_host(2, program, *options, CUDA_VISIBLE_DEVICES='3')
+    assert shared.returncode == 1
+    assert 'would share the GPU on PCI bus 0000:3E:00.0' in shared.stdout, shared.stdout
+
+
+@pytest.mark.parametrize(
+    'gpus, variables, message',
+    [
+        (('0', '', ''), {}, r'rank 0 on \S+ can, but rank 1 on \S+ sees no GPU'),
+        (('2', '1,2', '2'), {}, r'rank 0 on \S+ and rank 1 on \S+ would share the GPU on PCI bus'),
+        (('0', '1', '2'), {'HOST_NCCL_VERSION': '1304'}, r'rank 0 on \S+ has NCCL 1\.3\.4, but'),
+    ],
+)
+def test_gpus_that_do_not_fit_together_end_the_job_at_once(
+    on_host, root, tmp_path, gpus, variables, message
+):
+    program = [sys.executable, root / 'reproduce' / 'train.py', *SMOKE, '--out', tmp_path / 'out']
+    ranks = [['env', f'CUDA_VISIBLE_DEVICES={visible}', *program] for visible in gpus]
+    first, *others = ranks
+    words = [word for rank in others for word in (':', '-n', 1, *rank)]
+    first = ('-c', 'import os, sys; os.execvp("env", sys.argv[1:])', *first)
+    done, _ = on_host(1, *first, *words, timeout=40, **variables)
+    assert done.returncode == 2, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and re.search(message, errors[0]), done.stdout
+    assert not (tmp_path / 'out').exists()
+
+
+# Launches and waits of the host in an iteration of ResNet-50, which has 161 parameters, by part.
+CALLS = {
+    1: {
+        'data': [1, 0],
+        'pack': [2, 0],
+        'allreduce': [3, 1],
+        'update': [161, 0],
+        'rest': [0, 0],
+    },
+    4: {
+        'data': [4, 0],
+        'pack': [1773, 0],
+        'allreduce': [325, 1],
+        'update': [161, 0],
+        'rest': [11, 0],
+    },
+}
+
+
+@pytest.mark.parametrize('processes, workers', [(1, 1), (2, 1), (1, 4)])
+def test_launches_and_waits_of_an_iteration(on_host, processes, workers):
+    done, _ = on_host(processes, PROGRAMS / 'count_calls.py', workers)
+    assert done.returncode == 0, done.stdout
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
+    launches, waits = found.pop('forward_backward')
+    assert found == CALLS[workers]
+    assert waits == 0 and launches < 1200 * workers
+
+
+def test_what_is_marked_gpu_passes(python):
+    """On two of its GPUs."""
+    done = python(*PYTEST, '-m', 'gpu', 'tests', timeout=280, CUDA_VISIBLE_DEVICES='0,1')
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r'(\d+) passed', done.stdout).group(1)) >= 15
+
+
+def test_every_name_of_cupy_that_the_code_uses_exists(python):
+    done = python(*PYTEST, 'tests/extensions_tests/test_cupy_names.py')
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r'(\d+) passed', done.stdout).group(1)) >= 60
+
+
+HIDING = """
+import os
+import subprocess
+import sys
+
+import pytest
+from extensions import nccl
+
+LOOK = [sys.executable, '-c', 'from extensions import nccl; print(len(nccl.inspect(0).bus_ids))']
+
+
+def test_for_cpus():
+    assert nccl.inspect(0).obstacle.startswith('sees no GPU')
+    assert subprocess.check_output(LOOK) == b'0\\n'
+
+
+@pytest.mark.gpu
+def test_for_gpus(gpu):
+    assert len(nccl.inspect(0).bus_ids) == 2
+    assert subprocess.check_output(LOOK) == b'2\\n'
+
+
+def test_for_cpus_afterwards():
+    test_for_cpus()
+"""
+
+
+def test_tests_that_are_not_marked_gpu_find_none(python, root, tmp_path):
+    (tmp_path / 'test_hiding.py').write_text(HIDING)
+    (tmp_path / 'conftest.py').write_text((root / 'tests' / 'conftest.py').read_text())
+    (tmp_path / 'pytest.ini').write_text('[pytest]\nmarkers =\n    gpu')
+    done = python(*PYTEST, tmp_path, CUDA_VISIBLE_DEVICES='0,1')
+    assert done.returncode == 0 and '3 passed' in done.stdout, done.stdout

@@ -441,6 +441,9 @@ def nccl(on_host):
     return run
 
 
+SCALES = (1, 2**4, 2**-3)
+
+
 @pytest.mark.parametrize('processes, scale', [(1, 1), (2, 1), (4, 1), (4, 2**4), (2, 2**-3)])
 def test_pure_nccl_is_what_ring_says(nccl, tmp_path, processes, scale):
     """What ChainerMN's communicator sends, divides and takes out again, by its own kernels' texts.
@@ -451,7 +454,7 @@ def test_pure_nccl_is_what_ring_says(nccl, tmp_path, processes, scale):
         mean = ring_mean(wires, 'float16')
     n_sent = sum(array.size for array in mean.values())
     for rank, calls in enumerate(logs):
-        actual = np.load(tmp_path / f'{rank}.npz')
+        actual = np.load(tmp_path / f'{scale:g} {rank}.npz')
         assert set(actual.files) == {*mean, 'data'}
         assert set(actual['data']) == {1}  # rank 0's
         for name in mean:
@@ -529,27 +532,26 @@ def test_an_error_on_one_rank_is_raised_on_every_rank(request, mpirun, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('scale', [1, 2**4, 2**-3, np.inf])
 @pytest.mark.parametrize('processes', [1, 2, 4, 8])
-def test_pure_nccl_on_gpus(mpirun, tmp_path, gpu, processes, scale):
+def test_pure_nccl_on_gpus(mpirun, tmp_path, gpu, processes):
     if chainer.backends.cuda.cupy.cuda.runtime.getDeviceCount() < processes:
         pytest.skip(f'needs {processes} GPUs')
-    done = mpirun(processes, PROGRAMS / 'nccl_mean.py', tmp_path, scale)
+    done = mpirun(processes, PROGRAMS / 'nccl_mean.py', tmp_path, *SCALES, np.inf)
     assert done.returncode == 0, done.stdout
-    if scale == np.inf:
-        said = f'/edge (3 inf and 0 NaN from rank {processes - 1} on '
-        assert done.stdout.count(said) == processes
-        return
-    mean = exact_mean([sent(worker, 'float16', scale) for worker in range(processes)], 'float16')
-    for rank in range(processes):
-        actual = np.load(tmp_path / f'{rank}.npz')
-        assert set(actual['data']) == {1}
-        for name in ('/conv', '/scalar'):
-            # NCCL's order is its own: float16's rounding, 2**-11, once for each addition.
-            expected = mean[name].astype(np.float64) / scale
-            largest = np.max([np.abs(gradients(w)[name]) for w in range(processes)], axis=0)
-            tolerance = processes * 2**-11 * largest + 2**-24 / scale
-            assert np.all(np.abs(actual[name] - expected) <= tolerance)
+    said = f'/edge (3 inf and 0 NaN from rank {processes - 1} on '
+    assert done.stdout.count(said) == processes
+    for scale in SCALES:
+        wires = [sent(worker, 'float16', scale) for worker in range(processes)]
+        mean = exact_mean(wires, 'float16')
+        for rank in range(processes):
+            actual = np.load(tmp_path / f'{scale:g} {rank}.npz')
+            assert set(actual['data']) == {1}
+            for name in ('/conv', '/scalar'):
+                # NCCL's order is its own: float16's rounding, 2**-11, once for each addition.
+                expected = mean[name].astype(np.float64) / scale
+                largest = np.max([np.abs(gradients(w)[name]) for w in range(processes)], axis=0)
+                tolerance = processes * 2**-11 * largest + 2**-24 / scale
+                assert np.all(np.abs(actual[name] - expected) <= tolerance)
 
 
 @pytest.mark.parametrize('accumulate', ['exact', 'ring'])

@@ -820,6 +820,16 @@ def test_the_body_of_the_cuda_kernel_gives_the_same_bits(tmp_path):
     np.testing.assert_array_equal(result, images.normalize(batch))
 
 
+@pytest.mark.gpu
+def test_a_gpu_normalizes_to_the_same_bits(gpu):
+    rng = np.random.RandomState(0)
+    batch = rng.randint(0, 256, (3, 5, 7, 3)).astype(np.uint8), np.arange(3, dtype=np.int32)
+    x, t = images.converter_to(gpu)(batch)
+    assert gpu.is_array_supported(x) and gpu.is_array_supported(t)
+    np.testing.assert_array_equal(x.get(), images.normalize(batch[0]))
+    np.testing.assert_array_equal(t.get(), batch[1])
+
+
 def jpegs(root, folder):
     """The sample of ImageNet where it lies beside the repository, else JPEG files that are made."""
     sample = root.parent / 'shared' / 'data' / 'imagenet-sample.zip'

@@ -1,6 +1,7 @@
 """train.py, but in the third iteration rank 1 has a gradient of inf; prints the sum of the
 parameters before every all-reduce, and at the end."""
 
+import os
 import sys
 
 import numpy as np
@@ -9,8 +10,12 @@ import shallow  # noqa: F401  isort: skip
 from reproduce import train
 from reproduce.job import ranks
 
+GPUS = bool(os.environ.get('CUDA_VISIBLE_DEVICES'))
 Communicator = train.extensions.HalfPrecisionMpiCommunicator
-add_grad = Communicator.add_grad
+METHOD = 'add_grad'
+if GPUS:  # whose communicator adds no worker's gradients
+    Communicator, METHOD = train.extensions.HalfPrecisionNcclCommunicator, 'multi_node_mean_grad'
+average = getattr(Communicator, METHOD)
 rank = train.MPI.COMM_WORLD.rank
 sums, models = [], []
 
@@ -19,15 +24,15 @@ def total(model):
     return float(sum(param.data.sum(dtype=np.float64) for param in model.params()))
 
 
-def add_grad_with_inf(self, model, zero_fill=False):
+def average_with_inf(self, model, zero_fill=False):
     sums.append(total(model))
     models.append(model)
     if rank == 1 and len(sums) == 3:
         model.fc.W.grad[0, 0] = np.inf
-    add_grad(self, model, zero_fill)
+    average(self, model, zero_fill)
 
 
-Communicator.add_grad = add_grad_with_inf
+setattr(Communicator, METHOD, average_with_inf)
 try:
     ranks.run(train.main)
 finally:
