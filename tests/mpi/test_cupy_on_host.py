@@ -310,14 +310,14 @@ CALLS = {
         'data': [1, 0],
         'pack': [2, 0],
         'allreduce': [3, 1],
-        'update': [161, 0],
+        'update': [1, 0],
         'rest': [0, 0],
     },
     4: {
         'data': [4, 0],
-        'pack': [1773, 0],
-        'allreduce': [325, 1],
-        'update': [161, 0],
+        'pack': [17, 0],
+        'allreduce': [4, 1],
+        'update': [1, 0],
         'rest': [11, 0],
     },
 }
