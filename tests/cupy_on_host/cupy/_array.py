@@ -114,7 +114,9 @@ class ndarray:
     strides = property(lambda self: self._host.strides)
     flags = property(lambda self: Flags(self._host.flags))
     device = property(lambda self: cuda.Device(self._device_id))
-    data = property(lambda self: cuda.MemoryPointer(self._host.ctypes.data, self._host))
+    data = property(
+        lambda self: cuda.MemoryPointer(self._host.ctypes.data if self.size else 0, self._host)
+    )
     T = property(lambda self: self.transpose())
 
     # --- To the host, which waits

@@ -105,7 +105,15 @@ def _shape(parameters, args, size=None):
 
 class ElementwiseKernel:
     def __init__(
-        self, in_params, out_params, operation, name='kernel', reduce_dims=True, preamble=''
+        self,
+        in_params,
+        out_params,
+        operation,
+        name='kernel',
+        reduce_dims=True,
+        preamble='',
+        *,
+        options=(),
     ):
         self.inputs, self.outputs = _parameters(in_params), _parameters(out_params)
         self.operation, self.name, self.preamble = operation, name, preamble

@@ -22,8 +22,7 @@ class Device:
     def __eq__(self, other):
         return isinstance(other, Device) and self.id == other.id
 
-    def __hash__(self):
-        return self.id
+    __hash__ = None
 
     def __enter__(self):
         self._before.append(runtime.getDevice())

@@ -39,7 +39,8 @@ class NcclCommunicator:
             raise NotImplementedError('NCCL for some of the ranks')
         self._mpi = (MPI.COMM_WORLD if ndev > 1 else MPI.COMM_SELF).Dup()
         record('nccl init')
-        mine = MPI.Get_processor_name(), runtime.deviceGetPCIBusId(runtime.getDevice()), commId
+        host = os.environ.get('NCCL_HOSTID') or MPI.Get_processor_name()
+        mine = host, runtime.deviceGetPCIBusId(runtime.getDevice()), commId
         everyone = self._mpi.allgather(mine)
         if self._mpi.rank != rank or len(set(everyone)) < ndev or len({x[2] for x in everyone}) > 1:
             raise NcclError('NCCL_ERROR_INVALID_USAGE: invalid usage')  # two ranks on one GPU
