@@ -173,7 +173,7 @@ def test_it_has_no_name_that_cupy_14_lacks(python):
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    """Options for 16 training and 10 validation images of 2 classes, and for two epochs of them."""
+    """Options for 16 training and 10 validation images of 2 classes, and for an epoch of them."""
     top = tmp_path_factory.mktemp('images')
     rng = np.random.RandomState(0)
     for split, count in (('train', 8), ('val', 5)):
@@ -182,7 +182,7 @@ def images(tmp_path_factory):
             for i in range(count):
                 pixels = rng.randint(0, 256, (40, 50, 3), np.uint8)
                 Image.fromarray(pixels).save(top / split / name / f'{i}.png')
-    options = '--preset cifar10 --width 4 --epochs 2 --local-batch-size 2 --loader serial'.split()
+    options = '--preset cifar10 --width 4 --epochs 1 --local-batch-size 2 --loader serial'.split()
     return [*options, '--train-root', top / 'train', '--val-root', top / 'val']
 
 
