@@ -379,3 +379,8 @@ def test_tests_that_are_not_marked_gpu_find_none(python, root, tmp_path):
     (tmp_path / 'pytest.ini').write_text('[pytest]\nmarkers =\n    gpu')
     done = python(*PYTEST, tmp_path, CUDA_VISIBLE_DEVICES='0,1')
     assert done.returncode == 0 and '3 passed' in done.stdout, done.stdout
+
+
+def test_other_tests_and_their_jobs_do_not_find_it(job_environment):
+    paths = [*sys.path, *job_environment['PYTHONPATH'].split(os.pathsep)]
+    assert not [path for path in paths if 'cupy_on_host' in path]
