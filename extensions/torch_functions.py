@@ -6,8 +6,8 @@ cuDNN's, which CuPy 14 has no binding of; on a CPU they are oneDNN's. Arrays and
 memory in both directions (NumPy's interface, and DLPack on GPUs).
 
 All that Torch does not compute in the same way stays Chainer's: arrays of other types than float32,
-``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), BN of one value per channel, where
-Torch's unbiased variance is NaN, and fixed BN that is differentiated.
+``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), fixed BN that is differentiated,
+and BN of one value per channel, where Torch's unbiased variance is NaN.
 
 The module imports Torch. It needs Torch 2, and on GPUs ``cupy.from_dlpack``. Both libraries use
 CUDA's default stream, as Chainer does: nothing waits, and arrays must not be used on other streams.
