@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 # Each after those that it needs.
@@ -70,3 +71,5 @@ def hidden() -> str:
 
 
 load_libraries_of_wheels()
+# Each rank would print it, and with CuPy 14 nothing helps. A run's header tells cuDNN's version.
+warnings.filterwarnings('ignore', 'cuDNN is not enabled', UserWarning)

@@ -240,7 +240,8 @@ def inspect(rank: int) -> Gpus:
     """Returns the GPUs that this rank sees. Never fails: the result states the obstacle."""
     host = MPI.Get_processor_name()
     if cupy_compatibility.hidden():
-        return Gpus(rank, host, obstacle=f'has {cupy_compatibility.hidden()}', is_expected=False)
+        obstacle = f'sees no GPU ({cupy_compatibility.hidden()} hides all)'
+        return Gpus(rank, host, obstacle=obstacle, is_expected=False)
     if not cuda.available:
         return Gpus(rank, host, obstacle=_why_no_cupy(), is_expected=_has_gpu_or_cupy())
     runtime = cuda.cupy.cuda.runtime

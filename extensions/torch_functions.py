@@ -3,14 +3,13 @@
 Off by default. :func:`enable` replaces ``forward`` of the classes in ``_FORWARD``. The rest of each
 class is Chainer's: checks, the graph, and double backpropagation. On a GPU these operators are
 cuDNN's, which CuPy 14 has no binding of; on a CPU they are oneDNN's. Arrays and tensors share their
-memory in both directions (NumPy's interface, and DLPack on GPUs).
+memory in both directions, by NumPy's interface; on GPUs by DLPack and CUDA's array interface.
 
 All that Torch does not compute in the same way stays Chainer's: arrays of other types than float32,
-``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), BN of one value per channel,
-where Torch's unbiased variance is NaN, and fixed BN that is differentiated.
+``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), fixed BN that is differentiated,
+and BN of one value per channel, where Torch's unbiased variance is NaN.
 
-The module imports Torch. It needs Torch 2, and on GPUs ``cupy.from_dlpack``. Both libraries use
-CUDA's default stream, as Chainer does: nothing waits, and arrays must not be used on other streams.
+The module imports Torch. It needs Torch 2. Both libraries use CUDA's default stream, as Chainer does: nothing waits, and arrays must not be used on other streams.
 """
 
 from __future__ import annotations
