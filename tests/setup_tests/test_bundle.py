@@ -213,6 +213,20 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     assert f'{tmp_path} has other files in it: name a new folder' in capsys.readouterr().err
 
 
+def test_a_bundle_is_made_again(tmp_path, monkeypatch):
+    def collect(folder, python, requirements):
+        (folder / f'a-{python}-py3-none-any.whl').write_bytes(bytes(3))
+
+    monkeypatch.setattr(bundle, 'collect', collect)
+    for python in '3.11', '3.12':
+        note = bundle.make(tmp_path, python, ['gpu'], {'numpy', 'pip'})
+        assert note == json.loads((tmp_path / 'bundle.json').read_text())
+        assert note['python'] == python and note['extras'] == ['gpu']
+        assert note['installed'] == ['numpy'] and note['files'] == {
+            f'a-{python}-py3-none-any.whl': 3
+        }
+
+
 @pytest.mark.parametrize(
     'words, extras, says',
     [
@@ -297,6 +311,51 @@ def test_a_folder_that_is_no_bundle(tree, tmp_path, root, text, says):
     real = {'PYTHON': sys.executable, 'WHEELS': str(tmp_path / 'wheels')}
     assert says in only_error(tree.run('smoke', **real))
     assert not (tree.path / '.venv').exists()
+
+
+# ----------------------------------------------------------------- packages that the machine has
+
+
+def test_an_environment_sees_the_packages_of_another_and_those_of_pythonpath(tmp_path, root):
+    parent, more, own = tmp_path / 'parent', tmp_path / 'more' / 'dist-packages', tmp_path / 'own'
+    for folder in parent, own:
+        subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder], check=True)
+    [packages] = parent.glob('lib/python3*/site-packages')
+    linked = tmp_path / 'linked'
+    for folder, name in (
+        (packages, 'numpy'),
+        (more, 'Type_Ext'),
+        (packages, 'mpi4py'),
+        (packages, 'six'),
+    ):
+        metadata = folder / f'{name}-1.dist-info' / 'METADATA'
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 1\n')
+    (packages / 'in_parent.py').touch()
+    (more / 'in_more.py').touch()
+    linked.mkdir()
+    (linked / 'in_linked.py').touch()
+    (packages / 'linked.pth').write_text(f'{linked}\n')
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work' / 'in_work.py').touch()  # a folder of programs, not of packages
+
+    pins = tmp_path / 'pins'
+    pins.write_text(
+        '# all\nNumPy==2 # a\ntype-ext==2\nmpi4py==2\nsix==2; python_version < "3"\nchainer==7\n'
+    )
+    program = (
+        'import sys; sys.path[0] = sys.argv[1]; from reproduce.job.system_packages import adopt'
+    )
+    command = [parent / 'bin' / 'python', '-c', f'{program}; adopt(*sys.argv[2:])', root, own, pins]
+    path = {'PYTHONPATH': f'{tmp_path}/work:{more}'}
+    subprocess.run([*command, 'mpi4py'], env=path, cwd=tmp_path, check=True)
+
+    assert (own / 'constraints.txt').read_text() == '# all\nmpi4py==2\nchainer==7\n'
+    seen = 'import importlib.util as u; print(*(bool(u.find_spec(n)) for n in sys.argv[1:]))'
+    modules = ['in_parent', 'in_more', 'in_linked', 'in_work']
+    command = [own / 'bin' / 'python', '-Ic', f'import sys; {seen}', *modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == 'True True True False\n'
 
 
 # ---------------------------------------------------------------------- without a network, for real
