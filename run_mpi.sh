@@ -476,10 +476,11 @@ fail_step() { # ERROR
 }
 
 fail_pip() {
-    local error
+    local error missing
     error=$(grep '^ERROR: ' "$log" | tail -n 1) || true
-    if [[ -n $WHEELS && $error =~ No\ matching\ distribution\ found\ for\ ([^ ]+) ]]; then
-        fail_step "WHEELS=$WHEELS has no ${BASH_REMATCH[1]}, which this Python needs: make it again where there is a network: ./run_mpi.sh bundle --help"
+    missing=$(sed -nE 's/^ERROR: No matching distribution found for ([^ ]+).*/\1/p; /have no matching distrib/{n;s/ //gp;}' "$log")
+    if [[ -n $WHEELS && -n $missing ]]; then
+        fail_step "WHEELS=$WHEELS has no $missing, which this Python needs: make it again where there is a network: ./run_mpi.sh bundle --help"
     fi
     if [[ $error =~ No\ matching\ distribution|ResolutionImpossible|Connection|[Tt]ime|HTTP ]] &&
         tail -n 20 "$log" | grep -qE 'Retrying|ConnectionPool|Could not fetch URL'; then

@@ -240,7 +240,7 @@ def test_options_exist():
     pip."""
     code = ''.join(path.read_text() for path in SOURCES)
     own = {'--' + name.replace('_', '-') for name in Settings.__dataclass_fields__} | {'--dry-run'}
-    others = set('--help --hostfile --host --map-by --bind-to --oversubscribe'.split())
+    others = set('--help --hostfile --host --map-by --bind-to --oversubscribe --nv'.split())
     others |= {'--report-bindings', *SLURM.split()}
     pip = set('--no-deps --no-binary --no-build-isolation'.split())
     for name, text in TEXTS.items():
