@@ -37,7 +37,9 @@ def test_no_gpu_anywhere_means_mpi():
 
 
 def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_on_cpus():
-    hidden = Gpus(0, 'a', obstacle='sees no GPU (CUDA_VISIBLE_DEVICES= hides all)', is_expected=False)
+    hidden = Gpus(
+        0, 'a', obstacle='sees no GPU (CUDA_VISIBLE_DEVICES= hides all)', is_expected=False
+    )
     for everyone, reason in (
         ([hidden, without(1, 'b')], 'rank 1 on b sees no GPU'),
         (job('a', nccl=0), 'rank 0 on a has a GPU, but no NCCL for CuPy'),

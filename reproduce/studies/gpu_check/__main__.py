@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from reproduce import dataset
 from reproduce.job.command_line import Parser, reason
 from reproduce.studies.speed.side_by_side import job_of
 
@@ -180,7 +181,7 @@ def smoke(step, session):
     session.job(step, 1, 'reproduce.train', train('--workers', 2, folder=folder))
     summary = json.loads((folder / 'summary.json').read_text())
     session.figures[step.name] = summary
-    if summary['top1'] < _TOP1:
+    if not summary['top1'] >= _TOP1:
         raise Failed(f'top-1 {summary["top1"]:.2%}, less than {_TOP1:.0%}')
     return f'top-1 {summary["top1"]:.2%}, {summary["images_per_second"]:,.0f} images/s'
 
@@ -188,17 +189,18 @@ def smoke(step, session):
 def resume(step, session):
     import numpy as np
 
-    options = '--workers', 1, '--epochs', 2
+    images = few_digits(session.scratch / 'digits')
+    options = f'--workers 1 --epochs 6 --width 8 --train-root {images}/train --val-root {images}/val'
     whole, parts = session.scratch / 'whole', session.scratch / 'parts'
-    session.job(step, 1, 'reproduce.train', train(*options, folder=whole))
+    session.job(step, 1, 'reproduce.train', train(*options.split(), folder=whole))
     session.job(
         step,
         1,
         'reproduce.train',
-        train(*options, folder=parts),
+        train(*options.split(), folder=parts),
         until=lambda: any(parts.glob('checkpoints/*.npz')),
     )
-    resumed = train(*options, '--resume', 'auto', folder=parts, overwrite=False)
+    resumed = train(*options.split(), '--resume', 'auto', folder=parts, overwrite=False)
     session.job(step, 1, 'reproduce.train', resumed)
     with np.load(whole / 'model.npz') as a, np.load(parts / 'model.npz') as b:
         same = sum(np.array_equal(a[name], b[name]) for name in a.files)
@@ -208,6 +210,15 @@ def resume(step, session):
     if same < n:
         raise Failed(f'{words}; the others differ by up to {worst:.1e}')
     return words
+
+
+def few_digits(folder, per_class=10):
+    """Writes the digits, and keeps a few of each class."""
+    dataset.write_digits(folder)
+    for images in folder.glob('*/*'):
+        for path in sorted(images.iterdir())[per_class:]:
+            path.unlink()
+    return folder
 
 
 def tests(step, session):
