@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def mend_chainermn():
-    """CuPy 14 has moved ``half`` to a header of its own, which ChainerMN's kernels do not include."""
+    """ChainerMN does not include the header of its own to which CuPy 14 has moved ``half``."""
     from chainer.backends import cuda
 
     raw = cuda.raw
