@@ -91,7 +91,7 @@ def description() -> str:
 
 def _try_on(device):
     """Computes 2 * 2 on the device, by a convolution."""
-    xp, where = (np, 'the CPU') if device is None else (device.xp, device.name)
+    xp, where = (np, '@numpy') if device is None else (device.xp, device.name)
     try:
         if xp is not np:
             if not torch.cuda.is_available():
