@@ -375,6 +375,15 @@ def wheels(tmp_path_factory, root_of_project):
     return folder
 
 
+@pytest.mark.slow
+def test_a_bundle_for_the_oldest_python(root, tmp_path):
+    """The pins of a newer Python's packages are the ones that it does not have."""
+    command = [sys.executable, '-m', 'reproduce.job.bundle', tmp_path, '--python', '3.9']
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and '\nfor Python 3.9 on ' in done.stdout, done
+    assert len([*tmp_path.glob('*-cp39-cp39-*.whl')]) > 5
+
+
 @pytest.fixture
 def offline(tmp_path, root):
     """``offline(*words, **variables)``: run_mpi.sh of a fresh copy, where there is no network."""
