@@ -57,7 +57,7 @@ def versions() -> dict:
         found['cupy'] = cuda.cupy.__version__
         found['cuda'] = str(cuda.cupy.cuda.runtime.runtimeGetVersion())
     if 'extensions.torch_functions' in sys.modules:  # imported only for --functions torch
-        found['torch'] = version('torch')
+        found['torch'] = str(sys.modules['torch'].__version__)  # with the kind of build
     return found
 
 
