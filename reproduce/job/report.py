@@ -59,7 +59,7 @@ def versions() -> dict:
         found['cudnn'] = str(cuda.libcudnn.getVersion()) if cuda.cudnn_enabled else 'none'
         found['nccl'] = nccl.version()
     if 'extensions.torch_functions' in sys.modules:  # imported only for --functions torch
-        found['torch'] = version('torch')
+        found['torch'] = str(sys.modules['torch'].__version__)  # with the kind of build
     return found
 
 
