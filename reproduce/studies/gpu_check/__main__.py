@@ -190,7 +190,9 @@ def resume(step, session):
     import numpy as np
 
     images = few_digits(session.scratch / 'digits')
-    options = f'--workers 1 --epochs 6 --width 8 --train-root {images}/train --val-root {images}/val'
+    options = (
+        f'--workers 1 --epochs 6 --width 8 --train-root {images}/train --val-root {images}/val'
+    )
     whole, parts = session.scratch / 'whole', session.scratch / 'parts'
     session.job(step, 1, 'reproduce.train', train(*options.split(), folder=whole))
     session.job(
