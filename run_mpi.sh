@@ -379,7 +379,7 @@ print(hashlib.sha256(repr(parts).encode()).hexdigest(), python)
 # code is part of the fingerprint.
 find_code() {
     code=$here copied=''
-    if [[ -e $stamp && -d $venv/project ]]; then code=$venv/project copied='extensions/**/*.py reproduce/**/*.py'; fi
+    if [[ -e $stamp && -d $venv/project ]]; then code=$venv/project copied='extensions/**/*.py extensions/**/*.cu reproduce/**/*.py'; fi
 }
 
 # Is the environment somebody else's, with this project in it? It is used as it is.

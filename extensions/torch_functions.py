@@ -9,8 +9,8 @@ All that Torch does not compute in the same way stays Chainer's: arrays of other
 ``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), fixed BN that is differentiated,
 and BN of one value per channel, where Torch's unbiased variance is NaN.
 
-The module imports Torch 2. Both libraries use CUDA's default stream, as Chainer does: nothing waits,
-and arrays must not be used on other streams.
+The module imports Torch 2. Both libraries use CUDA's default stream, as Chainer does: nothing
+waits, and arrays must not be used on other streams.
 """
 
 from __future__ import annotations

@@ -341,7 +341,8 @@ def machine() -> dict:
     code = (
         'import json, extensions; from extensions import nccl; from reproduce.job import report; '
         'gpus = nccl.inspect(0); gpus.obstacle or print("\\n" + json.dumps({"gpu": report.gpu(), '
-        '"versions": report.versions()})); raise SystemExit(gpus.obstacle)'
+        '"versions": report.versions(), "words": report.in_words(report.versions())})); '
+        'raise SystemExit(gpus.obstacle)'
     )
     python = [sys.executable, *['-I'] * sys.flags.isolated]
     done = subprocess.run([*python, '-c', code], check=False, capture_output=True, text=True)
@@ -400,8 +401,7 @@ def _attempt(step, session) -> tuple[str, float, str]:
 
 
 def _heading(about) -> str:
-    versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
-    return f'{about["gpu"]}; {about["cores"]} cores; {versions}'
+    return f'{about["gpu"]}; {about["cores"]} cores; {about["words"]}'
 
 
 if __name__ == '__main__':
