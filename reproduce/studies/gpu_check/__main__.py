@@ -233,7 +233,9 @@ def tests(step, session):
 
 
 def loading(step, session):
+    functions = 'torch' if importlib.util.find_spec('torch') else 'chainer'
     options = {
+        'functions': functions,
         'iterations': 8,
         'image_size': 224,
         'local_batch_size': 32,
@@ -254,7 +256,7 @@ def loading(step, session):
     rows = {name: middle_half(list(rounds)) for name, rounds in result['seconds'].items()}
     session.figures[step.name] = rows
     parts = ('data', 'pack', 'allreduce', 'update', 'extensions')
-    return '; '.join(
+    return f'by {functions}: ' + '; '.join(
         f'{name}: {1000 * row["iteration"]:,.1f} ms, of these '
         + ', '.join(f'{part} {1000 * row[part]:.1f}' for part in parts)
         for name, row in rows.items()
@@ -286,9 +288,9 @@ STEPS = (
         _TF32,
     ),
     Step('resume', 120, 'a training that is killed goes on', resume),
-    Step('tests', 120, 'the tests that need a GPU', tests, 'pytest'),
     Step('smoke', 180, 'a training to its accuracy', smoke),
     Step('loading', 90, "an iteration with images, and ChainerMN's own way", loading),
+    Step('tests', 180, 'the tests that need a GPU', tests, 'pytest'),
 )
 
 
