@@ -198,7 +198,7 @@ def verbs():
         ['/bin/bash', ROOT / 'run_mpi.sh', '--help'], check=True, capture_output=True, text=True
     )
     listed, names = done.stdout.split('\nExamples:')[0].split('\nNames:')
-    found = {verb: [] for verb in re.findall(r'^  ([a-z]+) +\S', listed, re.MULTILINE)}
+    found = {verb: [] for verb in re.findall(r'^  ([a-z-]+) +\S', listed, re.MULTILINE)}
     return {**found, **{verb: words.split() for verb, words in re.findall(r'  (\w+) +(.*)', names)}}
 
 
