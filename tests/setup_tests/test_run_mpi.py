@@ -108,14 +108,10 @@ def test_one_process_unless_said(tree):
 
 
 def test_environment_of_the_job(tree):
-    tree.run('smoke')
-    libraries = tree.path / '.venv/lib/python3.11/site-packages/nvidia/nccl/lib'
-    libraries.mkdir(parents=True)
-    printed = tree.run('smoke', LD_LIBRARY_PATH='/mine').stderr
+    tree.run('smoke', LD_LIBRARY_PATH='/mine')
     environment = tree.environment()
     assert environment['PATH'].startswith(f'{tree.path}/.venv/bin:')
-    assert environment['LD_LIBRARY_PATH'] == f'{libraries}:/mine'
-    assert 'LD_LIBRARY_PATH=' in printed
+    assert environment['LD_LIBRARY_PATH'] == '/mine'
 
 
 def test_the_papers_run(tree, root):
