@@ -13,8 +13,10 @@ import os
 import warnings
 from pathlib import Path
 
-# Each after those that it needs.
-_LIBRARIES = 'cudart nvJitLink cublasLt cublas nvrtc cufft curand cusparse cusolver nccl cudnn'
+# Each after those that it needs. NVRTC opens its builtins by name, when it compiles.
+_LIBRARIES = (
+    'cudart nvJitLink cublasLt cublas nvrtc-builtins nvrtc cufft curand cusparse cusolver nccl cudnn'
+)
 
 
 def load_libraries_of_wheels() -> list[str]:
