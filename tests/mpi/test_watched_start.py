@@ -151,9 +151,9 @@ def test_a_rank_that_never_enters_nccl_is_named(hanging, on_host):
 
 
 def test_a_rank_that_hangs_going_on_is_named(hanging, mpirun, root, tmp_path):
-    program = root / 'reproduce' / 'train.py'
+    program = root / 'tests' / 'mpi' / 'programs' / 'train_that_hangs.py'
     options = (*SMOKE, '--out', tmp_path / 'out', '--checkpoint-every', '0.0001m')
-    done = mpirun(3, program, *options)
+    done = mpirun(3, program, 'plan', 0, *options)  # which a training does not make
     assert done.returncode == 0, done.stdout
     first, *_ = sorted((tmp_path / 'out' / 'checkpoints').glob('checkpoint-*.npz'))
     (tmp_path / 'out' / 'summary.json').unlink()
