@@ -56,7 +56,7 @@ def main():
             time.sleep(60)
         elif how == 'agreed':
             raise ranks.AgreedExit(3)
-        else:
+        elif how != 'late':
             time.sleep(3)
         mpi.barrier()
     print(f'rank {mpi.rank} ended', flush=True)
