@@ -379,7 +379,7 @@ print(hashlib.sha256(repr(parts).encode()).hexdigest(), python)
 # code is part of the fingerprint.
 find_code() {
     code=$here copied=''
-    if [[ -e $stamp && -d $venv/project ]]; then code=$venv/project copied='extensions/**/*.py reproduce/**/*.py'; fi
+    if [[ -e $stamp && -d $venv/project ]]; then code=$venv/project copied='extensions/**/*.py extensions/**/*.cu reproduce/**/*.py'; fi
 }
 
 # Is the environment somebody else's, with this project in it? It is used as it is.
@@ -476,10 +476,11 @@ fail_step() { # ERROR
 }
 
 fail_pip() {
-    local error
+    local error missing
     error=$(grep '^ERROR: ' "$log" | tail -n 1) || true
-    if [[ -n $WHEELS && $error =~ No\ matching\ distribution\ found\ for\ ([^ ]+) ]]; then
-        fail_step "WHEELS=$WHEELS has no ${BASH_REMATCH[1]}, which this Python needs: make it again where there is a network: ./run_mpi.sh bundle --help"
+    missing=$(sed -nE 's/^ERROR: No matching distribution found for ([^ ]+).*/\1/p; /have no matching distrib/{n;s/ //gp;}' "$log")
+    if [[ -n $WHEELS && -n $missing ]]; then
+        fail_step "WHEELS=$WHEELS has no $missing, which this Python needs: make it again where there is a network: ./run_mpi.sh bundle --help"
     fi
     if [[ $error =~ No\ matching\ distribution|ResolutionImpossible|Connection|[Tt]ime|HTTP ]] &&
         tail -n 20 "$log" | grep -qE 'Retrying|ConnectionPool|Could not fetch URL'; then
@@ -742,7 +743,7 @@ adapt_to_open_mpi() {
         for name in $(compgen -e); do
             case $name in
                 OMP_NUM_THREADS | OPENBLAS_NUM_THREADS | MKL_NUM_THREADS | PATH | LD_LIBRARY_PATH | PYTHONPATH | \
-                    PYTHONUNBUFFERED | IMAGENET_ROOT | CHAINER* | NCCL_* | CUDA_* | CUPY_* | UCX_*) options+=(-x "$name") ;;
+                    PYTHONUNBUFFERED | IMAGENET_ROOT | CHAINER* | NCCL_* | CUDA_* | CUPY_* | NVIDIA_* | UCX_*) options+=(-x "$name") ;;
             esac
         done
     fi
@@ -753,30 +754,33 @@ adapt_to_open_mpi() {
 }
 
 # Ends with one line if train.py's options are wrong: mpiexec would add a page to the line that its ranks print. Sets
-# `out`, the folder of a training's results, and `added`, options that the verb needs.
+# `n` for smoke, `out`, the folder of a training's results, and `added`, options that the verb needs.
 check_options() { # VERB OPTION...
-    local word lines
+    local word lines number=$n
+    if [[ -z $own_n ]]; then number=${n:-1}; fi
     for word; do
         if [[ $word == -h || $word == --help ]]; then return; fi
     done
     # Isolated, as packages on PYTHONPATH and in this folder may have the names of this project's; and without MPI.
     lines=$("$venv/bin/python" -Ic "$without_mpi"'; from reproduce.job import options; options.main(sys.argv[1:])' \
-        "${n:-1}" "$PWD" "$@") || exit
+        "$number" "$PWD" "$@") || exit
     if [[ -z $lines ]]; then return; fi
-    while read -r word; do
-        if [[ -z $out ]]; then out=$word; else added+=("$word"); fi
-    done <<<"$lines"
+    {
+        read -r number
+        read -r out
+        while read -r word; do added+=("$word"); done
+    } <<<"$lines"
+    if [[ -n $own_n ]]; then n=$number; fi
 }
 
 # Starts mpiexec with `options`, and with the program that `verb` and `words` name.
 start_job() {
-    local out='' added=() program=() start=("$0" "${verb:-train}" "${options[@]}" --) batch=${SLURM_JOB_ID:-$PBS_JOBID}
+    local out='' own_n='' added=() program=() start=("$0" "${verb:-train}" "${options[@]}" --) batch=${SLURM_JOB_ID:-$PBS_JOBID}
     [[ -x $mpiexec ]] || fail "there is no $mpiexec: set MPIEXEC= to the mpiexec of the MPI that mpi4py was built for"
     if [[ $verb == smoke ]]; then start=("$0" "${options[@]}" smoke); fi
     if [[ -z $hosts && -z $n ]]; then
-        n=1
-        if [[ $verb == smoke ]]; then n=2; elif [[ -n $batch ]]; then n=$(count_places); fi
-        options=(-n "$n" "${options[@]}")
+        if [[ -n $batch && $verb != smoke ]]; then n=$(count_places); elif [[ $verb != smoke ]]; then n=1; fi
+        own_n=1
     fi
     case $verb in
         smoke)
@@ -791,6 +795,7 @@ start_job() {
             if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then check_options train "${words[@]}"; fi
             ;;
     esac
+    if [[ -n $own_n ]]; then options=(-n "${n:-2}" "${options[@]}"); fi
     if ((${#program[@]} == 0)) && [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=(-I "$code/reproduce/train.py"); fi
     if ((${#program[@]})); then exec </dev/null; fi # mpiexec would read what the caller has for others
 

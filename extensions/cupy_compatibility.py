@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 # Each after those that it needs.
@@ -54,9 +55,13 @@ def has_cupy() -> bool:
     return importlib.util.find_spec('cupy') is not None
 
 
-def has_gpu() -> bool:
-    """Returns whether this host shows this process an NVIDIA GPU."""
-    return any(Path('/dev').glob('nvidia[0-9]*'))
+def count_gpus() -> int:
+    """Returns how many NVIDIA GPUs this host shows this process."""
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    n = len(list(Path('/dev').glob('nvidia[0-9]*')))
+    if hidden():
+        return 0
+    return min(n, len(visible.split(','))) if visible else n
 
 
 def hidden() -> str:
@@ -66,3 +71,5 @@ def hidden() -> str:
 
 
 load_libraries_of_wheels()
+# Each rank would print it, and with CuPy 14 nothing helps. A run's header tells cuDNN's version.
+warnings.filterwarnings('ignore', 'cuDNN is not enabled', UserWarning)

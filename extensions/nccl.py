@@ -240,7 +240,8 @@ def inspect(rank: int) -> Gpus:
     """Returns the GPUs that this rank sees. Never fails: the result states the obstacle."""
     host = MPI.Get_processor_name()
     if cupy_compatibility.hidden():
-        return Gpus(rank, host, obstacle=f'has {cupy_compatibility.hidden()}', is_expected=False)
+        obstacle = f'sees no GPU ({cupy_compatibility.hidden()} hides all)'
+        return Gpus(rank, host, obstacle=obstacle, is_expected=False)
     if not cuda.available:
         return Gpus(rank, host, obstacle=_why_no_cupy(), is_expected=_has_gpu_or_cupy())
     runtime = cuda.cupy.cuda.runtime
@@ -258,14 +259,14 @@ def inspect(rank: int) -> Gpus:
 
 
 def _has_gpu_or_cupy() -> bool:
-    return cupy_compatibility.has_gpu() or cupy_compatibility.has_cupy()
+    return cupy_compatibility.count_gpus() > 0 or cupy_compatibility.has_cupy()
 
 
 def _why_no_cupy() -> str:
     if cupy_compatibility.has_cupy():
         reason = ' '.join(str(getattr(cuda, '_resolution_error', '')).split())
         return f'has a CuPy that fails: {reason}'
-    if cupy_compatibility.has_gpu():
+    if cupy_compatibility.count_gpus():
         return 'has a GPU, but no CuPy: start with EXTRAS=gpu ./run_mpi.sh, which installs it'
     return 'has no GPU and no CuPy'
 

@@ -198,7 +198,7 @@ def verbs():
         ['/bin/bash', ROOT / 'run_mpi.sh', '--help'], check=True, capture_output=True, text=True
     )
     listed, names = done.stdout.split('\nExamples:')[0].split('\nNames:')
-    found = {verb: [] for verb in re.findall(r'^  ([a-z]+) +\S', listed, re.MULTILINE)}
+    found = {verb: [] for verb in re.findall(r'^  ([a-z-]+) +\S', listed, re.MULTILINE)}
     return {**found, **{verb: words.split() for verb, words in re.findall(r'  (\w+) +(.*)', names)}}
 
 
@@ -240,7 +240,7 @@ def test_options_exist():
     pip."""
     code = ''.join(path.read_text() for path in SOURCES)
     own = {'--' + name.replace('_', '-') for name in Settings.__dataclass_fields__} | {'--dry-run'}
-    others = set('--help --hostfile --host --map-by --bind-to --oversubscribe'.split())
+    others = set('--help --hostfile --host --map-by --bind-to --oversubscribe --nv'.split())
     others |= {'--report-bindings', *SLURM.split()}
     pip = set('--no-deps --no-binary --no-build-isolation'.split())
     for name, text in TEXTS.items():

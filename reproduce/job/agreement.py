@@ -97,7 +97,9 @@ def _sources(folder):
     for parent, folders, files in os.walk(folder):
         # On a network file system, each of 1,024 ranks would ask for the logs in results, too.
         folders[:] = [name for name in folders if name not in ('results', 'data', '__pycache__')]
-        yield from (Path(parent, name) for name in files if name.endswith(('.py', '.c', '.h')))
+        yield from (
+            Path(parent, name) for name in files if name.endswith(('.py', '.c', '.h', '.cu'))
+        )
 
 
 def check(mpi_comm, own: dict, images: dict):

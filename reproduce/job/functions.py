@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from chainer.backends import cuda
+
 from reproduce.settings import InputError
+
+_CUDNN_WORKSPACE = 1 << 29  # bytes (P)
 
 
 def find(name: str):
@@ -44,6 +48,10 @@ def use(name: str, device):
     """
     module = find(name)
     if module is None:
+        # Chainer's 8 MiB keep cuDNN from its fast algorithms; chainer.config.autotune stays off,
+        # as an algorithm found by timing, and its bits, may differ between runs.
+        if cuda.cudnn_enabled and device.xp is cuda.cupy:
+            cuda.set_max_workspace_size(_CUDNN_WORKSPACE)
         return
     try:
         module.enable(device)

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from extensions import SOURCES
+from extensions import SOURCES, cupy_compatibility
 from extensions.checkpoint import interval
 from reproduce import loader
 from reproduce.dataset import check_workers
@@ -179,13 +179,16 @@ def watchdog_of(argv) -> float:
 def main(argv):
     """Checks the options of a job before mpiexec starts its ranks: N FOLDER VERB OPTIONS...
 
-    mpiexec would add a page of its own to the line that the ranks print. FOLDER is the user's.
-    Prints, for a training, the absolute path of its results, and the options that the verb smoke
-    adds, each on a line.
+    mpiexec would add a page of its own to the line that the ranks print. N may be empty for the
+    verb smoke. FOLDER is the user's. Prints, for a training, the number of processes, the absolute
+    path of its results, and the options that the verb smoke adds, each on a line.
     """
     n_processes, folder, verb, *words = argv
     preset = ['--preset', 'smoke'] if verb == 'smoke' else []
     parser = 'train' if verb == 'smoke' else verb
+    if not n_processes:
+        n_processes, workers = _layout_for_smoke(words)
+        preset += workers
     try:
         settings, dry_run = parse([*preset, *words], int(n_processes), verb=parser)
         if not dry_run:
@@ -197,7 +200,16 @@ def main(argv):
     if verb == 'smoke' and not any(word.split('=')[0] in _OWN_PLACE for word in words):
         out, added = output.for_smoke(settings, folder)
     if verb != 'preflight' and not dry_run:
-        print(Path(folder, out), *added, sep='\n')
+        print(n_processes, Path(folder, out), *preset[2:], *added, sep='\n')
+
+
+def _layout_for_smoke(words) -> tuple[int, list[str]]:
+    """Two processes; on a host with one GPU, one that plays two workers."""
+    on_one_gpu = cupy_compatibility.has_cupy() and cupy_compatibility.count_gpus() == 1
+    names = [word.partition('=')[0] for word in words]
+    if not on_one_gpu or '--communicator' in names:
+        return 2, []
+    return 1, [] if '--workers' in names else ['--workers', '2']
 
 
 if __name__ == '__main__':

@@ -53,6 +53,8 @@ _COLUMNS = (  # the columns of the table: key, head, format
     ('nccl', 'NCCL', '{}'),
     ('memory', 'GiB needed', '{:.1f}'),
     ('available', 'GiB free', '{:.1f}'),
+    ('gpu_memory', 'GPU GiB needed', '{:.1f}'),
+    ('gpu_total', 'GPU GiB', '{:.1f}'),
     ('shared', 'shm MiB needed', '{:.0f}'),
     ('shared_free', 'shm MiB free', '{:.0f}'),
     ('clock', 'clock s', '{:+.3f}'),
@@ -364,11 +366,11 @@ class Preflight:
             taken.append(pool.total_bytes())
         need = taken[1] + max(0, self._settings.local_batch_size - 3) * (taken[1] - taken[0])
         _, total = cuda.cupy.cuda.runtime.memGetInfo()
+        self.row.update(gpu_memory=_MARGIN * need / _GIB, gpu_total=total / _GIB)
         if _MARGIN * need > total:
             self._fits = False
             self.problems.append(
-                f'the GPU has {total / _GIB:.1f} GiB, but a minibatch needs about '
-                f'{_MARGIN * need / _GIB:.1f} GiB: choose a smaller --local-batch-size'
+                'not enough memory on a GPU (see the table): choose a smaller --local-batch-size'
             )
 
     def _functions(self):
@@ -440,6 +442,7 @@ def verdict(settings, n_images, everyone) -> bool:
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))
+    print(f'versions: {report.in_words(report.versions())}')
     rows = [row for _, _, row in everyone]
     if all('minibatch' in row for row in rows):
         print(_estimate(settings, n_images, rows))

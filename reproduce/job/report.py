@@ -59,8 +59,13 @@ def versions() -> dict:
         found['cudnn'] = str(cuda.libcudnn.getVersion()) if cuda.cudnn_enabled else 'none'
         found['nccl'] = nccl.version()
     if 'extensions.torch_functions' in sys.modules:  # imported only for --functions torch
-        found['torch'] = version('torch')
+        found['torch'] = str(sys.modules['torch'].__version__)  # with the kind of build
     return found
+
+
+def in_words(found: dict) -> str:
+    """Returns versions as one line."""
+    return ', '.join(f'{name} {version}' for name, version in found.items())
 
 
 def gpu(number=0) -> str:
@@ -151,7 +156,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         'validation': f'{len(val):,} images in {val.root}',
         'classes': f'{len(train.classes):,}',
         'length': f'{s.epochs} epochs, {s.iterations(len(train)):,} iterations',
-        'versions': ', '.join(f'{name} {version}' for name, version in versions().items()),
+        'versions': in_words(versions()),
         'output': s.out,
     }
     return '\n'.join(f'{title:14}{text}' for title, text in rows.items())
@@ -341,6 +346,20 @@ def peak_memory(comm) -> int:
     return 1024 * comm.mpi_comm.allreduce(kilobytes, MPI.MAX)
 
 
+def peak_device_memory(comm) -> int:
+    """Returns the most memory of a GPU that any process has taken, in bytes; 0 on CPUs. Collective.
+
+    It includes what the memory pools of CuPy and of Torch keep for later, but not CUDA's and NCCL's
+    own memory.
+    """
+    taken = 0
+    if device_of(comm).xp is not np:
+        taken = cuda.cupy.get_default_memory_pool().total_bytes()  # it never shrinks
+        if 'torch' in sys.modules:
+            taken += sys.modules['torch'].cuda.max_memory_reserved()
+    return comm.mpi_comm.allreduce(taken, MPI.MAX)
+
+
 def bad_images(comm, batches) -> dict:
     """Returns the images skipped since the job's start, as {path: message}. Collective."""
     return dict(
@@ -357,7 +376,7 @@ def parts(timing: dict) -> str:
     return f'iteration {1000 * timing["iteration"]:,.1f} ms, slowest ranks: {text}'
 
 
-def summarize(settings, comm, trainer, log, peak_memory, bad_images, timing) -> dict:
+def summarize(settings, comm, trainer, log, peaks, bad_images, timing) -> dict:
     """Writes ``summary.json`` and the final ``curves.png``.
 
     Args:
@@ -365,7 +384,7 @@ def summarize(settings, comm, trainer, log, peak_memory, bad_images, timing) -> 
         comm (~chainermn.CommunicatorBase): The processes.
         trainer (~chainer.training.Trainer): The trainer, after its run.
         log (list of dict): Entries of the LogReport.
-        peak_memory (int): Result of :func:`peak_memory`, in bytes.
+        peaks (tuple of int): Results of :func:`peak_memory` and :func:`peak_device_memory`.
         bad_images (dict): Result of :func:`bad_images`.
         timing (dict): Summary of the TimeReport, in seconds.
 
@@ -387,7 +406,8 @@ def summarize(settings, comm, trainer, log, peak_memory, bad_images, timing) -> 
         'processes': comm.size,
         'total_batch_size': settings.total_batch_size,
         'seconds': trainer.elapsed_time,
-        'peak_memory_bytes': peak_memory,
+        'peak_memory_bytes': peaks[0],
+        'peak_device_memory_bytes': peaks[1],
         'bad_images': {'count': len(bad_images), 'messages': list(bad_images.values())},
         'images_per_second': iterations * settings.total_batch_size / trainer.elapsed_time,
         'timing': timing,

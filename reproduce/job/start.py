@@ -41,6 +41,7 @@ def before_mpi():
         SystemExit: A package is not installed, or MPI does not load. The message is one line.
     """
     _raise_file_limit()
+    os.environ.setdefault('NVIDIA_TF32_OVERRIDE', '0')  # the paper's products are float32's
     os.environ.pop('CHAINER_DTYPE', None)  # the model's dtype; the paper's is Chainer's default
     if not os.environ.get('HOME'):  # Open MPI does not start without
         home = os.path.expanduser('~')

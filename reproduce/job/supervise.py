@@ -211,18 +211,18 @@ def _last_hyperparameters(optimizer):
 
 def _conclude(settings, comm, trainer, batches, time_report, log_report):
     """Writes the model and the summary. Collective."""
-    peak_memory, bad_images = report.peak_memory(comm), report.bad_images(comm, batches)
+    peaks = report.peak_memory(comm), report.peak_device_memory(comm)
+    bad_images = report.bad_images(comm, batches)
     if comm.rank > 0:
         return
     model = trainer.updater.get_optimizer('main').target
     chainer.serializers.save_npz(os.path.join(settings.out, 'model.npz'), model)
     timing = time_report.summary()
-    summary = report.summarize(
-        settings, comm, trainer, log_report.log, peak_memory, bad_images, timing
-    )
+    summary = report.summarize(settings, comm, trainer, log_report.log, peaks, bad_images, timing)
     print(
         f'{report.parts(timing)}\n'
-        f'top-1 {summary["top1"]:.2%}; at most {peak_memory / 2**20:,.0f} MiB per process; '
+        f'top-1 {summary["top1"]:.2%}; at most {peaks[0] / 2**20:,.0f} MiB per process'
+        + (f' and {peaks[1] / 2**20:,.0f} MiB of its GPU; ' if peaks[1] else '; ')
         + (f'{len(bad_images):,} bad images skipped; ' if bad_images else '')
         + f'results in {settings.out}',
         flush=True,

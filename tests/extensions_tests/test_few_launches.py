@@ -1,14 +1,11 @@
 """The update on a GPU, and what else an iteration launches there.
 
-The tests marked "gpu" run on a GPU, and without one on the CuPy of host memory, which counts
-launches and the host's waits.
+tests/mpi/test_cupy_on_host.py runs these tests on the CuPy of host memory, which counts launches
+and the host's waits.
 """
 
 import collections
 import contextlib
-import os
-import subprocess
-import sys
 
 import chainer
 import numpy as np
@@ -46,19 +43,6 @@ SHAPES = {
     'long': (100_003,),
     'last': (0,),
 }
-
-
-def test_these_tests_on_the_cupy_of_host_memory(cupy_on_host, root):
-    done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-m', 'gpu', '-q', '-p', 'no:cacheprovider', __file__],
-        check=False,
-        cwd=root,
-        env={**os.environ, **cupy_on_host},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0 and 'skipped' not in done.stdout, done.stdout
 
 
 def chain_of(shapes, dtype, device):
@@ -152,7 +136,7 @@ def test_one_launch_has_the_bits_of_many_and_of_the_cpu(gpu, at_once, dtype, pre
 def test_resnet50_is_updated_in_one_launch(gpu, at_once):
     results = []
     for update in (RMSpropWarmup.update, chainer.GradientMethod.update):
-        model = ResNet50(1000, 64, 'imagenet', 0)
+        model = ResNet50(1000, 16, 'imagenet', 0)
         model.to_device(gpu)
         optimizer = RMSpropWarmup(0.1, 0.5, 0.2, weight_decay_rate=1e-4).setup(model)
         give_gradients(model, np.random.RandomState(0), gpu)
@@ -181,10 +165,10 @@ def launches(function):
 @pytest.mark.gpu
 def test_updates_that_the_host_does_not_wait_for(gpu, at_once):
     """The table of an update in progress is not overwritten by later ones."""
-    shapes = {'a': (1 << 22,), **{f'p{i}': (i,) for i in range(50)}}
-    ours = trained(RMSpropWarmup.update, gpu, shapes=shapes, n_steps=40)
-    assert at_once == [True] * 39
-    assert_same(ours, trained(RMSpropWarmup.update, '@numpy', shapes=shapes, n_steps=40))
+    shapes = {'a': (1 << 20,), **{f'p{i}': (i,) for i in range(50)}}
+    ours = trained(RMSpropWarmup.update, gpu, shapes=shapes, n_steps=20)
+    assert at_once == [True] * 19
+    assert_same(ours, trained(RMSpropWarmup.update, '@numpy', shapes=shapes, n_steps=20))
 
 
 @pytest.mark.gpu
@@ -372,11 +356,11 @@ class Parts:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('scale', [1, 2.0**8])
-@pytest.mark.parametrize('n_workers', [1, 4])
-def test_launches_and_waits_of_an_iteration_of_resnet50(gpu, n_workers, scale):
+@pytest.mark.usefixtures('shallow')
+@pytest.mark.parametrize('n_workers, scale', [(1, 1), (1, 2.0**8), (3, 1), (3, 2.0**8)])
+def test_launches_and_waits_of_an_iteration(gpu, n_workers, scale):
     comm = create_communicator('pure_nccl', mpi_comm=MPI.COMM_SELF, gradient_scale=scale)
-    model = ResNet50(10, 8, 'cifar', 0)
+    model = ResNet50(10, 4, 'cifar', 0)
     model.to_device(gpu)
     comm.bcast_data(model)
     rng = np.random.RandomState(0)
@@ -405,8 +389,7 @@ def test_launches_and_waits_of_an_iteration_of_resnet50(gpu, n_workers, scale):
             # The gradients of each of several workers are joined, scaled, rounded, widened and,
             # but the first worker's, added. Their mean is packed and unpacked.
             'pack': several * ((4 + scaled) * n_workers - 1) + 2,
-            # Divided by the workers; joined and scaled; NCCL; divided by the ranks; scaled; two
-            # for the check.
+            # Divided by the workers; joined and scaled; divided by the ranks; scaled; checked.
             'allreduce': several + 2 * scaled + 1 + scaled + 2,
             'update': 1,
             # The batch statistics of each of several workers are joined, widened and, but the

@@ -30,11 +30,23 @@ def test_gpus_on_every_rank_are_used():
 
 
 def test_no_gpu_anywhere_means_mpi():
-    everyone = [without(0, 'a'), without(1, 'b')]
-    assert choose('auto', everyone) == ('mpi', 'auto: rank 0 on a sees no GPU')
-    with pytest.raises(CommunicatorError, match='needs a GPU and NCCL.*: rank 0 on a sees no GPU'):
+    everyone = [Gpus(i, host, obstacle='no GPU', is_expected=False) for i, host in enumerate('ab')]
+    assert choose('auto', everyone) == ('mpi', 'auto: rank 0 on a no GPU')
+    with pytest.raises(CommunicatorError, match='needs a GPU and NCCL.*: rank 0 on a no GPU'):
         choose('pure_nccl', everyone)
-    assert choose('auto', job('a', nccl=0))[0] == 'mpi'
+
+
+def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_on_cpus():
+    hidden = Gpus(
+        0, 'a', obstacle='sees no GPU (CUDA_VISIBLE_DEVICES= hides all)', is_expected=False
+    )
+    for everyone, reason in (
+        ([hidden, without(1, 'b')], 'rank 1 on b sees no GPU'),
+        (job('a', nccl=0), 'rank 0 on a has a GPU, but no NCCL for CuPy'),
+    ):
+        with pytest.raises(CommunicatorError, match=f'{reason}. To train on CPUs, choose') as error:
+            choose('auto', everyone)
+        assert 'communicator mpi' in str(error.value)
 
 
 @pytest.mark.parametrize('name', ['auto', 'pure_nccl'])
@@ -92,7 +104,13 @@ def pretend(monkeypatch, count, nccl=(22304, 22304)):
     monkeypatch.setattr(extensions.nccl.chainermn, 'nccl', library)
 
 
-def test_what_a_rank_sees(monkeypatch):
+@pytest.fixture
+def visible(monkeypatch):
+    """The tests for CPUs hide the GPUs by this variable."""
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+
+
+def test_what_a_rank_sees(monkeypatch, visible):
     assert inspect(3).rank == 3
     pretend(monkeypatch, lambda: 2, (22304, 2708))
     gpus = inspect(1)
@@ -107,3 +125,34 @@ def test_what_a_rank_sees(monkeypatch):
 
     pretend(monkeypatch, no_driver)
     assert inspect(1).obstacle == 'sees no GPU (cudaErrorInsufficientDriver)'
+
+
+@pytest.mark.parametrize(
+    ('n_gpus', 'has_cupy', 'obstacle'),
+    [
+        (0, False, 'has no GPU and no CuPy'),
+        (2, False, 'has a GPU, but no CuPy: start with EXTRAS=gpu'),
+        (0, True, 'has a CuPy that fails: no libcublas'),
+        (2, True, 'has a CuPy that fails: no libcublas'),
+    ],
+)
+def test_why_a_rank_has_no_cupy(n_gpus, has_cupy, obstacle, monkeypatch, visible):
+    monkeypatch.setattr(cuda, 'available', False)
+    monkeypatch.setattr(cuda, '_resolution_error', ImportError('no\n libcublas'), raising=False)
+    compatibility = extensions.nccl.cupy_compatibility
+    monkeypatch.setattr(compatibility, 'count_gpus', lambda: n_gpus)
+    monkeypatch.setattr(compatibility, 'has_cupy', lambda: has_cupy)
+    found = inspect(0)
+    assert found.obstacle.startswith(obstacle)
+    assert found.is_expected == bool(n_gpus or has_cupy)
+
+
+@pytest.mark.parametrize('value', ['', '-1', 'NoDevFiles'])
+def test_gpus_that_the_user_hides_are_not_expected(value, monkeypatch):
+    pretend(monkeypatch, lambda: 0)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', value)
+    found = inspect(0)
+    assert found.obstacle == f'sees no GPU (CUDA_VISIBLE_DEVICES={value} hides all)'
+    assert not found.is_expected
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    assert inspect(0).is_expected

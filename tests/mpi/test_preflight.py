@@ -57,9 +57,10 @@ def test_all_is_well(preflight, folders, tmp_path, dead):
     cells, rest = cells_of(preflight(3, 'nothing', *options))
     assert cells['ranks'] == '3' and cells['GPUs'] == '0' and cells['MPI'].startswith('v')
     assert 0 < float(cells['GiB needed']) < 3 and float(cells['loading s']) > 0
-    assert rest[0].startswith('all-reduce in float16: right, ')
-    assert ' of 2 minibatches per rank; 18 iterations in ' in rest[1] and 'measured' in rest[1]
-    assert rest[2] == 'ready' and len(rest) == 3
+    assert rest[0].startswith('versions: python ') and 'chainer 7.8.1' in rest[0]
+    assert rest[1].startswith('all-reduce in float16: right, ')
+    assert ' of 2 minibatches per rank; 18 iterations in ' in rest[2] and 'measured' in rest[2]
+    assert rest[3] == 'ready' and len(rest) == 4
     assert not (tmp_path / 'out').exists()
     alone, _ = cells_of(preflight(1, 'nothing', *options))
     # The three share a host.

@@ -67,31 +67,63 @@ if rank in os.environ['WITHOUT'].split():
 sys.path.remove(os.path.dirname(__file__))
 del sys.modules['torch']
 import torch
+if rank in os.environ['BROKEN'].split():
+    def conv2d(*arguments):
+        raise RuntimeError('no kernel image\\nis available')
+    torch.conv2d = conv2d
 """
 
 
-@pytest.mark.parametrize('without', ['1', '0 1'])
-@pytest.mark.parametrize('program, status', [('train.py', 2), ('job/preflight.py', 1)])
-def test_ranks_that_cannot_import_torch(mpirun, root, tmp_path, without, program, status):
-    if without == '1':
-        pytest.importorskip('torch')
+@pytest.fixture
+def run(mpirun, root, tmp_path):
     (tmp_path / 'torch.py').write_text(TORCH)
-    done = mpirun(
-        2,
-        root / 'reproduce' / program,
-        *SMOKE,
-        *('--functions', 'torch', '--out', tmp_path / 'out'),
-        PYTHONPATH=f'{tmp_path}:{root}',
-        WITHOUT=without,
-    )
+
+    def run(program, without='', broken=''):
+        return mpirun(
+            2,
+            root / 'reproduce' / program,
+            *SMOKE,
+            *('--functions', 'torch', '--out', tmp_path / 'out'),
+            PYTHONPATH=f'{tmp_path}:{root}',
+            WITHOUT=without,
+            BROKEN=broken,
+        )
+
+    return run
+
+
+def line_of(done, status):
+    """The only line with an error of the option."""
     assert done.returncode == status, done.stdout
-    assert 'Traceback' not in done.stdout and not (tmp_path / 'out' / 'settings.json').exists()
+    assert 'Traceback' not in done.stdout and 'total batch' not in done.stdout
     (line,) = (line for line in done.stdout.splitlines() if '--functions torch: ' in line)
     assert line.startswith('error: ' if status == 2 else 'problem: ')
+    return line
+
+
+PROGRAMS = pytest.mark.parametrize('program, status', [('train.py', 2), ('job/preflight.py', 1)])
+
+
+@pytest.mark.parametrize('without', ['1', '0 1'])
+@PROGRAMS
+def test_ranks_that_cannot_import_torch(run, without, program, status):
+    if without == '1':
+        pytest.importorskip('torch')
+    done = run(program, without=without)
+    line = line_of(done, status)
     assert 'cannot import PyTorch: libcudart.so.13: cannot open shared object file; ' in line
     if status == 1:
         ranks = [f'rank {rank} on ' in line for rank in (0, 1)]
         assert ranks == [without == '0 1', True]
+        assert ('problem: torch is None, but ' in done.stdout) == (without == '1')
+
+
+@PROGRAMS
+def test_a_rank_whose_torch_cannot_compute(run, program, status):
+    """As on a GPU that this build of Torch has no kernels for."""
+    torch = pytest.importorskip('torch')
+    line = line_of(run(program, broken='1'), status)
+    assert f'torch {torch.__version__} cannot compute on @numpy: no kernel image; ' in line
 
 
 def test_functions_that_do_not_exist(train, tmp_path):

@@ -300,23 +300,6 @@ def test_an_infinite_gradient_can_be_let_through(mpirun, root, tmp_path):
 @pytest.mark.parametrize(
     'what, message',
     [
-        ('mixed', 'rank 0 on node0 can, but rank 1 on node1 sees no GPU'),
-        ('shared', 'rank 0 on node0 and rank 1 on node0 would share the GPU on PCI bus 0000:3b'),
-        ('old', 'rank 0 on node0 has NCCL 1.3.4, but pure_nccl needs 2.0 or later'),
-    ],
-)
-def test_gpus_that_do_not_fit_together_end_the_job_at_once(mpirun, root, tmp_path, what, message):
-    program = root / 'tests' / 'mpi' / 'programs' / 'pretended_gpus.py'
-    done = mpirun(3, program, what, *SMOKE, '--out', tmp_path / 'out', timeout=40)
-    assert done.returncode == 2, done.stdout
-    errors = [line for line in done.stdout.splitlines() if line.startswith('error: ')]
-    assert len(errors) == 1 and message in errors[0], done.stdout
-    assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize(
-    'what, message',
-    [
         ('numpy', 'the ranks differ in numpy: rank 0 on '),
         ('code', 'the ranks differ in code: rank 0 on '),
         ('parameters', 'the ranks differ in parameters: rank 0 on '),

@@ -30,7 +30,8 @@ case "$1 $2" in
         mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"
         touch "${{@: -1}}/pyvenv.cfg" ;;
     "-m pip" | *".whl/pip "*)
-        echo "pip's words"
+        words="pip's words"
+        echo "${{FAKE_PIP_SAYS:-$words}}"
         sleep "${{FAKE_PIP_SECONDS:-0}}"; exit ${{FAKE_PIP_STATUS:-0}} ;;
 esac
 """

@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -85,6 +88,26 @@ def test_a_bundle_does_without_the_pip_of_python3_venv(tree, tmp_path):
     assert 'has no venv module' in only_error(
         tree.run('smoke', WHEELS='', FAKE_NO_VENV='1', EXTRAS='gpu')
     )
+
+
+PIP_LACKS = {
+    'pinned': """The conflict is caused by:
+    extremely-large-minibatch-sgd 0.1.0 depends on simplejpeg
+    The user requested (constraint) simplejpeg==1.9.0
+Additionally, some packages in these conflicts have no matching distributions available for your ...
+    simplejpeg
+ERROR: ResolutionImpossible: for help visit ...""",
+    'not pinned': """ERROR: Could not find a version that satisfies the requirement simplejpeg
+ERROR: No matching distribution found for simplejpeg""",
+}
+
+
+@pytest.mark.parametrize('says', PIP_LACKS.values(), ids=PIP_LACKS)
+def test_what_neither_the_bundle_nor_the_machine_has(tree, tmp_path, says):
+    variables = {'WHEELS': str(tmp_path), 'FAKE_PIP_SAYS': says, 'FAKE_PIP_STATUS': '1'}
+    errors = tree.run('smoke', **variables).stderr.splitlines()
+    wanted = f'error: WHEELS={tmp_path} has no simplejpeg, which this Python needs: make it again '
+    assert sum(line.startswith(wanted) for line in errors) == 1, errors
 
 
 def test_the_shell_of_a_set_up_from_wheels_has_no_other_place(tree, tmp_path):
@@ -190,6 +213,20 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     assert f'{tmp_path} has other files in it: name a new folder' in capsys.readouterr().err
 
 
+def test_a_bundle_is_made_again(tmp_path, monkeypatch):
+    def collect(folder, python, requirements):
+        (folder / f'a-{python}-py3-none-any.whl').write_bytes(bytes(3))
+
+    monkeypatch.setattr(bundle, 'collect', collect)
+    for python in '3.11', '3.12':
+        note = bundle.make(tmp_path, python, ['gpu'], {'numpy', 'pip'})
+        assert note == json.loads((tmp_path / 'bundle.json').read_text())
+        assert note['python'] == python and note['extras'] == ['gpu']
+        assert note['installed'] == ['numpy'] and note['files'] == {
+            f'a-{python}-py3-none-any.whl': 3
+        }
+
+
 @pytest.mark.parametrize(
     'words, extras, says',
     [
@@ -274,3 +311,182 @@ def test_a_folder_that_is_no_bundle(tree, tmp_path, root, text, says):
     real = {'PYTHON': sys.executable, 'WHEELS': str(tmp_path / 'wheels')}
     assert says in only_error(tree.run('smoke', **real))
     assert not (tree.path / '.venv').exists()
+
+
+# ----------------------------------------------------------------- packages that the machine has
+
+
+def test_an_environment_sees_the_packages_of_another_and_those_of_pythonpath(tmp_path, root):
+    parent, more, own = tmp_path / 'parent', tmp_path / 'more' / 'dist-packages', tmp_path / 'own'
+    for folder in parent, own:
+        subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder], check=True)
+    [packages] = parent.glob('lib/python3*/site-packages')
+    linked = tmp_path / 'linked'
+    for folder, name in (
+        (packages, 'numpy'),
+        (more, 'Type_Ext'),
+        (packages, 'mpi4py'),
+        (packages, 'six'),
+    ):
+        metadata = folder / f'{name}-1.dist-info' / 'METADATA'
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 1\n')
+    (packages / 'in_parent.py').touch()
+    (more / 'in_more.py').touch()
+    linked.mkdir()
+    (linked / 'in_linked.py').touch()
+    (packages / 'linked.pth').write_text(f'{linked}\n')
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work' / 'in_work.py').touch()  # a folder of programs, not of packages
+
+    pins = tmp_path / 'pins'
+    pins.write_text(
+        '# all\nNumPy==2 # a\ntype-ext==2\nmpi4py==2\nsix==2; python_version < "3"\nchainer==7\n'
+    )
+    program = (
+        'import sys; sys.path[0] = sys.argv[1]; from reproduce.job.system_packages import adopt'
+    )
+    command = [parent / 'bin' / 'python', '-c', f'{program}; adopt(*sys.argv[2:])', root, own, pins]
+    path = {'PYTHONPATH': f'{tmp_path}/work:{more}'}
+    subprocess.run([*command, 'mpi4py'], env=path, cwd=tmp_path, check=True)
+
+    assert (own / 'constraints.txt').read_text() == '# all\nmpi4py==2\nchainer==7\n'
+    seen = 'import importlib.util as u; print(*(bool(u.find_spec(n)) for n in sys.argv[1:]))'
+    modules = ['in_parent', 'in_more', 'in_linked', 'in_work']
+    command = [own / 'bin' / 'python', '-Ic', f'import sys; {seen}', *modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == 'True True True False\n'
+
+
+# ---------------------------------------------------------------------- without a network, for real
+
+
+@pytest.fixture(scope='module')
+def wheels(tmp_path_factory, root_of_project):
+    """A bundle for this Python, without extras."""
+    folder = tmp_path_factory.mktemp('bundle') / 'the wheels'
+    command = [sys.executable, '-m', 'reproduce.job.bundle', folder]
+    done = subprocess.run(command, cwd=root_of_project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+    what, whom, how = done.stdout.splitlines()
+    assert re.fullmatch(rf'\d+ files, 1?\d\d MB, in {folder}', what), done
+    assert re.fullmatch(rf'for Python {PYTHON} on \w+ with glibc 2.\d\d or later', whom), done
+    assert how == f'WHEELS={folder} ./run_mpi.sh smoke', done
+    return folder
+
+
+@pytest.mark.slow
+def test_a_bundle_for_the_oldest_python(root, tmp_path):
+    """The pins of a newer Python's packages are the ones that it does not have."""
+    command = [sys.executable, '-m', 'reproduce.job.bundle', tmp_path, '--python', '3.9']
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and '\nfor Python 3.9 on ' in done.stdout, done
+    assert len([*tmp_path.glob('*-cp39-cp39-*.whl')]) > 5
+
+
+@pytest.fixture
+def offline(tmp_path, root):
+    """``offline(*words, **variables)``: run_mpi.sh of a fresh copy, where there is no network."""
+    probe = ['unshare', '--net', 'true']
+    if not shutil.which('unshare') or subprocess.run(probe, check=False).returncode:
+        pytest.skip('needs a network namespace: root')
+    here = tmp_path / 'a folder'
+    files = subprocess.run(
+        ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split('\0')
+    for name in filter(None, files):
+        if name.startswith(('extensions', 'reproduce')) or '/' not in name:
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, here / name)
+    ours = {'VENV', 'MPIEXEC', 'EXTRAS', 'PYTHONPATH'}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+
+    def run(*words, **variables):
+        command = [sys.executable, '-Ic', ALONE, str(here / 'run_mpi.sh'), *map(str, words)]
+        return subprocess.run(
+            ['unshare', '--net', *command],
+            env={**environment, 'PYTHON': sys.executable, **variables},
+            cwd='/',
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_without_a_network(offline, wheels, tmp_path):
+    options = '--epochs 1 --width 4 --loader processes:1 --out'.split()
+    done = offline('smoke', *options, tmp_path / 'out', WHEELS=str(wheels))
+    assert done.returncode == 0 and '\ntop-1 ' in done.stdout, done
+
+
+PLACES = """
+import chainer, numpy, simplejpeg, sys
+from mpi4py import MPI
+print(*(module.__file__ for module in (chainer, MPI, numpy, simplejpeg)), sep='\\n')
+print(MPI.Get_library_version())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_that_has_packages(offline, wheels, tmp_path, root):
+    """Its Python is in a virtual environment, has another NumPy, and finds one more package by
+    PYTHONPATH. None of its packages is in the bundle."""
+    parent, more = tmp_path / 'parent', tmp_path / 'more' / 'site-packages'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', parent], check=True)
+    [pip] = wheels.glob('pip-*.whl')
+    install = [
+        parent / 'bin' / 'python',
+        f'{pip}/pip',
+        'install',
+        '--no-index',
+        '--find-links',
+        wheels,
+    ]
+    has = ['numpy', 'Pillow', 'matplotlib', 'opencv-python-headless', 'protobuf', 'pytest']
+    subprocess.run([*install, '-q', '-c', root / 'constraints.txt', *has], check=True)
+    subprocess.run([*install, '-q', '--no-deps', '--target', more, 'simplejpeg'], check=True)
+    [metadata] = parent.glob('lib/python3*/site-packages/numpy-*.dist-info/METADATA')
+    metadata.write_text(re.sub(r'\nVersion: .*', '\nVersion: 1.99', metadata.read_text()))
+
+    folders = [*parent.glob('lib/python3*/site-packages'), more]
+    found = importlib.metadata.distributions(path=map(str, folders))
+    names = {system_packages.normalized(one.metadata['Name']) for one in found}
+    assert {'numpy', 'simplejpeg'} <= names
+    note = json.loads((wheels / 'bundle.json').read_text())
+    small = tmp_path / 'small'
+    small.mkdir()
+    note['installed'] = sorted(names)
+    note['files'] = {
+        n: s
+        for n, s in note['files'].items()
+        if system_packages.name_of(n.partition('-')[0]) not in names
+    }
+    for name in note['files']:
+        os.link(wheels / name, small / name)
+    (small / 'bundle.json').write_text(json.dumps(note))
+
+    variables = {
+        'PYTHON': str(parent / 'bin' / 'python'),
+        'WHEELS': str(small),
+        'VENV': str(tmp_path / 'own'),
+    }
+    first = offline('python', '-Ic', PLACES, SYSTEM_PACKAGES='1', PYTHONPATH=str(more), **variables)
+    again = offline('python', '-Ic', PLACES, PYTHON='', VENV=variables['VENV'])
+    assert first.returncode == 0 and first.stdout == again.stdout and again.stderr == '', (
+        first,
+        again,
+    )
+    chainer, mpi4py, numpy, simplejpeg, library = first.stdout.split('\n')[:5]
+    assert all(path.startswith(f'{tmp_path}/own/') for path in (chainer, mpi4py))
+    assert numpy.startswith(f'{parent}/') and simplejpeg.startswith(f'{more}/')
+    assert library.startswith('Open MPI v5')

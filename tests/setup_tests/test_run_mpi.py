@@ -32,7 +32,7 @@ def test_smoke(tree):
 
 def test_smoke_takes_the_place_that_was_found_for_it(tree):
     _, words = job(
-        tree, 'smoke', '--seed', '3', FAKE_FOUND='/x/smoke-2 --out smoke-2 --resume auto'
+        tree, 'smoke', '--seed', '3', FAKE_FOUND='2 /x/smoke-2 --out smoke-2 --resume auto'
     )
     given = '--preset smoke --out smoke-2 --resume auto --seed 3'.split()
     program = words.index(f'{tree.path}/reproduce/train.py')
@@ -52,9 +52,16 @@ def test_smoke_takes_the_place_that_was_found_for_it(tree):
     ],
 )
 def test_what_the_parent_of_mpiexec_gets_to_know(tree, words, out, start):
-    assert tree.run(*words.split(), FAKE_FOUND='/x' if out else '').returncode == 0
+    assert tree.run(*words.split(), FAKE_FOUND='3 /x' if out else '').returncode == 0
     found, command = (tree.path.parent / 'log.launch').read_text().split('\n')[:2]
     assert found == out and shlex.split(command)[1:] == start.split()
+
+
+def test_smoke_takes_the_number_of_processes_that_was_found_for_it(tree):
+    for words, n in (('smoke', 1), ('-n 3 smoke', 3)):
+        found = '1 /x --workers 2 --out /x'
+        _, asked = job(tree, *words.split(), FAKE_FOUND=found)
+        assert asked[asked.index('-n') + 1] == f'{n}' and asked.count('-n') == 1
 
 
 def test_smoke_with_dashes(tree):
@@ -197,6 +204,7 @@ PROGRAMS = {
     'miniature --seeds 1': ['-I -m reproduce.studies.miniature --seeds 1'],
     'images check DIR': ['-I -m reproduce.studies.image_commands check DIR'],
     'invariance': ['-I -m reproduce.studies.invariance'],
+    'gpu-check --seconds 60': ['-I -m reproduce.studies.gpu_check --seconds 60'],
     'bundle DIR --python 3.12': ['-I -m reproduce.job.bundle DIR --python 3.12'],
     'python -c 1': ['-c 1'],
     # Their own help, not that of run_mpi.sh.
@@ -208,6 +216,7 @@ PROGRAMS = {
     'images --help': ['-I -m reproduce.studies.image_commands --help'],
     'images check --help': ['-I -m reproduce.studies.image_commands check --help'],
     'invariance --help': ['-I -m reproduce.studies.invariance --help'],
+    'gpu-check --help': ['-I -m reproduce.studies.gpu_check --help'],
     'bundle --help': ['-I -m reproduce.job.bundle --help'],
     'python --help': ['--help'],
 }
@@ -430,7 +439,7 @@ def test_help_installs_nothing(tree, arguments):
 
 def test_help_has_one_line_for_each_verb(tree, root):
     lines = tree.run('--help').stdout.split('\nNames:')[0].splitlines()
-    listed = [line.split()[0] for line in lines if re.match(r'  \w+ +\w', line)]
+    listed = [line.split()[0] for line in lines if re.match(r'  [\w-]+ +\w', line)]
     assert sorted(listed) == sorted([*verbs(root), 'help'])
     assert len(listed) >= 12 and max(map(len, lines)) <= 90
 
@@ -453,7 +462,7 @@ def test_hostfiles(root, tmp_path):
 @pytest.mark.parametrize(
     'words, checked',
     [
-        ('smoke --seed 3', '2 / smoke --seed 3'),
+        ('smoke --seed 3', ' / smoke --seed 3'),
         ('train -n 3 -- --epochs 4', '3 / train --epochs 4'),
         ('-- --dry-run', '1 / train --dry-run'),
         ('preflight -n 5 -- --seed 1', '5 / preflight --seed 1'),

@@ -1,1 +1,1 @@
-"""Is a machine with a GPU right, and how fast is it? The acceptance of a machine, in one command."""
+"""The acceptance of a machine with a GPU: is it right, and how fast is it?"""

@@ -18,6 +18,12 @@ def require(condition, message: str):
         raise Failed(message)
 
 
+def require_below(most: float, errors: dict):
+    """Raises :class:`Failed` unless all errors are below the limit, as NaN is not."""
+    for name, error in errors.items():
+        require(error < most, f'{name}: {error:.1e}, not below {most:g}')
+
+
 def run(functions, path: str, mpi_comm) -> list[str]:
     """Runs all checks, on all ranks. A check that fails does not stop the next one.
 

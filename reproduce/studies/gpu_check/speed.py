@@ -29,8 +29,14 @@ from reproduce.studies.gpu_check.right import gpu
 N_STREAMS = 7  # of the update: four arrays are read, and three are written
 
 
-def milliseconds(function, n=20, warm=3) -> tuple[float, float, float]:
+def milliseconds(function, n=20, warm=3, queue=None) -> tuple[float, float, float]:
     """Times a function.
+
+    Args:
+        function (callable): Launches work on the device.
+        n, warm (int): Calls that are timed, and calls before these.
+        queue (callable): Launches work before each call, so that the device is still busy when the
+            host has launched all of ``function``. The first result then has no waits for the host.
 
     Returns:
         tuple of float: Medians, in milliseconds: of the device, by CUDA's events; of the host until
@@ -39,6 +45,8 @@ def milliseconds(function, n=20, warm=3) -> tuple[float, float, float]:
     times = []
     for i in range(warm + n):
         cuda.Stream.null.synchronize()
+        if queue:
+            queue()
         before, after = cuda.Event(), cuda.Event()
         begin = time.perf_counter()
         before.record()
@@ -69,11 +77,16 @@ def update() -> dict:
     for param in model.params():
         param.grad = cuda.cupy.full_like(param.array, 1e-3)
     optimizer = extensions.RMSpropWarmup(0.1, 0.5, 0.01).setup(model)
-    device, whole, launched = milliseconds(optimizer.update)
-    n_bytes = N_STREAMS * 4 * model.count_params()
-    half = cuda.cupy.ones(n_bytes // 8, np.float32)
+    half = cuda.cupy.ones(N_STREAMS * 4 * model.count_params() // 8, np.float32)
     other = cuda.cupy.empty_like(half)
-    ideal, _, _ = milliseconds(lambda: cuda.cupy.copyto(other, half))
+
+    def copies(n=50):  # some 10 ms
+        for _ in range(n):
+            cuda.cupy.copyto(other, half)
+
+    _, whole, launched = milliseconds(optimizer.update)
+    device, _, _ = milliseconds(optimizer.update, queue=copies)
+    ideal, _, _ = milliseconds(lambda: cuda.cupy.copyto(other, half), queue=copies)
     return {'device ms': device, 'copy ms': ideal, 'host ms': whole, 'launches ms': launched}
 
 

@@ -36,7 +36,10 @@ from reproduce.studies.speed.side_by_side import start_ranks
 _PARTS = ('data', 'compute', 'pack', 'allreduce', 'update', 'extensions')
 _COLUMNS = (*_PARTS, 'iteration', 'validation')  # of a rank's seconds
 _TITLES = {'compute': 'forward + backward', 'allreduce': 'all-reduce'}
-_SETTINGS = ('width', 'stem', 'image_size', 'local_batch_size', 'allreduce_grad_dtype')
+_SETTINGS = (
+    *('width', 'stem', 'image_size', 'local_batch_size'),
+    *('functions', 'allreduce_grad_dtype'),
+)
 
 
 def parse(argv):
@@ -80,6 +83,12 @@ def parse(argv):
         default=16,
         metavar='N',
         help="images per worker and iteration; the paper's are 32 [%(default)s]",
+    )
+    add(
+        '--functions',
+        default='chainer',
+        choices=('chainer', 'torch'),
+        help="implementation of the model's functions, for all that are measured [%(default)s]",
     )
     add(
         '--allreduce-grad-dtype',

@@ -39,7 +39,7 @@ from mpi4py import MPI
 from extensions.evaluation import shard
 from extensions.timing import PARTS, TimedSteps, Timer, untimed
 from reproduce import images, listing
-from reproduce.job import ranks
+from reproduce.job import functions, ranks
 from reproduce.job.report import duration
 from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
@@ -61,6 +61,7 @@ def settings_of(options, n_workers) -> Settings:
         allreduce_grad_dtype=options.allreduce_grad_dtype,
         width=options.width,
         stem=options.stem,
+        functions=options.functions,
         image_size=side,
         resize=side * 256 // 224,
         loader=options.loader,
@@ -134,13 +135,15 @@ class Ours(_System):
         settings = settings_of(options, mpi.size)
         communicator_options = {**settings.communicator_options, 'allreduce_grad_dtype': dtype}
         self.comm = extensions.create_communicator(mpi_comm=mpi, **communicator_options)
+        functions.use(options.functions, extensions.device_of(self.comm))
         trainer, self.batches = experiment(settings, self.comm, train, val)
         self.updater = trainer.updater
         self.model = self.updater.get_optimizer('main').target
         self._evaluator = trainer.get_extension('validation')
-        # A trainer can run only once, so each round makes its own with these extensions.
+        # A trainer can run only once, so each round makes its own with these extensions. Under its
+        # own name, the evaluator would make the Checkpointer save each model that is the best.
         self.entries = [
-            (entry.extension, name, entry.trigger, entry.priority)
+            (entry.extension, f'round_{name}', entry.trigger, entry.priority)
             for name, entry in trainer._extensions.items()
         ]
         self.entries.append((chainer_extensions.LogReport(filename=None),))

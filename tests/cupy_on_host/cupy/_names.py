@@ -1,4 +1,7 @@
-"""The names that CuPy 14 has, and what stands for those that nothing here needs."""
+"""The names that CuPy 14 has, and what stands for those that nothing here needs.
+
+The list is ``dir()`` of the modules and classes of CuPy 14.2.0, without private names.
+"""
 
 import re
 from pathlib import Path

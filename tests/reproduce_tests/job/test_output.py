@@ -102,11 +102,11 @@ def test_smoke_goes_on_or_takes_a_fresh_folder(settings, tmp_path):
 @pytest.mark.parametrize(
     ('words', 'expected'),
     [
-        ('2 {} smoke', '{}/results/smoke --out results/smoke'),
-        ('2 {} smoke --out there', '{}/there'),
-        ('2 {} smoke --overwrite', '{}/results/smoke'),
-        ('2 {} smoke --resume=auto', '{}/results/smoke'),
-        ('2 {} train --preset smoke --out /x/y', '/x/y'),
+        ('2 {} smoke', '2 {}/results/smoke --out results/smoke'),
+        ('2 {} smoke --out there', '2 {}/there'),
+        ('2 {} smoke --overwrite', '2 {}/results/smoke'),
+        ('2 {} smoke --resume=auto', '2 {}/results/smoke'),
+        ('2 {} train --preset smoke --out /x/y', '2 /x/y'),
         ('2 {} train --preset smoke --dry-run', ''),
         ('2 {} preflight --preset smoke', ''),
     ],
@@ -114,3 +114,23 @@ def test_smoke_goes_on_or_takes_a_fresh_folder(settings, tmp_path):
 def test_what_run_mpi_gets_to_know(words, expected, tmp_path, capsys):
     options.main(words.format(tmp_path).split())
     assert capsys.readouterr().out.split() == expected.format(tmp_path).split()
+
+
+@pytest.mark.parametrize(
+    ('n_gpus', 'words', 'expected'),
+    [
+        (0, [], ['2']),
+        (1, [], ['1', '--workers', '2']),
+        (1, ['--workers=8'], ['1']),
+        (1, ['--communicator', 'mpi'], ['2']),
+        (2, [], ['2']),
+    ],
+)
+def test_on_one_gpu_one_process_of_smoke_plays_two_workers(
+    n_gpus, words, expected, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(options.cupy_compatibility, 'has_cupy', lambda: True)
+    monkeypatch.setattr(options.cupy_compatibility, 'count_gpus', lambda: n_gpus)
+    options.main(['', str(tmp_path), 'smoke', *words])
+    n, _, *added = capsys.readouterr().out.split()
+    assert ([n, *added[:-2]], added[-2:]) == (expected, ['--out', 'results/smoke'])

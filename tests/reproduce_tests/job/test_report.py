@@ -158,7 +158,7 @@ def test_the_summary_has_the_numbers_of_the_last_epoch(monkeypatch, tmp_path):
     comm = types.SimpleNamespace(size=2)
     bad = {'a.png': 'a.png cannot be decoded', 'b.png': 'b.png cannot be read'}
     timing = {'iteration': 0.25, 'iterations': 5}
-    summary = report.summarize(settings, comm, trainer, log, 1234, bad, timing)
+    summary = report.summarize(settings, comm, trainer, log, (1234, 0), bad, timing)
     assert json.loads((tmp_path / 'summary.json').read_text()) == summary
     assert summary.pop('versions') == report.versions()
     assert summary == {
@@ -174,6 +174,7 @@ def test_the_summary_has_the_numbers_of_the_last_epoch(monkeypatch, tmp_path):
         'total_batch_size': 30,
         'seconds': 3.0,
         'peak_memory_bytes': 1234,
+        'peak_device_memory_bytes': 0,
         'bad_images': {'count': 2, 'messages': list(bad.values())},
         'images_per_second': 80.0,
         'timing': timing,

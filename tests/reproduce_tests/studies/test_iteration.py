@@ -170,6 +170,7 @@ def test_ours_trains_the_experiment(shallow, tmp_path):
         width=2,
         stem='cifar',
         image_size=16,
+        functions='chainer',
         allreduce_grad_dtype='float16',
         loader='serial',
         folder=str(tmp_path),
