@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import sys
 import time
@@ -25,6 +26,9 @@ _FOREIGN = {
 # Mounts that pass on the folders of something else, which may not keep their times.
 _PASS_ON = ('fuse', '9p', 'virtiofs', 'cifs', 'smb3', 'vboxsf')
 _THREADS = 16  # many, because a network file system answers each question with a delay
+
+_numbers = itertools.count(1)
+_n_seen = 0
 
 
 class DataError(Exception):
@@ -98,6 +102,23 @@ class ImageFolder:
         """Restores the listing that :meth:`pack` packed."""
         root, classes, counts, files = packed
         return cls(root, tuple(classes.split('\0')), counts, zlib.decompress(files))
+
+
+def position():
+    """Tells the Watchdog how far the lists are. A slow file system may take hours, if it answers.
+
+    Returns:
+        tuple: The progress, None, and the position in words, as the Watchdog asks for them.
+    """
+    return 0, None, f'the list of images, {_n_seen:,} files and folders seen'
+
+
+def _seen(items):
+    """Yields the items, and counts them, in any thread."""
+    global _n_seen
+    for item in items:
+        _n_seen = next(_numbers)
+        yield item
 
 
 def list_images(root) -> ImageFolder:
@@ -194,7 +215,7 @@ def _select(folder, kind, wanted, remedy='make it readable, or remove it') -> li
     """Returns the sorted names of those entries of a folder that ``wanted`` accepts."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if wanted(entry))
+            return sorted(entry.name for entry in _seen(entries) if wanted(entry))
     except OSError as error:
         if error.filename not in (None, folder):
             kind, folder, remedy = 'link', error.filename, 'mend the link, or remove it'
@@ -253,7 +274,7 @@ def fingerprint(root) -> tuple[str, float]:
         DataError: As in :func:`list_images`.
     """
     paths = {name: os.path.join(root, name) for name in _class_folders(root)}
-    stats = {name: os.stat(path) for name, path in paths.items()}
+    stats = {name: os.stat(path) for name, path in _seen(paths.items())}
     _refuse_twins(stats, paths)
     latest = max(s.st_mtime for s in stats.values())
     devices = {f'{os.major(s.st_dev)}:{os.minor(s.st_dev)}' for s in stats.values()}

@@ -150,15 +150,15 @@ def main(argv=None):
     """Runs the experiment on all ranks. Returns its trainer, or None after ``--dry-run``."""
     argv = sys.argv[1:] if argv is None else argv
     mpi = MPI.COMM_WORLD
-    settings = supervise.read_settings(mpi, argv, __doc__)
-    if settings is None:
-        return None
-    options = settings.communicator_options
-    comm = ranks.on_every_rank(mpi, lambda: extensions.create_communicator(mpi_comm=mpi, **options))
-    supervise.choose_functions(mpi, settings, comm)
-    train, val = supervise.find_images(mpi, settings)
-    trainer, batches = experiment(settings, comm, train, val)
-    supervise.run(mpi, comm, settings, argv, trainer, batches)
+    with supervise.watch(mpi, argv) as watchdog:
+        settings = supervise.read_settings(mpi, watchdog, argv, __doc__)
+        if settings is None:
+            return None
+        comm = supervise.create_communicator(mpi, watchdog, settings)
+        supervise.choose_functions(mpi, watchdog, settings, comm)
+        train, val = supervise.find_images(mpi, watchdog, settings)
+        trainer, batches = experiment(settings, comm, train, val)
+        supervise.run(mpi, watchdog, comm, settings, argv, trainer, batches)
     return trainer
 
 

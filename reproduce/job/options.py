@@ -158,6 +158,24 @@ def parse(argv, n_processes: int, description=None, verb='train') -> tuple[Setti
     return settings, dry_run
 
 
+def watchdog_of(argv) -> float:
+    """Returns the seconds of --watchdog before the options are checked, on any rank by itself.
+
+    Args:
+        argv (list of str): The words of the command line, without the program's name.
+
+    Returns:
+        float: The seconds; the default's if the option has an impossible value.
+    """
+    chooser = _SettingsParser(add_help=False)
+    chooser.add_argument('--watchdog', type=float)
+    try:
+        seconds = chooser.parse_known_args(argv)[0].watchdog
+    except InputError:
+        seconds = None
+    return seconds if seconds is not None and 0 <= seconds < math.inf else Settings.watchdog
+
+
 def main(argv):
     """Checks the options of a job before mpiexec starts its ranks: N FOLDER VERB OPTIONS...
 

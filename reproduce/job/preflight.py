@@ -32,7 +32,7 @@ from PIL import Image
 from extensions import nccl, shared_memory
 from extensions.communicator_base import first_few
 from extensions.virtual_workers import workers_of
-from reproduce import dataset, images, loader
+from reproduce import dataset, images, listing, loader
 from reproduce.job import agreement, functions, janitor, options, output, ranks, report
 from reproduce.job.watchdog import Watchdog
 from reproduce.listing import DataError, ImageFolder
@@ -69,17 +69,18 @@ def main(argv=None):
     _refuse_lack_of_files(mpi)
     janitor.remove_those_of_open_mpi()
     arguments = sys.argv[1:] if argv is None else argv
-    settings, _ = ranks.on_rank_zero(
-        mpi, lambda: options.parse(arguments, mpi.size, __doc__, 'preflight')
-    )
-    preflight = Preflight(mpi, settings)
-    preflight.list_images()  # not under the watchdog, as in a training: it may take any time
-    with Watchdog(mpi, settings.watchdog, preflight.position):
+    with Watchdog(mpi, options.watchdog_of(arguments)) as watchdog:
+        settings, _ = ranks.on_rank_zero(
+            mpi,
+            lambda: options.parse(arguments, mpi.size, __doc__, 'preflight'),
+            watchdog.part('the options'),
+        )
+        preflight = Preflight(mpi, watchdog, settings)
         preflight.run()
         everyone = mpi.gather(
             (MPI.Get_processor_name(), sorted(set(preflight.problems)), preflight.row)
         )
-    ready = mpi.bcast(everyone and verdict(settings, preflight.n_images, everyone))
+        ready = mpi.bcast(everyone and verdict(settings, preflight.n_images, everyone))
     raise ranks.AgreedExit(0 if ready else 1)
 
 
@@ -92,37 +93,21 @@ class Preflight:
         n_images (int): Number of training images.
     """
 
-    def __init__(self, mpi, settings):
+    def __init__(self, mpi, watchdog, settings):
         self.problems = []
         self.row = {}
         self.n_images = settings.n_train_images
-        self._mpi, self._settings = mpi, settings
+        self._mpi, self._watchdog, self._settings = mpi, watchdog, settings
         self._folders: list = []
-        self._step, self._name = 0, 'the start'
         self._n_classes = 1000
         self._fits = True
         self._free_disk = None
         self._comm = self._model = self._optimizer = None
         self._start = (_resident(), _available_memory())
 
-    def list_images(self):
-        """Lists the images on rank 0, once, and sends the lists to all ranks."""
-        packed = None
-        if self._mpi.rank == 0:
-            try:
-                train_root, _ = dataset.roots(self._settings)
-                if train_root:
-                    print('listing the images ...', flush=True)
-                    folders = dataset.list_folders(self._settings)
-                    self.n_images = len(folders[0])
-                    dataset.check_total_batch(self._settings, self.n_images)
-                    packed = [folder.pack() for folder in folders]
-            except (InputError, DataError) as error:
-                self.problems.append(str(error))
-        self._folders = [ImageFolder.unpack(folder) for folder in self._mpi.bcast(packed) or ()]
-
     def run(self):
         """Runs all checks. Without a communicator or enough memory, skips those that need it."""
+        self._list_images()
         self._check('versions', self._versions)
         self._check('clocks', self._clocks)
         self._check('--out', self._output)
@@ -137,16 +122,34 @@ class Preflight:
                 self._check('--functions', self._functions)
                 self._check('a minibatch', self._minibatch)
 
-    def position(self):
-        """Tells the Watchdog the number and the name of the current check."""
-        return self._step, None, f'the check of {self._name}'
-
     def _check(self, name, function):
-        self._step, self._name = self._step + 1, name
         if self._mpi.rank == 0:
             print(f'checking {name} ...', flush=True)
-        function()
+        with self._watchdog.part(f'the check of {name}'):
+            function()
         self._mpi.barrier()
+
+    def _list_images(self):
+        """Lists the images on rank 0, once, and sends the lists to all ranks."""
+        packed = None
+        with self._watchdog.part('the list of images', listing.position):
+            if self._mpi.rank == 0:
+                packed = self._listed()
+        self._folders = [ImageFolder.unpack(folder) for folder in self._mpi.bcast(packed) or ()]
+
+    def _listed(self):
+        try:
+            train_root, _ = dataset.roots(self._settings)
+            if not train_root:
+                return None
+            print('listing the images ...', flush=True)
+            folders = dataset.list_folders(self._settings)
+            self.n_images = len(folders[0])
+            dataset.check_total_batch(self._settings, self.n_images)
+            return [folder.pack() for folder in folders]
+        except (InputError, DataError) as error:
+            self.problems.append(str(error))
+            return None
 
     def _versions(self):
         try:
@@ -176,12 +179,12 @@ class Preflight:
         for rank in range(1, mpi.size):
             for _ in range(10):
                 if mpi.rank == 0:
-                    mpi.recv(source=rank)
+                    mpi.recv(source=rank, tag=0)
                     mpi.send(time.time(), rank)
                 elif mpi.rank == rank:
                     asked = time.time()
                     mpi.send(None, 0)
-                    theirs = mpi.recv(source=0)
+                    theirs = mpi.recv(source=0, tag=0)
                     answered = time.time()
                     if answered - asked < quickest:
                         quickest, ahead = answered - asked, (asked + answered) / 2 - theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import numpy as np
@@ -23,7 +24,7 @@ class AgreedExit(SystemExit):
     agreed = True
 
 
-def on_every_rank(mpi_comm, function):
+def on_every_rank(mpi_comm, function, part=None):
     """Runs ``function`` on every rank. An error on any rank ends all ranks.
 
     One line on the terminal names the error. The exit status is 2.
@@ -32,6 +33,8 @@ def on_every_rank(mpi_comm, function):
         mpi_comm (mpi4py.MPI.Comm): The ranks.
         function (callable): Takes no arguments. A function that communicates must raise on all
             ranks or on none.
+        part (context manager): Encloses the function: the Watchdog's
+            :meth:`~reproduce.job.watchdog.Watchdog.part`.
 
     Returns:
         The result of ``function`` on this rank.
@@ -42,7 +45,8 @@ def on_every_rank(mpi_comm, function):
     """
     result, ending = None, None
     try:
-        result = function()
+        with part or contextlib.nullcontext():
+            result = function()
     except _USER_ERRORS as error:
         ending = (2, f'error: {error}')
     except SystemExit as end:
@@ -57,9 +61,9 @@ def on_every_rank(mpi_comm, function):
     return result
 
 
-def on_rank_zero(mpi_comm, function):
+def on_rank_zero(mpi_comm, function, part=None):
     """Runs ``function`` on rank 0 alone. Every rank gets the result, or AgreedExit."""
-    result = on_every_rank(mpi_comm, function if mpi_comm.rank == 0 else lambda: None)
+    result = on_every_rank(mpi_comm, function if mpi_comm.rank == 0 else lambda: None, part)
     return mpi_comm.bcast(result)
 
 

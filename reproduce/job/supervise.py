@@ -8,17 +8,28 @@ import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
 import chainer
 from chainer.training import extensions as chainer_extensions
 
-from reproduce import dataset
+from reproduce import dataset, listing
 from reproduce.job import agreement, functions, janitor, options, output, ranks, report
 from reproduce.job.watchdog import Watchdog
 from reproduce.listing import ImageFolder
 
 
-def read_settings(mpi, argv, description):
+def watch(mpi, argv):
+    """Returns the watchdog of the whole job. All ranks together use it as a context manager.
+
+    Args:
+        mpi (mpi4py.MPI.Comm): The ranks.
+        argv (list of str): The words of the command line, without the program's name.
+    """
+    return Watchdog(mpi, options.watchdog_of(argv))
+
+
+def read_settings(mpi, watchdog, argv, description):
     """Reads the command line on rank 0, and sends the settings to all ranks.
 
     Args:
         mpi (mpi4py.MPI.Comm): The ranks.
+        watchdog (Watchdog): Returned by :func:`watch`.
         argv (list of str): The words of the command line, without the program's name.
         description (str): Text at the start of ``--help``.
 
@@ -27,10 +38,13 @@ def read_settings(mpi, argv, description):
             plan.
     """
     janitor.remove_those_of_open_mpi()
-    settings, dry_run = ranks.on_rank_zero(mpi, lambda: options.parse(argv, mpi.size, description))
+    settings, dry_run = ranks.on_rank_zero(
+        mpi, lambda: options.parse(argv, mpi.size, description), watchdog.part('the options')
+    )
     if not dry_run:
         return settings
-    ranks.on_rank_zero(mpi, lambda: _print_plan(settings))
+    plan = watchdog.part('the plan', listing.position)
+    ranks.on_rank_zero(mpi, lambda: _print_plan(settings), plan)
     return None
 
 
@@ -40,23 +54,58 @@ def _print_plan(settings):
     print(report.plan(settings, n_images))
 
 
-def choose_functions(mpi, settings, comm):
+def create_communicator(mpi, watchdog, settings):
+    """Creates the communicator that the settings ask for.
+
+    Args:
+        mpi (mpi4py.MPI.Comm): The ranks.
+        watchdog (Watchdog): Is told when this rank takes part in the communicator's first
+            broadcast, and when it is done. On GPUs, that broadcast connects NCCL.
+        settings (Settings): Settings of the run.
+
+    Returns:
+        ~chainermn.CommunicatorBase: The communicator.
+    """
+    comm = ranks.on_every_rank(
+        mpi,
+        lambda: extensions.create_communicator(mpi_comm=mpi, **settings.communicator_options),
+        watchdog.part('the communicator'),
+    )
+    bcast_data, device = comm.bcast_data, extensions.device_of(comm)
+
+    def watched(model):
+        comm.bcast_data = bcast_data
+        on_gpus = hasattr(comm, 'nccl_comm')
+        watchdog.enter("NCCL's first collective" if on_gpus else "the model's broadcast")
+        bcast_data(model)
+        if on_gpus:
+            device.xp.cuda.Stream.null.synchronize()
+        watchdog.enter('the trainer')
+
+    comm.bcast_data = watched
+    return comm
+
+
+def choose_functions(mpi, watchdog, settings, comm):
     """Makes every rank compute by the implementation that --functions names.
 
     Args:
         mpi (mpi4py.MPI.Comm): The ranks.
+        watchdog (Watchdog): Returned by :func:`watch`.
         settings (Settings): Settings of the run.
         comm (~chainermn.CommunicatorBase): The communicator of the same ranks.
     """
     device = extensions.device_of(comm)
-    ranks.on_every_rank(mpi, lambda: functions.use(settings.functions, device))
+    part = watchdog.part('the functions')
+    ranks.on_every_rank(mpi, lambda: functions.use(settings.functions, device), part)
 
 
-def find_images(mpi, settings):
+def find_images(mpi, watchdog, settings):
     """Lists the images and makes the output folder on rank 0, and sends the lists to all ranks.
 
     Args:
         mpi (mpi4py.MPI.Comm): The ranks.
+        watchdog (Watchdog): Returned by :func:`watch`.
         settings (Settings): Settings of the run.
 
     Returns:
@@ -68,14 +117,18 @@ def find_images(mpi, settings):
         output.prepare(settings)
         return [folder.pack() for folder in dataset.save(settings, folders)]
 
-    return tuple(map(ImageFolder.unpack, ranks.on_rank_zero(mpi, on_rank_zero)))
+    part = watchdog.part('the list of images', listing.position)
+    packed = ranks.on_rank_zero(mpi, on_rank_zero, part)
+    watchdog.enter('the model')
+    return tuple(map(ImageFolder.unpack, packed))
 
 
-def run(mpi, comm, settings, argv, trainer, batches):
+def run(mpi, watchdog, comm, settings, argv, trainer, batches):
     """Runs a training, from the checkpoint that --resume names, if any.
 
     Args:
         mpi (mpi4py.MPI.Comm): The ranks.
+        watchdog (Watchdog): Returned by :func:`watch`.
         comm (~chainermn.CommunicatorBase): The communicator of the same ranks.
         settings (Settings): Settings of the run.
         argv (list of str): This rank's own command line.
@@ -87,7 +140,7 @@ def run(mpi, comm, settings, argv, trainer, batches):
     model = updater.get_optimizer('main').target
     time_report, log_report = _extend(settings, comm, trainer, batches)
     identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
-    checkpoint = _find_checkpoint(mpi, settings, identity)
+    checkpoint = _find_checkpoint(mpi, watchdog, settings, identity)
     arithmetic = mpi.gather(report.arithmetic_of(extensions.device_of(comm)))
     if comm.rank == 0:
         n_parameters = model.count_params()
@@ -102,26 +155,29 @@ def run(mpi, comm, settings, argv, trainer, batches):
         )
     )
     if checkpoint:
-        ranks.on_every_rank(mpi, lambda: extensions.checkpoint.resume(trainer, checkpoint))
+        part = watchdog.part('going on from the checkpoint')
+        ranks.on_every_rank(mpi, lambda: extensions.checkpoint.resume(trainer, checkpoint), part)
         checkpoint.clear()  # it is as large as the model and the optimizer's state
 
     # Before the first iteration, check that all ranks have the same program and numbers.
-    sample = agreement.sample(train, val)
-    own = agreement.items(model, settings, argv, sample)
+    with watchdog.part('the check of all ranks'):
+        sample = agreement.sample(train, val)
+        own = agreement.items(model, settings, argv, sample)
     ranks.on_every_rank(mpi, lambda: agreement.check(mpi, own, sample))
-    with Watchdog(mpi, settings.watchdog, report.position_of(updater, evaluator)):
-        with batches:
-            trainer.run(show_loop_exception_msg=False)
-        _conclude(settings, comm, trainer, batches, time_report, log_report)
+    watchdog.enter(report.position_of(updater, evaluator))
+    with batches:
+        trainer.run(show_loop_exception_msg=False)
+    _conclude(settings, comm, trainer, batches, time_report, log_report)
 
 
-def _find_checkpoint(mpi, settings, identity):
+def _find_checkpoint(mpi, watchdog, settings, identity):
     """Reads the checkpoint that --resume names, on rank 0, and sends it to all ranks."""
 
     def on_rank_zero():
         return output.find_checkpoint(settings, identity) if mpi.rank == 0 else None
 
-    return ranks.bcast_arrays(mpi, ranks.on_every_rank(mpi, on_rank_zero))
+    arrays = ranks.on_every_rank(mpi, on_rank_zero, watchdog.part('the checkpoint'))
+    return ranks.bcast_arrays(mpi, arrays)
 
 
 def _extend(settings, comm, trainer, batches):

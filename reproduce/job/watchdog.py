@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from mpi4py import MPI
 from extensions.communicator_base import first_few
 
 _PROJECT = Path(__file__).resolve().parents[2]
+_TAGS = itertools.count(20_000)  # one for each watchdog; MPI has 32,768 at least
 _LAUNCHERS = ('prterun', 'prted', 'mpiexec', 'mpirun', 'orterun', 'orted', 'hydra_pmi_proxy')
 _KILL = """sleep 5
 while [ $# -gt 0 ]; do
@@ -24,41 +28,36 @@ done"""
 
 
 class Watchdog:
-    """A thread on every rank that ends a job without progress.
+    """A thread on every rank that ends a job without progress, from its start on.
 
     Each thread tells rank 0 where its rank is. The job ends in two cases: no rank has made progress
-    for ``seconds``, or one rank has given no sign of life for so long. An iteration may take any
-    time, as long as all ranks live and any of them finishes a minibatch.
+    for ``seconds``, or one rank has given no sign of life for so long. A part of the start, or an
+    iteration, may take any time, as long as all ranks live and any of them moves.
 
-    Every few seconds, each rank sends one message to rank 0 and gets one answer. The messages use a
-    communicator of their own. Time in which the process itself is stopped does not count: a batch
-    system's "suspend" stops all processes.
+    Every few seconds, each rank sends one message to rank 0 and gets one answer. The messages have
+    a tag of their own, so nobody may receive with ``ANY_TAG``. Time in which the process itself is
+    stopped does not count: a batch system's "suspend" stops all processes.
 
-    All ranks together use this class as a context manager.
+    All ranks together use this class as a context manager. They enter it without waiting for each
+    other, so that a rank that never comes is named, too. Two things before it are not watched:
+    MPI's own initialization, and imports that hang on all ranks at once.
 
     Args:
-        mpi_comm (mpi4py.MPI.Comm): The ranks. The constructor is collective.
+        mpi_comm (mpi4py.MPI.Comm): The ranks.
         seconds (float): Time limit in seconds. 0 means no watchdog.
-        position (callable): Called in the thread, without arguments. Returns three values: the
-            progress of this rank (a number that grows), the minibatches left until this rank waits
-            for the others (None if nobody counts them), and the position in words.
     """
 
-    def __init__(self, mpi_comm, seconds, position):
+    def __init__(self, mpi_comm, seconds):
+        self._comm = mpi_comm
         self._seconds = seconds
-        self._position = position
+        self._tag = next(_TAGS)
+        self._hosts = {mpi_comm.rank: MPI.Get_processor_name()}
         self._closing = threading.Event()
-        self._thread = None
         self._interval = min(5.0, seconds / 10)
-        if not seconds:
-            return
-        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            if mpi_comm.rank == 0:
-                print('note: the watchdog is off: this MPI has no MPI_THREAD_MULTIPLE', flush=True)
-            return
-        self._comm = mpi_comm.Dup()
-        self._hosts = mpi_comm.allgather(MPI.Get_processor_name())
-        self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
+        self._part = 0, lambda: (0, None, 'the start')
+        self._thread = None
+        if seconds and _has_threads(mpi_comm.rank):
+            self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
     def __enter__(self):
         if self._thread:
@@ -70,7 +69,33 @@ class Watchdog:
         if self._thread and (error is None or getattr(error, 'agreed', False)):
             self._closing.set()
             self._thread.join()
-            self._comm.Free()
+
+    def enter(self, position):
+        """Says that this rank begins with the next part of the job. All ranks do so in one order.
+
+        Args:
+            position (str or callable): The part in words, or a function that the thread calls
+                without arguments. It returns three values: the progress of this rank (a number that
+                grows), the minibatches left until this rank waits for the others (None if nobody
+                counts them), and the position in words. Any other result than before is a sign of
+                progress.
+        """
+        at = position if callable(position) else lambda: (0, None, position)
+        self._part = self._part[0] + 1, at
+
+    @contextlib.contextmanager
+    def part(self, name, position=None):
+        """Encloses what this rank does on its own, before it waits for all ranks to be done.
+
+        Args:
+            name (str): The part in words.
+            position (callable): As in :meth:`enter`, if the part itself makes progress.
+        """
+        self.enter(position or name)
+        try:
+            yield
+        finally:
+            self.enter(f'the agreement after {name}')
 
     def _watch(self):
         """Ends the job if the watchdog itself fails: from then on nobody would."""
@@ -87,16 +112,17 @@ class Watchdog:
         clock = _Clock(self._seconds)
         while True:
             last = self._closing.is_set()
-            request = self._comm.isend((last, self._position(), _where()), 0)
+            words = last, self._hosts[self._comm.rank], self._position(), _where()
+            request = self._comm.isend(words, 0, self._tag)
             sent = clock.now()
-            while not self._comm.iprobe(0):
+            while not self._comm.iprobe(0, self._tag):
                 self._pause()
                 if clock.now() - sent > self._seconds:
                     self._end(
                         f'no sign of life from {self._name(0)} for {self._seconds:g} s '
                         '(--watchdog): is it stopped, or its host cut off?'
                     )
-            self._comm.recv(source=0)
+            self._hosts[0] = self._comm.recv(source=0, tag=self._tag)
             request.wait()
             if last:
                 return
@@ -107,23 +133,25 @@ class Watchdog:
         clock = _Clock(self._seconds)
         moved = clock.now()
         last_sign = dict.fromkeys(range(1, self._comm.size), moved)
-        places = {r: ((0, None, 'a place not yet reported'), '') for r in range(self._comm.size)}
+        places: dict = {}
         answers = []
         while last_sign or not self._closing.is_set():
             now = clock.now()
             received = {0: (self._position(), _where())}
             status = MPI.Status()
-            while self._comm.iprobe(status=status):
+            while self._comm.iprobe(tag=self._tag, status=status):
                 rank = status.source
-                last, *place = self._comm.recv(source=rank)
-                answers.append(self._comm.isend(None, rank))
+                last, self._hosts[rank], *place = self._comm.recv(source=rank, tag=self._tag)
+                answers.append(self._comm.isend(self._hosts[0], rank, self._tag))
                 received[rank] = tuple(place)
                 last_sign[rank] = now
                 if last:
                     del last_sign[rank]
             answers = [request for request in answers if not request.test()[0]]
-            if any(place[0] != places[rank][0] for rank, place in received.items()):
+            if any(place[0] != places.get(rank, ('',))[0] for rank, place in received.items()):
                 moved = now
+                # The ranks may start one after another.
+                last_sign.update((r, now) for r in last_sign if r not in self._hosts)
             places.update(received)
             silent = [r for r, then in last_sign.items() if now - then > self._seconds]
             if silent or now - moved > self._seconds:
@@ -139,20 +167,32 @@ class Watchdog:
         if self._closing.wait(self._interval / 10):
             time.sleep(0.01)
 
+    def _position(self):
+        number, position = self._part
+        done, left, words = position()
+        return (number, done), left, words
+
     def _diagnosis(self, places, silent) -> str:
         furthest = max(done for (done, _, _), _ in places.values())
+        behind = {r for r, ((done, left, _), _) in places.items() if done < furthest or left}
+        n_missing = self._comm.size - len(places) + len(silent) + len(behind)
         groups = defaultdict(list)
-        for rank, ((done, left, words), where) in sorted(places.items()):
-            behind = done < furthest or left
-            what = f'{"not arrived" if behind else "waiting"} in {words}, {where}'
-            if rank in silent:
+        for rank in range(self._comm.size):
+            if rank not in places:
+                what = 'not started (stopped, or its file system slow or dead?)'
+            elif rank in silent:
                 what = 'no sign of life (stopped, or its host cut off?)'
+            else:
+                (_, _, words), where = places[rank]
+                what = f'in {words}, {where}'
+                if n_missing:
+                    what = f'not arrived, still {what}' if rank in behind else f'waiting {what}'
             groups[what].append(rank)
         sentences = [f'{what}: {self._names(ranks)}' for what, ranks in sorted(groups.items())]
         return f'nothing has moved for {self._seconds:g} s (--watchdog); {"; ".join(sentences)}'
 
     def _name(self, rank) -> str:
-        return f'rank {rank} on {self._hosts[rank]}'
+        return f'rank {rank} on {self._hosts[rank]}' if rank in self._hosts else f'rank {rank}'
 
     def _names(self, ranks) -> str:
         return first_few([self._name(rank) for rank in ranks])
@@ -163,6 +203,16 @@ class Watchdog:
             _kill_later()
         finally:
             MPI.COMM_WORLD.Abort(1)
+
+
+@functools.cache
+def _has_threads(rank) -> bool:
+    """Returns whether several threads may use MPI. If they may not, rank 0 says so, once."""
+    if MPI.Query_thread() >= MPI.THREAD_MULTIPLE:
+        return True
+    if rank == 0:
+        print('note: the watchdog is off: this MPI has no MPI_THREAD_MULTIPLE', flush=True)
+    return False
 
 
 class _Clock:

@@ -251,7 +251,7 @@ def test_what_hangs_is_named_and_nothing_is_lost(start, uninterrupted, tmp_path,
     if victim == 'rank 1':
         named = 'no sign of life .*: rank 1 on '
     if 'loader' in victim:
-        named = r'not arrived in .* reproduce/loader.py:.*: rank 1 on '
+        named = r'not arrived, still in .* reproduce/loader.py:.*: rank 1 on '
     assert re.search(f'^error: .*{named}', said, re.MULTILINE), said
     assert start(2, out, '--resume', 'auto').wait(100) == 0
     assert digests_of(out) == uninterrupted

@@ -17,7 +17,7 @@ def watched(mpirun, root):
     return lambda how: mpirun(3, root / 'tests' / 'mpi' / 'programs' / 'watched.py', how)
 
 
-@pytest.mark.parametrize('how', ['slow', 'off'])
+@pytest.mark.parametrize('how', ['slow', 'late', 'off'])
 def test_it_keeps_still_while_any_rank_moves_or_when_it_is_off(watched, how):
     done = watched(how)
     assert done.returncode == 0, done.stdout
@@ -31,7 +31,7 @@ def test_it_names_the_rank_that_the_others_wait_for(watched):
     started = max(map(float, re.findall(r'^started (.*)$', done.stdout, re.MULTILINE)))
     assert done.returncode == 1, done.stdout
     assert re.search(
-        r'^error: nothing has moved for 2 s \(--watchdog\); not arrived in iteration 0, .*: '
+        r'^error: nothing has moved for 2 s \(--watchdog\); not arrived, still in iteration 0, .*: '
         r'rank 1 on \S+; waiting in iteration 1, .*: rank 0 on \S+, rank 2 on \S+$',
         done.stdout,
         re.MULTILINE,

@@ -340,3 +340,20 @@ def test_imagenet_s_names_are_small_on_the_wire():
     again = ImageFolder.unpack(pickle.loads(wire))
     assert again.name(1_281_166).startswith(classes[-1] + '/' + classes[-1] + '_')
     assert again.digest() == folder.digest()
+
+
+def test_the_position_tells_of_every_file_and_of_every_class_that_is_asked_for_its_time(tmp_path):
+    folder_of(tmp_path, b=['1.png', 'notes.txt'], a=['2.png', '3.png'])
+    (tmp_path / 'README').write_text('no class')
+
+    def seen():
+        done, left, words = listing.position()
+        assert (done, left) == (0, None)
+        return int(re.search(r' ([\d,]+) files and folders seen$', words)[1].replace(',', ''))
+
+    before = seen()
+    listing.fingerprint(tmp_path)
+    assert seen() - before == 3 + 2  # what is in the folder, and its classes
+    before = seen()
+    listing.list_images(tmp_path)
+    assert seen() - before == 3 + (3 + 2) + 2 + 2

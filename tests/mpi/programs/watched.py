@@ -18,7 +18,7 @@ done = 0
 def often():
     start = time.monotonic()
     for _ in range(20):
-        with Watchdog(mpi, 300, lambda: (0, None, '')):
+        with Watchdog(mpi, 300):
             time.sleep(0.01)
     print(f'20 took {time.monotonic() - start}', flush=True)
 
@@ -31,7 +31,11 @@ def position():
 
 def main():
     global done
-    with Watchdog(mpi, 0 if how == 'off' else 2, position):
+    mpi.barrier()  # their imports end at other times
+    if how == 'late':
+        time.sleep(1.4 * mpi.rank)
+    with Watchdog(mpi, 0 if how == 'off' else 2) as watchdog:
+        watchdog.enter(position)
         mpi.barrier()
         print(f'started {time.time()}', flush=True)
         if how == 'slow':  # one rank, for longer than 2 seconds, but it moves
@@ -42,6 +46,7 @@ def main():
             done = int(mpi.rank != 1)
             time.sleep(60 * (mpi.rank == 1))
         elif how.startswith('silent'):  # one rank alone, while the others move
+            time.sleep(0.5)  # the ranks learn where the others are
             if mpi.rank == int(how[-1]):
                 os.kill(os.getpid(), signal.SIGSTOP)
             for _ in range(40):
@@ -51,7 +56,7 @@ def main():
             time.sleep(60)
         elif how == 'agreed':
             raise ranks.AgreedExit(3)
-        else:
+        elif how != 'late':
             time.sleep(3)
         mpi.barrier()
     print(f'rank {mpi.rank} ended', flush=True)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from extensions import SOURCES
-from reproduce.job.options import check, main, parse
+from reproduce.job.options import check, main, parse, watchdog_of
 from reproduce.settings import PRESETS, InputError, Settings
 
 
@@ -144,3 +144,23 @@ def test_a_job_is_checked_before_its_ranks_start(capsys, words, message):
 def test_a_job_that_may_start(capsys, words):
     main(words.split())
     assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize(
+    'words, seconds',
+    [
+        ('', 300),
+        ('--watchdog 7.5 --help', 7.5),
+        ('--width 4 --watchdog=0 --nonesuch', 0),
+        ('--watchdog 7 --watchdog 8', 8),
+        ('--watchdog', 300),
+        ('--watchdog ten', 300),
+        ('--watchdog -1', 300),
+        ('--watchdog inf', 300),
+        ('--watchdog nan', 300),
+        ('--watch 7', 300),  # options cannot be abbreviated
+    ],
+)
+def test_the_watchdogs_limit_is_known_before_the_options_are_checked(words, seconds, capsys):
+    assert watchdog_of(words.split()) == seconds
+    assert capsys.readouterr() == ('', '')
