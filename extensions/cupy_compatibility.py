@@ -14,9 +14,7 @@ import warnings
 from pathlib import Path
 
 # Each after those that it needs. NVRTC opens its builtins by name, when it compiles.
-_LIBRARIES = (
-    'cudart nvJitLink cublasLt cublas nvrtc-builtins nvrtc cufft curand cusparse cusolver nccl cudnn'
-)
+_LIBRARIES = 'cudart nvJitLink cublasLt cublas nvrtc-builtins nvrtc cufft curand cusparse cusolver nccl cudnn'
 
 
 def load_libraries_of_wheels() -> list[str]:
