@@ -10,6 +10,7 @@ from pathlib import Path
 import chainermn
 import numpy as np
 import pytest
+from chainermn.communicators import _memory_utility
 from mpi4py import MPI
 
 import extensions
@@ -121,6 +122,15 @@ def test_the_normalization_compiles(capability):
     loads, stores = ptx.count('ld.global'), ptx.count('st.global')
     assert loads == stores >= 1 and 'ld.global.u8' in ptx.replace('.nc', '')
     assert 'fma.rn.f32' not in ptx  # the bits of NumPy: two roundings
+
+
+@pytest.mark.parametrize('kind', ['pack', 'unpack'])
+@pytest.mark.parametrize('capability', CAPABILITIES)
+def test_chainermns_kernels_compile(capability, kind):
+    """With CuPy 14, only as extensions/cupy_compatibility.py mends them."""
+    kernel = getattr(_memory_utility, f'_cupy_batched_{kind}_params')()
+    ptx = compile_to_ptx(kernel.code, capability, raw=True)
+    assert f'.target sm_{capability}' in ptx and f'.entry cupy_batched_{kind}_params' in ptx
 
 
 def test_a_kernel_that_does_not_compile_fails_here():
