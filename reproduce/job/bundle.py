@@ -31,16 +31,28 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ('3.9', '3.10', '3.11', '3.12', '3.13')
 THIS_PYTHON = '{}.{}'.format(*sys.version_info)
 NOTE = 'bundle.json'  # says what a bundle is for
+TORCH = 'torch'  # an extra whose CUDA libraries PyTorch chooses, so that they are not pinned
 # Not left out even where a machine has them. For an MPI of its own, mpi4py is built anew.
 NEEDED = {*OWN, 'cython', 'mpi4py', 'pip'}
 # The names of manylinux tags from before they told N of glibc 2.N.
 OLD_TAGS = {'manylinux1': 5, 'manylinux2010': 12, 'manylinux2014': 17}
 
 
-def pins(path: Path) -> list[str]:
-    """Returns the lines of a file of constraints without their comments."""
-    lines = (line.partition('#')[0].strip() for line in path.read_text().splitlines())
-    return [line for line in lines if line]
+def pins(path: Path, without: str | None = None) -> list[str]:
+    """Returns the lines of a file of constraints without their comments.
+
+    Args:
+        path (Path): The file.
+        without (str): Start of the title of a section to leave out. A title follows ``# ---``.
+    """
+    lines, title = [], ''
+    for line in path.read_text().splitlines():
+        if line.startswith('# --- '):
+            title = line[6:]
+        pin = line.partition('#')[0].strip()
+        if pin and not (without and title.startswith(without)):
+            lines.append(pin)
+    return lines
 
 
 def chosen(python: str, extras: list[str], installed: set[str]) -> list[str]:
@@ -65,7 +77,7 @@ def chosen(python: str, extras: list[str], installed: set[str]) -> list[str]:
         (used if asked else others).add(normalized(needed.name))
     without = (others - used) | (installed - NEEDED)
     found = []
-    for line in pins(ROOT / 'constraints.txt'):
+    for line in pins(ROOT / 'constraints.txt', without=f'the extra "{TORCH}"'):
         pin, _, marker = map(str.strip, line.partition(';'))
         if marker and not Marker(marker).evaluate({'python_version': python}):
             continue
@@ -211,6 +223,11 @@ def main(arguments=None) -> None:
     parser.add_argument('--installed', type=Path, metavar='FILE', help=listed)
     given = parser.parse_args(arguments)
     extras = os.environ.get('BUNDLE_EXTRAS', '').replace(',', ' ').split()
+    if TORCH in extras:
+        parser.refuse(
+            f'EXTRAS={TORCH} cannot be bundled, as PyTorch chooses its CUDA libraries: bundle '
+            'without it; SYSTEM_PACKAGES=1 uses the PyTorch of the machine'
+        )
     if 'gpu13' in extras and given.python in PYTHONS[:3]:
         parser.refuse('EXTRAS=gpu13 needs Python 3.12 or 3.13: add --python 3.12')
     try:

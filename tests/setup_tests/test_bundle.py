@@ -143,6 +143,7 @@ def test_a_bundle_has_what_its_extras_name():
     assert not any(name.endswith(('cuda13x', 'cu13')) for name in cuda12)
     assert 'cupy-cuda13x' in cuda13 and 'nvidia-nccl-cu13' in cuda13
     assert not any(name.endswith(('cuda12x', 'cu12')) for name in cuda13)
+    assert not {'torch', 'sympy', 'cuda-bindings'} & {*plain, *cuda12, *cuda13}
 
 
 def test_a_bundle_lacks_what_the_machine_has_but_for_what_belongs_together():
@@ -232,6 +233,7 @@ def test_a_bundle_is_made_again(tmp_path, monkeypatch):
     [
         (['--python', '3.14'], '', '3.14 is not one of 3.9, 3.10'),
         (['--python', '3.11'], 'gpu13', 'EXTRAS=gpu13 needs Python 3.12 or 3.13: add --python'),
+        ([], 'gpu13,torch', 'EXTRAS=torch cannot be bundled'),
         (['--installed', '/nowhere'], '', '/nowhere: No such file'),
     ],
 )
