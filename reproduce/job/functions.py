@@ -62,7 +62,10 @@ def use(name: str, device):
         ) from error
 
 
-def description(name: str) -> str:
+def description(name: str, device) -> str:
     """Returns the implementation with its version, after :func:`use`."""
     module = find(name)
-    return "Chainer's own" if module is None else module.description()
+    if module is not None:
+        return module.description()
+    without = device.xp is cuda.cupy and not cuda.cudnn_enabled
+    return "Chainer's own" + without * ', without cuDNN, which --functions torch has'

@@ -151,7 +151,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         'all-reduce': all_reduce_of(comm, s),
         'update': f'RMSpropWarmup, {"; ".join(_with_ranks(arithmetic))}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
-        'functions': functions.description(s.functions),
+        'functions': functions.description(s.functions, device),
         'training': f'{len(train):,} images in {train.root}',
         'validation': f'{len(val):,} images in {val.root}',
         'classes': f'{len(train.classes):,}',

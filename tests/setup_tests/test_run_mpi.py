@@ -121,12 +121,19 @@ def test_the_papers_run(tree, root):
         tree,
         *('-n', '1024', '--hostfile', hosts, *arguments, 'a b'),
         NCCL_DEBUG='INFO',
+        NVIDIA_TF32_OVERRIDE='1',
         SECRET='x',
         IMAGENET_ROOT='/i',
     )
     assert words[:4] == ['-n', '1024', '--hostfile', hosts]
     passed = {words[i + 1] for i, word in enumerate(words) if word == '-x'}
-    assert {'NCCL_DEBUG', 'IMAGENET_ROOT', 'PATH', 'OMP_NUM_THREADS'} <= passed
+    assert {
+        'NCCL_DEBUG',
+        'NVIDIA_TF32_OVERRIDE',
+        'IMAGENET_ROOT',
+        'PATH',
+        'OMP_NUM_THREADS',
+    } <= passed
     assert 'SECRET' not in passed
     assert ':OVERSUBSCRIBE' not in words and '--bind-to' not in words
     program = words.index(f'{tree.path}/reproduce/train.py')
