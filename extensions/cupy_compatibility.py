@@ -14,7 +14,10 @@ import warnings
 from pathlib import Path
 
 # Each after those that it needs. NVRTC opens its builtins by name, when it compiles.
-_LIBRARIES = 'cudart nvJitLink cublasLt cublas nvrtc-builtins nvrtc cufft curand cusparse cusolver nccl cudnn'
+_LIBRARIES = (
+    *('cudart', 'nvJitLink', 'cublasLt', 'cublas', 'nvrtc-builtins', 'nvrtc'),
+    *('cufft', 'curand', 'cusparse', 'cusolver', 'nccl', 'cudnn'),
+)
 
 
 def load_libraries_of_wheels() -> list[str]:
@@ -26,7 +29,7 @@ def load_libraries_of_wheels() -> list[str]:
     spec = importlib.util.find_spec('nvidia') if has_cupy() else None
     roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
     loaded = []
-    for name in _LIBRARIES.split():
+    for name in _LIBRARIES:
         for path in [path for root in roots for path in root.glob(f'*/lib/lib{name}.so.*')]:
             try:
                 ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
