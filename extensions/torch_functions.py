@@ -84,9 +84,10 @@ def disable():
 
 
 def description() -> str:
-    """Returns Torch's version, cuDNN's if Torch uses a GPU, and the type of the numbers."""
+    """Returns Torch's version, cuDNN's if Torch uses a GPU, and the type of the products."""
     cudnn = f', cuDNN {torch.backends.cudnn.version()}' if torch.cuda.is_initialized() else ''
-    return f'torch {torch.__version__}{cudnn}, float32'
+    products = 'TF32' if torch.backends.cudnn.allow_tf32 else 'float32'
+    return f'torch {torch.__version__}{cudnn}, {products}'
 
 
 def _try_on(device):

@@ -309,7 +309,10 @@ class _LocalMean:
     def add_grad(self, model):
         if self._n_workers == 1:
             return
-        names, params = zip(*((n, p) for n, p in model.namedparams() if p.grad is not None))
+        with_grad = [(n, p) for n, p in model.namedparams() if p.grad is not None]
+        if not with_grad:
+            return
+        names, params = zip(*with_grad)
         self._counts.update(names)
         if self._sum is None:
             self._names, self._sum = names, self._rounded(params)

@@ -116,7 +116,7 @@ class Settings:
         'auto',
         'library that averages gradients over the processes: pure_nccl on GPUs, mpi on CPUs, '
         "or naive, ChainerMN's float32 communicator for CPUs. auto takes pure_nccl if every "
-        'rank has a GPU and NCCL, else mpi',
+        'rank has a GPU and NCCL, and mpi if no host has a GPU or CuPy',
         NAMES,
     )
     allreduce_grad_dtype: str = _setting(
@@ -150,7 +150,8 @@ class Settings:
     functions: str = _setting(
         'chainer',
         'implementation of convolution, batch normalization, ReLU and max pooling. chainer: '
-        "Chainer's own. torch: PyTorch's operators, in float32; needs PyTorch (P)",
+        "Chainer's own. torch: PyTorch's operators; needs PyTorch. Products are float32's; with "
+        'NVIDIA_TF32_OVERRIDE=1, GPUs may use TF32 (P)',
         FUNCTIONS,
     )
 

@@ -55,6 +55,7 @@ def of_host() -> dict:
     return {
         **report.versions(),
         'code': _code(),
+        'TF32': 'on' if os.environ.get('NVIDIA_TF32_OVERRIDE') == '1' else 'off',
         'BLAS threads': ' '.join(os.environ.get(name, '-') for name in BLAS_THREADS),
     }
 

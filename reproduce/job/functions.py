@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from chainer.backends import cuda
@@ -12,7 +13,7 @@ _CUDNN_WORKSPACE = 1 << 29  # bytes (P)
 
 
 def find(name: str):
-    """Imports the implementation, which ``'chainer'`` needs not.
+    """Imports the implementation; ``'chainer'`` needs none.
 
     Args:
         name (str): The setting ``functions``.
@@ -67,5 +68,8 @@ def description(name: str, device) -> str:
     module = find(name)
     if module is not None:
         return module.description()
-    without = device.xp is cuda.cupy and not cuda.cudnn_enabled
-    return "Chainer's own" + without * ', without cuDNN, which --functions torch has'
+    if device.xp is not cuda.cupy:
+        return "Chainer's own"
+    products = 'TF32' if os.environ.get('NVIDIA_TF32_OVERRIDE') == '1' else 'float32'
+    cudnn = '' if cuda.cudnn_enabled else ', no cuDNN (--functions torch brings its own)'
+    return f"Chainer's own, {products}{cudnn}"

@@ -207,7 +207,8 @@ def _layout_for_smoke(words) -> tuple[int, list[str]]:
     """Two processes; on a host with one GPU, one that plays two workers."""
     on_one_gpu = cupy_compatibility.has_cupy() and cupy_compatibility.count_gpus() == 1
     names = [word.partition('=')[0] for word in words]
-    if not on_one_gpu or '--communicator' in names:
+    on_cpus = {'mpi', 'naive'} & {part for word in words for part in word.split('=')}
+    if not on_one_gpu or on_cpus:
         return 2, []
     return 1, [] if '--workers' in names else ['--workers', '2']
 

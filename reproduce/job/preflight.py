@@ -115,11 +115,15 @@ class Preflight:
         self._check('images', self._images)
         self._check('the communicator', self._communicator)
         if self._comm:
+            on_gpus = extensions.device_of(self._comm).xp is not np
             self._check('the all-reduce', self._all_reduce)
+            if on_gpus:
+                self._check('--functions', self._functions)
             self._check('memory', self._memory)
             if self._mpi.allreduce(self._fits, MPI.LAND):
                 self._check('--loader', self._loader)
-                self._check('--functions', self._functions)
+                if not on_gpus:
+                    self._check('--functions', self._functions)
                 self._check('a minibatch', self._minibatch)
 
     def _check(self, name, function):
@@ -356,14 +360,14 @@ class Preflight:
             )
 
     def _device_memory(self):
-        """Estimates the memory of a GPU in the same way, from the size of CuPy's memory pool."""
+        """Estimates the memory of a GPU in the same way, from the size of the memory pools."""
         if extensions.device_of(self._comm).xp is np:
             return
-        pool, taken = cuda.cupy.get_default_memory_pool(), []
+        taken = []
         for n in (2, 3):
-            pool.free_all_blocks()
+            report.free_device_memory()
             self._step_of(n)
-            taken.append(pool.total_bytes())
+            taken.append(report.device_memory())
         need = taken[1] + max(0, self._settings.local_batch_size - 3) * (taken[1] - taken[0])
         _, total = cuda.cupy.cuda.runtime.memGetInfo()
         self.row.update(gpu_memory=_MARGIN * need / _GIB, gpu_total=total / _GIB)
@@ -374,9 +378,9 @@ class Preflight:
             )
 
     def _functions(self):
-        """Chooses --functions for the minibatch.
+        """Chooses --functions for what is measured next.
 
-        The memory was measured with Chainer's own functions, which need more, since only theirs can
+        On CPUs this is not the memory: only that of Chainer's own functions, which need more, can
         be measured.
         """
         try:

@@ -346,18 +346,30 @@ def peak_memory(comm) -> int:
     return 1024 * comm.mpi_comm.allreduce(kilobytes, MPI.MAX)
 
 
-def peak_device_memory(comm) -> int:
-    """Returns the most memory of a GPU that any process has taken, in bytes; 0 on CPUs. Collective.
+def device_memory() -> int:
+    """Returns the memory that the pools of CuPy and of Torch hold of a GPU, in bytes.
 
-    It includes what the memory pools of CuPy and of Torch keep for later, but not CUDA's and NCCL's
-    own memory.
+    CuPy's pool gives memory back only where there is too little, Torch's counts its peak. CUDA's
+    and NCCL's own memory is not in it.
     """
-    taken = 0
-    if device_of(comm).xp is not np:
-        taken = cuda.cupy.get_default_memory_pool().total_bytes()  # it never shrinks
-        if 'torch' in sys.modules:
-            taken += sys.modules['torch'].cuda.max_memory_reserved()
-    return comm.mpi_comm.allreduce(taken, MPI.MAX)
+    held = cuda.cupy.get_default_memory_pool().total_bytes()
+    if 'torch' in sys.modules:
+        held += sys.modules['torch'].cuda.max_memory_reserved()
+    return held
+
+
+def free_device_memory():
+    """Makes the memory pools give back what they do not use, and forget their peaks."""
+    cuda.cupy.get_default_memory_pool().free_all_blocks()
+    if 'torch' in sys.modules:
+        sys.modules['torch'].cuda.empty_cache()
+        sys.modules['torch'].cuda.reset_peak_memory_stats()
+
+
+def device_memory_of_all(comm) -> int:
+    """Returns the most :func:`device_memory` of any process at the end; 0 on CPUs. Collective."""
+    on_cpu = device_of(comm).xp is np
+    return comm.mpi_comm.allreduce(0 if on_cpu else device_memory(), MPI.MAX)
 
 
 def bad_images(comm, batches) -> dict:
@@ -384,7 +396,7 @@ def summarize(settings, comm, trainer, log, peaks, bad_images, timing) -> dict:
         comm (~chainermn.CommunicatorBase): The processes.
         trainer (~chainer.training.Trainer): The trainer, after its run.
         log (list of dict): Entries of the LogReport.
-        peaks (tuple of int): Results of :func:`peak_memory` and :func:`peak_device_memory`.
+        peaks (tuple of int): Results of :func:`peak_memory` and :func:`device_memory_of_all`.
         bad_images (dict): Result of :func:`bad_images`.
         timing (dict): Summary of the TimeReport, in seconds.
 

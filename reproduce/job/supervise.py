@@ -211,7 +211,7 @@ def _last_hyperparameters(optimizer):
 
 def _conclude(settings, comm, trainer, batches, time_report, log_report):
     """Writes the model and the summary. Collective."""
-    peaks = report.peak_memory(comm), report.peak_device_memory(comm)
+    peaks = report.peak_memory(comm), report.device_memory_of_all(comm)
     bad_images = report.bad_images(comm, batches)
     if comm.rank > 0:
         return

@@ -25,7 +25,7 @@ from cupy._core import _carray, _kernel, _scalar, core
 from cupy.cuda import nvrtc
 
 # The compute capabilities that this CUDA can compile for, times ten.
-CAPABILITIES = (60, 70, 80, 90) if nvrtc.getVersion()[0] < 13 else (75, 80, 90, 100)
+CAPABILITIES = (60, 70, 80, 90) if nvrtc.getVersion()[0] < 13 else (75, 80, 90, 100, 120)
 NDARRAY, INDEXER, SCALAR = 1, 2, 3  # CuPy's kinds of kernel arguments
 
 

@@ -70,43 +70,80 @@ def test_nan_is_below_no_limit():
             checks.require_below(1e-3, {'a': 0.0, 'b': error})
 
 
+ABOUT = {'cudnn of torch': None, 'versions': {'cudnn': 'none'}}
+
+
 @pytest.fixture
 def session(tmp_path):
-    return gpu_check.Session(tmp_path, tmp_path, seconds=100)
+    return gpu_check.Session(tmp_path, tmp_path, 100, ABOUT)
 
 
-def step_of(limit):
-    return gpu_check.Step('a', limit, '', None)
+def step_of(limit, session=None, **options):
+    step = gpu_check.Step('a', limit, '', **{'run': None, **options})
+    if session:
+        session.begin(step)
+    return step
 
 
 def test_a_step_is_stopped_at_its_limit(session, tmp_path):
     words = ['sh', '-c', f'echo said; trap "" TERM; sleep 60 & echo $! >{tmp_path}/pid; wait']
-    with pytest.raises(gpu_check.Failed, match='was stopped after 0.5 s'):
-        session.command(step_of(0.5), words)
+    with pytest.raises(gpu_check.Failed, match='was stopped after [01] s'):
+        session.command(step_of(0.5, session), words)
     assert 'said' in (tmp_path / 'log.txt').read_text()
 
 
 def test_a_command_is_killed_as_soon_as_it_is_to_be(session, tmp_path):
     words = ['sh', '-c', f'sleep 0.3; touch {tmp_path}/now; sleep 60']
-    session.command(step_of(30), words, until=(tmp_path / 'now').exists)
+    session.command(step_of(30, session), words, until=(tmp_path / 'now').exists)
     with pytest.raises(gpu_check.Failed, match='instead of being killed'):
-        session.command(step_of(30), ['true'], until=lambda: False)
+        session.command(step_of(30, session), ['true'], until=lambda: False)
+    with pytest.raises(gpu_check.Failed, match='was stopped after'):
+        session.command(step_of(0.5, session), ['sleep', '60'], until=lambda: False)
+
+
+def test_the_limit_is_that_of_all_commands_of_a_step(session):
+    step = step_of(2, session)
+    session.command(step, ['sleep', '1.5'])
+    with pytest.raises(gpu_check.Failed, match='was stopped after [01] s'):
+        session.command(step, ['sleep', '1.5'])
+
+
+def test_an_error_in_a_step_does_not_end_the_check(session, tmp_path):
+    def run(step, session):
+        raise KeyError('no such number')
+
+    state, _, words = gpu_check._attempt(step_of(30, run=run), session)
+    assert (state, words) == ('FAIL', "KeyError: 'no such number'")
+    session.save({'a': {'state': state}})
+    assert json.loads((tmp_path / 'gpu_check.json').read_text())['steps']['a']['state'] == 'FAIL'
+
+
+def test_tests_that_all_skip_do_not_pass(session, monkeypatch):
+    for summary, passes in (('3 passed, 1 skipped in 2 s', True), ('4 skipped in 1 s', False)):
+        monkeypatch.setattr(session, 'command', lambda *args, said=summary: f'...\n{said}\n')
+        if passes:
+            assert gpu_check.tests(step_of(30), session) == summary
+        else:
+            with pytest.raises(gpu_check.Failed, match='no test ran: 4 skipped'):
+                gpu_check.tests(step_of(30), session)
 
 
 def test_the_line_that_tells_why_is_in_the_table(session):
     script = 'echo FAIL; echo "error: no image"; echo "prterun: a page"; exit 3'
     with pytest.raises(gpu_check.Failed, match='^error: no image$'):
-        session.command(step_of(30), ['sh', '-c', script])
+        session.command(step_of(30, session), ['sh', '-c', script])
     with pytest.raises(gpu_check.Failed, match='exit status 3'):
-        session.command(step_of(30), ['sh', '-c', 'exit 3'])
+        session.command(step_of(30, session), ['sh', '-c', 'exit 3'])
 
 
 def test_steps_that_cannot_run(tmp_path):
-    session = gpu_check.Session(tmp_path, tmp_path, seconds=5)
+    session = gpu_check.Session(tmp_path, tmp_path, 5, ABOUT)
     assert gpu_check._attempt(step_of(30), session)[::2] == ('late', 'no time left')
     needy = dataclasses.replace(step_of(30), needs='no_such_package')
     state, _, words = gpu_check._attempt(needy, session)
     assert (state, words) == ('skip', 'there is no package no_such_package')
+    for needs in ('torch', 'cudnn'):
+        assert gpu_check._attempt(step_of(30, needs=needs), session)[0] == 'skip'
 
 
 def test_wrong_options(capsys):

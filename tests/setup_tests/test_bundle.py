@@ -34,6 +34,8 @@ os.execvp(sys.argv[1], sys.argv[1:])
         ({'EXTRAS': 'gpu,gpu13'}, 'an environment has one CUDA: choose gpu or gpu13'),
         ({'EXTRAS': 'gpu13,gpu'}, 'an environment has one CUDA: choose gpu or gpu13'),
         ({'EXTRAS': 'gpu13'}, 'is not a Python 3.12 or 3.13, which EXTRAS=gpu13 needs'),
+        ({'EXTRAS': 'gpu,torch'}, 'is not a Python 3.12 or 3.13, which EXTRAS=torch needs'),
+        ({'EXTRAS': 'gpu gpu13'}, 'an environment has one CUDA: choose gpu or gpu13'),
         ({'SYSTEM_PACKAGES': 'yes'}, 'SYSTEM_PACKAGES=yes: it can only be 1, or empty'),
     ],
 )
@@ -115,6 +117,10 @@ def test_the_shell_of_a_set_up_from_wheels_has_no_other_place(tree, tmp_path):
     tree.run('smoke', WHEELS=str(tmp_path), FAKE_PIP_STATUS='1', **places)
     found = {n: v for n, v in tree.environment().items() if n.startswith('PIP_')}
     assert found == {'PIP_CONFIG_FILE': '/dev/null', 'PIP_USER': '0'}
+
+
+def test_a_bundle_of_extras_that_do_not_exist(tree):
+    assert 'there is no "gpu12"' in only_error(tree.run('bundle', 'FOLDER', EXTRAS='gpu12'))
 
 
 def test_the_extras_of_a_bundle_are_not_installed_here(tree):

@@ -15,7 +15,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from reproduce.studies.speed.side_by_side import job_of
 
 _RIGHT, _SPEED = 'reproduce.studies.gpu_check.right', 'reproduce.studies.gpu_check.speed'
 _TOP1 = 0.95  # of the preset smoke
+_PATIENCE = 60  # seconds for the first answer of the driver
 _LEAST = 10.0  # seconds; with less left, a step does not start
 
 
@@ -43,7 +43,7 @@ class Step:
         question (str): What it asks, in words.
         run (callable): Takes this Step and a :class:`Session`. Returns words for the table.
             Raises :class:`Failed`.
-        needs (str): A package without which the step is left out.
+        needs (str): What the step is left out without: a package, or ``'cudnn'`` in Chainer.
         environment (dict): Variables that it adds.
     """
 
@@ -66,18 +66,37 @@ class Session:
         out (Path): The folder of the results.
         scratch (Path): A folder for what is thrown away.
         figures (dict): Name of a step to the numbers that it found.
+        has_torch (bool): Whether there is a PyTorch for GPUs.
+        has_cudnn (bool): Whether Chainer has cuDNN.
     """
 
-    def __init__(self, out: Path, scratch: Path, seconds: float):
-        self.out, self.scratch = out, scratch
+    def __init__(self, out: Path, scratch: Path, seconds: float, about: dict):
+        self.out, self.scratch, self._about = out, scratch, about
         self.figures: dict = {}
+        self.has_torch = bool(about['cudnn of torch'])
+        self.has_cudnn = about['versions']['cudnn'] != 'none'
         self._log = open(out / 'log.txt', 'w')  # noqa: SIM115  (until the end)
-        self._end = time.monotonic() + seconds
+        (out / 'table.txt').unlink(missing_ok=True)
+        self._end = self._end_of_step = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
         """Seconds until the check must end."""
         return self._end - time.monotonic()
+
+    def begin(self, step):
+        """Starts the clock of a step."""
+        self._end_of_step = min(self._end, time.monotonic() + step.limit)
+
+    def save(self, results: dict):
+        """Writes gpu_check.json, anew after each step."""
+        content = {
+            'date': time.strftime('%Y-%m-%d'),
+            'machine': self._about,
+            'steps': results,
+            'figures': self.figures,
+        }
+        (self.out / 'gpu_check.json').write_text(json.dumps(content, indent=1) + '\n')
 
     def say(self, line: str):
         print(line, flush=True)
@@ -104,7 +123,8 @@ class Session:
         """Runs a command, as :meth:`job`."""
         self._log.write(f'\n===== {step.name}: {" ".join(command)}\n')
         self._log.flush()
-        end = time.monotonic() + min(step.limit, self.left)
+        begin = time.monotonic()
+        done = False  # what ``until`` waits for
         with tempfile.TemporaryFile('w+', errors='replace') as output:
             process = subprocess.Popen(
                 command,
@@ -115,19 +135,20 @@ class Session:
                 start_new_session=True,
             )
             try:
-                while process.poll() is None and time.monotonic() < end:
-                    if until and until():
+                while process.poll() is None and time.monotonic() < self._end_of_step:
+                    done = until is not None and until()
+                    if done:
                         break
                     time.sleep(0.1)
-                ended = process.poll()
+                ended, seconds = process.poll(), time.monotonic() - begin
             finally:
                 _kill(process)
             output.seek(0)
             text = output.read()
         self._log.write(text)
         self._log.flush()
-        if ended is None and not until:
-            raise Failed(f'was stopped after {step.limit:g} s')
+        if ended is None and not done:
+            raise Failed(f'was stopped after {seconds:.0f} s')
         if until and ended is not None:
             raise Failed(f'ended with exit status {ended}, instead of being killed')
         if ended:
@@ -203,7 +224,9 @@ def resume(step, session):
         until=lambda: any(parts.glob('checkpoints/*.npz')),
     )
     resumed = train(*options.split(), '--resume', 'auto', folder=parts, overwrite=False)
-    session.job(step, 1, 'reproduce.train', resumed)
+    text = session.job(step, 1, 'reproduce.train', resumed)
+    if 'goes on from ' not in text:
+        raise Failed('the killed run did not go on from its checkpoint')
     with np.load(whole / 'model.npz') as a, np.load(parts / 'model.npz') as b:
         same = sum(np.array_equal(a[name], b[name]) for name in a.files)
         n, worst = len(a.files), max(float(abs(a[k] - b[k]).max()) for k in a.files)
@@ -228,12 +251,15 @@ def tests(step, session):
     if not folder.is_dir():
         return 'left out: the tests are not here'
     words = f'-m pytest -q -p no:cacheprovider -m gpu {folder}'.split()
-    text = session.command(step, [sys.executable, *words])
-    return _last_line(text).strip('= ')
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    summary = _last_line(session.command(step, [sys.executable, *words], environment)).strip('= ')
+    if not re.search(r'\b[1-9]\d* passed', summary):
+        raise Failed(f'no test ran: {summary}')
+    return summary
 
 
 def loading(step, session):
-    functions = 'torch' if importlib.util.find_spec('torch') else 'chainer'
+    functions = 'torch' if session.has_torch else 'chainer'
     options = {
         'functions': functions,
         'iterations': 8,
@@ -271,6 +297,14 @@ STEPS = (
     Step('nccl', 60, 'two ranks on one GPU', checks(_RIGHT, n=2)),
     Step('memory', 60, 'update and all-reduce against a copy', checks(_SPEED)),
     Step('iteration', 75, 'images/s by Chainer', checks(_SPEED)),
+    Step(
+        'iteration, no cuDNN',
+        75,
+        'images/s by Chainer without cuDNN',
+        checks(_SPEED),
+        'cudnn',
+        {'CHAINER_CUDNN': '0'},
+    ),
     Step(
         'network, torch',
         60,
@@ -334,52 +368,47 @@ def parse(argv=None):
     return options
 
 
-def machine() -> dict:
-    """Describes the machine: the first GPU, its memory, driver, and CUDA's libraries.
+def machine(scratch: Path) -> dict:
+    """Returns what the machine has, as ``reproduce.studies.gpu_check.machine`` finds it.
 
     Raises:
         Failed: No GPU can be used. The message says why.
     """
-    code = (
-        'import json, extensions; from extensions import nccl; from reproduce.job import report; '
-        'gpus = nccl.inspect(0); gpus.obstacle or print("\\n" + json.dumps({"gpu": report.gpu(), '
-        '"versions": report.versions(), "words": report.in_words(report.versions())})); '
-        'raise SystemExit(gpus.obstacle)'
-    )
-    python = [sys.executable, *['-I'] * sys.flags.isolated]
-    done = subprocess.run([*python, '-c', code], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise Failed(_last_line(done.stderr) or f'exit status {done.returncode}')
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {**found, 'cores': os.cpu_count(), 'system': platform.platform()}
+    path = scratch / 'machine.json'
+    command, environment = job_of(1, [str(path)], 'reproduce.studies.gpu_check.machine')
+    try:
+        done = subprocess.run(
+            command, env=environment, check=False, capture_output=True, text=True, timeout=_PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f'has a driver that did not answer for {_PATIENCE} s') from None
+    if not path.exists():
+        raise Failed(f'fails: {_last_line(done.stderr) or f"exit status {done.returncode}"}')
+    about = json.loads(path.read_text())
+    if about['obstacle']:
+        raise Failed(about['obstacle'])
+    return about
 
 
 def main(argv=None) -> int:
     options = parse(argv)
     out = Path(options.out).resolve()
-    (out / 'table.txt').unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        session = Session(out, Path(scratch), options.seconds)
         try:
-            about = machine()
+            about = machine(Path(scratch))
         except Failed as error:
             print(f'error: this machine {error}. These steps would have run:', file=sys.stderr)
             for step in options.steps:
                 print(f'  {step.name:24} {step.question}', file=sys.stderr)
             return 1
-        session.say(_heading(about))
+        session = Session(out, Path(scratch), options.seconds, about)
+        session.say(f'{about["gpu"]}; {about["cores"]} cores; {about["words"]}')
         begin, results = time.monotonic(), {}
         for step in options.steps:
             state, seconds, words = _attempt(step, session)
             results[step.name] = {'state': state, 'seconds': seconds, 'words': words}
             session.say(f'{state:5} {step.name:24} {seconds:4.0f} s  {words}')
-        content = {
-            'date': time.strftime('%Y-%m-%d'),
-            'machine': about,
-            'steps': results,
-            'figures': session.figures,
-        }
-        (out / 'gpu_check.json').write_text(json.dumps(content, indent=1) + '\n')
+            session.save(results)
         bad = [name for name, result in results.items() if result['state'] not in ('ok', 'skip')]
         session.say(
             f'{len(results) - len(bad)} of {len(results)} steps passed in '
@@ -391,20 +420,26 @@ def main(argv=None) -> int:
 
 def _attempt(step, session) -> tuple[str, float, str]:
     begin = time.monotonic()
+    if step.needs == 'torch' and not session.has_torch:
+        return 'skip', 0, 'there is no PyTorch for GPUs'
+    if step.needs == 'cudnn' and not session.has_cudnn:
+        return 'skip', 0, 'Chainer has no cuDNN here'
     if step.needs and importlib.util.find_spec(step.needs) is None:
         return 'skip', 0, f'there is no package {step.needs}'
     if session.left < _LEAST:
         return 'late', 0, 'no time left'
+    session.begin(step)
     try:
         state, words = 'ok', step.run(step, session)
     except Failed as error:
         state, words = 'FAIL', str(error)
+    except Exception as error:  # noqa: BLE001  (the other steps go on)
+        state, words = 'FAIL', f'{type(error).__name__}: {error}'
     return state, time.monotonic() - begin, re.sub(r'\s+', ' ', words)
 
 
-def _heading(about) -> str:
-    return f'{about["gpu"]}; {about["cores"]} cores; {about["words"]}'
-
-
 if __name__ == '__main__':
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -123,6 +123,8 @@ def test_what_run_mpi_gets_to_know(words, expected, tmp_path, capsys):
         (1, [], ['1', '--workers', '2']),
         (1, ['--workers=8'], ['1']),
         (1, ['--communicator', 'mpi'], ['2']),
+        (1, ['--communicator=naive'], ['2']),
+        (1, ['--communicator', 'pure_nccl'], ['1', '--workers', '2']),
         (2, [], ['2']),
     ],
 )
