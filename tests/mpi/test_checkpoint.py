@@ -238,14 +238,14 @@ def test_an_image_that_vanishes_ends_the_job_and_loses_nothing(start, uninterrup
 @pytest.mark.parametrize('victim', ['rank 0', 'rank 1', 'a loader process'])
 def test_what_hangs_is_named_and_nothing_is_lost(start, uninterrupted, tmp_path, victim):
     out = tmp_path / 'out'
-    job = start(2, out, '--watchdog', '4')
+    job = start(2, out, '--watchdog', '10')
     wait_for(has_checkpoint(out))
     ranks = {number_of(process): process for process in ranks_of(out)}
     assert sorted(ranks) == [0, 1]
     stopped = loaders_of(ranks[1])[0] if 'loader' in victim else ranks[int(victim[-1])]
     os.kill(stopped, signal.SIGSTOP)
     # The time of the watchdog, and five seconds for a launcher that does not end.
-    assert end(job, f'SIGSTOP of {victim}, --watchdog 4', 14) != 0
+    assert end(job, f'SIGSTOP of {victim}, --watchdog 10', 20) != 0
     said = Path(f'{out}.txt').read_text()
     named = 'no sign of life.* rank 0 on ' if victim == 'rank 0' else ' rank 1 on '
     if victim == 'rank 1':

@@ -69,7 +69,7 @@ def test_all_is_well(preflight, folders, tmp_path, dead):
 
 
 def test_images_are_listed_once_and_may_take_longer_than_the_watchdog_waits(preflight, folders):
-    done = preflight(2, 'slow listing', *folders, '--local-batch-size', 2, '--watchdog', 5)
+    done = preflight(2, 'slow listing', *folders, '--local-batch-size', 2, '--watchdog', 8)
     assert done.returncode == 0, done.stdout
     assert re.findall('^lists (.*)$', done.stdout, re.MULTILINE) == ['train', 'val']
 

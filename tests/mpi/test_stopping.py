@@ -286,11 +286,11 @@ def test_nohup_holds(start, uninterrupted, tmp_path):
 def test_a_job_that_is_suspended_goes_on(start, uninterrupted, tmp_path):
     """As by Ctrl-Z and fg."""
     out = tmp_path / 'out'
-    job = start(out, '--watchdog', '3')
+    job = start(out, '--watchdog', '10')
     wait_for(has_checkpoint(out))
     job.send_signal(signal.SIGTSTP)
     wait_for(lambda: state_of(job.pid) == 'T' and {*map(state_of, ranks_of(out))} == {'T'})
-    time.sleep(4)
+    time.sleep(11)
     job.send_signal(signal.SIGCONT)
     assert job.wait(200) == 0
     assert parameters_of(out) == uninterrupted

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.mpi
-SECONDS = 4
+SECONDS = 8  # of a part of the start, on a busy machine
 SMOKE = '--preset smoke --width 4 --local-batch-size 240 --epochs 1 --loader serial'.split()
 
 
@@ -110,11 +110,11 @@ def test_a_stopped_rank_is_named(hanging, where, rank):
 @pytest.mark.parametrize('head', [(), ('preflight',)], ids=['train', 'preflight'])
 def test_a_slow_list_may_take_longer_than_the_watchdog_waits(mpirun, root, tmp_path, folders, head):
     program = root / 'tests' / 'mpi' / 'programs' / 'train_that_hangs.py'
-    options = *head, *SMOKE, '--watchdog', 5, '--out', tmp_path / 'out', *folders
+    options = *head, *SMOKE, '--watchdog', SECONDS, '--out', tmp_path / 'out', *folders
     start = time.monotonic()
     done = mpirun(3, program, 'slow list', 0, *options)
     assert done.returncode == 0, done.stdout
-    assert time.monotonic() - start > 2 * 15 * 0.4 > 2 * 5
+    assert time.monotonic() - start > 2 * 15 * 0.6 > 2 * SECONDS
 
 
 @pytest.mark.parametrize('head', [(), ('preflight',)], ids=['train', 'preflight'])

@@ -28,7 +28,7 @@ def no_space(*arguments, **options):
 
 def slowly(root, folder):
     print(f'lists {os.path.basename(root)}', flush=True)
-    preflight.time.sleep(3)
+    preflight.time.sleep(5)
     return listing_of(root, folder)
 
 

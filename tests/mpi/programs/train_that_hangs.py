@@ -30,7 +30,7 @@ def stop(*arguments, **keywords):
 
 
 def slow(entry):
-    time.sleep(0.4)
+    time.sleep(0.6)
     return True
 
 
