@@ -35,7 +35,7 @@ Usage: ./run_mpi.sh VERB [options]
 The first start sets up the Python environment, .venv. Then the verb runs in it.
 
 Train:
-  smoke       train on two processes or one GPU, with images that come along; options are train.py's
+  smoke       train on two processes, or one GPU, with images that come along
   train       train; first mpiexec's options, then "--", then train.py's
   preflight   check every host for a run, without training; options as for train
 
@@ -797,7 +797,10 @@ start_job() {
             if [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then check_options train "${words[@]}"; fi
             ;;
     esac
-    if [[ -n $own_n ]]; then options=(-n "${n:-2}" "${options[@]}"); fi
+    if [[ -n $own_n ]]; then
+        n=${n:-2} # --help and --dry-run
+        options=(-n "$n" "${options[@]}")
+    fi
     if ((${#program[@]} == 0)) && [[ ${words[0]} != -m && ${words[0]} != *.py ]]; then program=(-I "$code/reproduce/train.py"); fi
     if ((${#program[@]})); then exec </dev/null; fi # mpiexec would read what the caller has for others
 

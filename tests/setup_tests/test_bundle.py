@@ -55,14 +55,15 @@ def test_wheels_and_packages_of_the_system_are_remembered(tree, tmp_path):
     wheels.mkdir()
     (wheels / 'pip-1-py3-none-any.whl').touch()
     assert tree.run('smoke', WHEELS=f'{wheels}/.', SYSTEM_PACKAGES='1').returncode == 0
-    check, venv, adopt, first, project, works = tree.calls()
+    check, venv, adopt, first, own, project, works = tree.calls()
     assert 'bundle.check' in check and check.endswith(f'{wheels}/.  1')
     assert venv == f'-m venv --without-pip {tree.path}/.venv'
     assert 'system_packages.adopt' in adopt and adopt.endswith('setuptools wheel pip')
-    for call in first, project:
+    for call in first, own, project:
         assert call.startswith(f'{wheels}/pip-1-py3-none-any.whl/pip '), 'not the pip of the bundle'
         assert f' --no-index --find-links {wheels} -c {tree.path}/.venv/constraints.txt ' in call
     assert first.endswith(' --ignore-installed --no-deps setuptools wheel pip')
+    assert own.endswith(' --ignore-installed --no-deps --no-build-isolation chainer')
     assert project.endswith(' -e .[test]'), 'linters, on a cluster'
     refused = only_error(tree.run('lint'))
     assert 'made with WHEELS or SYSTEM_PACKAGES has no linters' in refused
@@ -78,6 +79,7 @@ def test_wheels_and_packages_of_the_system_are_remembered(tree, tmp_path):
         venv,
         adopt,
         first,
+        own,
         project,
         works,
     ]
