@@ -52,7 +52,9 @@ def start_forkserver(remove_after_end=lambda path: None):
     remove_after_end(f'/dev/shm/sem.{prefix[1:]}-*')
     remove_after_end(_folder_for_sockets())
     multiprocessing.set_forkserver_preload(['reproduce.loader'])  # instead of the main script
-    handlers = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    # Ignored by processes from their birth on: signals may come before _initialize does.
+    ignored = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in ignored}
     # The server looks for modules in its folder first; there another "reproduce" may be.
     here = os.open('.', os.O_PATH)
     os.chdir(Path(__file__).resolve().parents[1])
