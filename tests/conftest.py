@@ -11,7 +11,9 @@ from pathlib import Path
 
 import extensions  # noqa: F401  isort: skip  (it makes Chainer importable on NumPy 2)
 import chainer
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -202,6 +204,20 @@ def _mapped_by(processes):
             continue
         found |= {int(line.split()[4]) for line in maps.splitlines() if '/dev/shm/' in line}
     return found
+
+
+@pytest.fixture(scope='session')
+def image_folders(tmp_path_factory):
+    """Small PNG folders: TRAIN with 2 classes x 8 images, VAL with 2 x 5."""
+    top = tmp_path_factory.mktemp('images')
+    rng = np.random.RandomState(0)
+    for split, count in (('train', 8), ('val', 5)):
+        for name in ('cat', 'dog'):
+            (top / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(top / split / name / f'{i}.png')
+    return top
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytestmark = pytest.mark.mpi
 PROGRAMS = Path(__file__).resolve().parent / 'programs'
@@ -171,19 +170,12 @@ def test_it_has_no_name_that_cupy_14_lacks(python):
 # --- The GPU's paths ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    """Options for 16 training and 10 validation images of 2 classes, and for an epoch of them."""
-    top = tmp_path_factory.mktemp('images')
-    rng = np.random.RandomState(0)
-    for split, count in (('train', 8), ('val', 5)):
-        for name in ('cat', 'dog'):
-            (top / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.randint(0, 256, (40, 50, 3), np.uint8)
-                Image.fromarray(pixels).save(top / split / name / f'{i}.png')
+@pytest.fixture
+def images(image_folders):
+    """Options for an epoch of 16 training and 10 validation images of 2 classes."""
     options = '--preset cifar10 --width 4 --epochs 1 --local-batch-size 2 --loader serial'.split()
-    return [*options, '--train-root', top / 'train', '--val-root', top / 'val']
+    train, val = image_folders / 'train', image_folders / 'val'
+    return [*options, '--train-root', train, '--val-root', val]
 
 
 def trained(done, out):

@@ -23,20 +23,6 @@ def train(mpirun, root):
     return run
 
 
-@pytest.fixture(scope='module')
-def image_folders(tmp_path_factory):
-    """Small PNG folders: TRAIN with 2 classes x 8 images, VAL with 2 x 5."""
-    top = tmp_path_factory.mktemp('images')
-    rng = np.random.RandomState(0)
-    for split, count in (('train', 8), ('val', 5)):
-        for name in ('cat', 'dog'):
-            (top / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.randint(0, 256, (40, 50, 3), np.uint8)
-                Image.fromarray(pixels).save(top / split / name / f'{i}.png')
-    return top
-
-
 def summary_of(out):
     return json.loads((out / 'summary.json').read_text())
 
