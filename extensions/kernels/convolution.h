@@ -9,12 +9,12 @@
 #define ROWS_AT_ONCE 1024
 
 #undef CHAIN
-#define CHAIN 256
+#define CHAIN 64
 
 /* c[i] = sum over t, then l, of a[i][t * tap + l] * b[t * len + l], for HEIGHT rows and WIDTH
    vectors at once. It is a sum of chains of fused multiply-adds from 0, because the error of one
-   long chain is larger. A chain takes pieces of up to 256 products of one t, and ends when it has
-   256 or more. `valid` of the columns exist. */
+   long chain is larger. A chain takes pieces of up to 64 products of one t, and ends when it has
+   64 or more. `valid` of the columns exist. */
 #undef PRODUCT
 #define PRODUCT(F, HEIGHT, WIDTH)                                                           \
     INLINE void NAME(F)(const float *const *a, int64_t taps, int64_t tap, int64_t len,      \
@@ -288,9 +288,9 @@ static void NAME(pack)(int64_t rows, int64_t n, int64_t width, const float *in, 
 }
 
 #undef PIXELS
-#define PIXELS 256
+#define PIXELS 128
 
-/* gw. A sum's order: blocks of 256 pixels of y, one after the other, each summed from 0. Up to 256
+/* gw. A sum's order: blocks of 128 pixels of y, one after the other, each summed from 0. Up to 256
    channels, x is read where it lies: beyond, its rows are too far apart for the caches. */
 int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
 {
