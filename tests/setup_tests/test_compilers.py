@@ -358,7 +358,7 @@ def test_why_nothing_was_compiled(copy, tmp_path, variables, reason):
 @pytest.mark.parametrize(
     'compiler, old, new, reason',
     [
-        ('gcc -c', '', '', 'only ET_DYN'),
+        ('sh object', '', '', 'only ET_DYN'),
         ('aarch64-linux-gnu-gcc', '', '', 'cannot open shared object file'),
         (
             'gcc',
@@ -376,6 +376,7 @@ def test_why_nothing_was_compiled(copy, tmp_path, variables, reason):
 )
 def test_a_library_that_cannot_be_used(copy, tmp_path, compiler, old, new, reason):
     needed(compiler.split()[0], 'gcc gcc-aarch64-linux-gnu')
+    (copy / 'object').write_text(f'for last; do :; done; exec gcc -c {SOURCE} -o "$last"\n')
     source = (copy / SOURCE).read_text()
     (copy / SOURCE).write_text(source.replace(old, new))
     install(copy, tmp_path, CC=compiler)
