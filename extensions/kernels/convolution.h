@@ -277,7 +277,8 @@ int NAME(convolution_gx)(GEOMETRY, const float *gy, const float *w, float *gx)
     return 0;
 }
 
-/* Copies n of `width` values from each row, and zeros after them. */
+/* Copies n of `width` values from each row, and zeros after them: no result depends on these, but
+   whatever was there may be subnormal, and slow. */
 static void NAME(pack)(int64_t rows, int64_t n, int64_t width, const float *in, const int64_t *off,
                        int64_t step, float *out)
 {
