@@ -326,8 +326,7 @@ def _max_pooling_backward(node, indexes, grad_outputs):
     gy = grad_outputs[0].array
     shape = node.get_retained_inputs()[0].shape
     if not _gradients_of((gy,)):
-        forward = _originals[max_pooling_nd.MaxPoolingND, 'forward'] or _inherited_forward
-        forward(node, (node.get_retained_inputs()[0].array,))  # sets Chainer's indexes
+        node.forward_cpu((node.get_retained_inputs()[0].array,))  # sets Chainer's indexes
         return NotImplemented
     out, gx = _empty_image(*shape)
     channels = shape[1]
@@ -335,9 +334,6 @@ def _max_pooling_backward(node, indexes, grad_outputs):
     gy = _channels_last(gy)
     _call('max_pooling_gx', pixels_of_x, pixels, channels, gy, node.pixels, out)
     return _variables(indexes, (lambda: gx,))
-
-
-_inherited_forward = chainer.FunctionNode.forward
 
 
 # ---------------------------------------------------------------- the head
