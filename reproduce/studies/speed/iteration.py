@@ -31,7 +31,6 @@ import numpy as np
 from reproduce import listing, loader
 from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
-from reproduce.settings import FUNCTIONS
 from reproduce.studies.speed.side_by_side import start_ranks
 
 _PARTS = ('data', 'compute', 'pack', 'allreduce', 'update', 'extensions')
@@ -88,7 +87,7 @@ def parse(argv):
     add(
         '--functions',
         default='chainer',
-        choices=FUNCTIONS,
+        choices=('chainer', 'compiled', 'torch'),
         help="implementation of the model's functions, for all that are measured [%(default)s]",
     )
     add(
