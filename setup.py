@@ -43,8 +43,14 @@ GPU13 = [
 # The CPU's inner loops are optional: without a compiler, NumPy gives the same bits more slowly.
 KERNELS = Extension(
     'extensions.kernels._kernels',
-    ['extensions/kernels/kernels.c'],
-    depends=['extensions/rmsprop_warmup_element.h'],
+    ['extensions/kernels/kernels.c', 'extensions/kernels/functions.c'],
+    depends=[
+        'extensions/rmsprop_warmup_element.h',
+        'extensions/kernels/functions.h',
+        'extensions/kernels/convolution.h',
+        'extensions/kernels/layers.h',
+        'extensions/kernels/exp_and_log.h',
+    ],
     optional=True,
 )
 # The only options that the compiler gets: CFLAGS, LDFLAGS and Python's own build may have some that
@@ -131,7 +137,7 @@ setup(
     # only have their names. In setuptools' own way they come after these.
     options={'editable_wheel': {'mode': 'compat'}},
     package_data={
-        'extensions': ['*.h', '*.cu', 'kernels/*.c'],
+        'extensions': ['*.h', '*.cu', 'kernels/*.c', 'kernels/*.h'],
         'reproduce': ['data/*', 'studies/cluster/*.json'],
     },
     install_requires=[

@@ -17,7 +17,7 @@ from extensions.schedules import FORMS, PAPER_EPOCHS
 from reproduce import images
 from reproduce.baselines import LR_SCHEDULES
 
-FUNCTIONS = ('chainer', 'torch')
+FUNCTIONS = ('chainer', 'compiled', 'torch')
 
 
 class InputError(Exception):
@@ -149,9 +149,10 @@ class Settings:
     )
     functions: str = _setting(
         'chainer',
-        'implementation of convolution, batch normalization, ReLU and max pooling. chainer: '
-        "Chainer's own. torch: PyTorch's operators; needs PyTorch. Products are float32's; with "
-        'NVIDIA_TF32_OVERRIDE=1, GPUs may use TF32 (P)',
+        "implementation of the model's functions. chainer: Chainer's own. compiled: C, on CPUs "
+        'only, with the same bits on all of them; needs a C compiler at the installation. torch: '
+        "PyTorch's convolution, batch normalization, ReLU and max pooling; needs PyTorch. Products "
+        "are float32's; with NVIDIA_TF32_OVERRIDE=1, GPUs may use TF32 (P)",
         FUNCTIONS,
     )
 

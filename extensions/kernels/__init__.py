@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 
 _FOLDER = Path(__file__).resolve().parent
-FILES = ('kernels.c', '../rmsprop_warmup_element.h')
+FILES = (  # in the order of setup.py
+    'kernels.c',
+    'functions.c',
+    '../rmsprop_warmup_element.h',
+    'functions.h',
+    'convolution.h',
+    'layers.h',
+    'exp_and_log.h',
+)
 
 # Elements per block of the NumPy loops. A block stays in a core's second-level cache.
 _BLOCK = 1 << 15
@@ -69,10 +77,69 @@ def _load() -> dict:
     return functions
 
 
+def _arguments() -> dict:
+    """Returns the types of the arguments of the functions in ``functions.c``, by their names."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    integer, real = ctypes.c_int32, ctypes.c_double
+    geometry, pool = 11 * [size], 10 * [size]
+    return {
+        'convolution': [*geometry, *3 * [pointer]],
+        'convolution_gx': [*geometry, *3 * [pointer]],
+        'convolution_gw': [*geometry, *3 * [pointer]],
+        'batch_normalization': [size, size, real, real, *7 * [pointer]],
+        'fixed_batch_normalization': [size, size, real, *6 * [pointer]],
+        'batch_normalization_gradients': [size, size, *7 * [pointer]],
+        'relu': [size, pointer, pointer],
+        'relu_gx': [size, pointer, pointer, pointer],
+        'max_pooling': [*pool, pointer, pointer, pointer],
+        'max_pooling_gx': [size, size, size, pointer, pointer, pointer],
+        'sum_pixels': [size, size, size, real, pointer, pointer],
+        'spread': [size, size, size, real, pointer, pointer],
+        'add_bias': [size, size, pointer, pointer],
+        'softmax_cross_entropy': [size, size, pointer, pointer, integer, real, pointer, pointer],
+        'softmax_cross_entropy_gx': [size, size, pointer, pointer, integer, real, pointer],
+    }
+
+
+_OF_MEMORY = {  # they return whether there is too little memory
+    'convolution',
+    'convolution_gx',
+    'convolution_gw',
+    'batch_normalization',
+    'fixed_batch_normalization',
+    'batch_normalization_gradients',
+    'sum_pixels',
+}
+
+
+def _check_memory(result, function, _arguments):
+    if result:
+        raise MemoryError(f'no memory for {function.__name__}')
+
+
+def _load_functions() -> dict:
+    """Returns the functions in ``functions.c``, by their names, by the name of an instruction set.
+
+    The sets are the processor's, the fastest first.
+    """
+    library = _open()
+    library.instruction_sets.restype = ctypes.c_char_p
+    sets: dict = {name: {} for name in library.instruction_sets().decode().split()}
+    for name, types in _arguments().items():
+        for instruction_set, functions in sets.items():
+            function = functions[name] = getattr(library, f'{name}_{instruction_set}')
+            function.argtypes, function.restype = types, None
+            if name in _OF_MEMORY:
+                function.restype, function.errcheck = ctypes.c_int, _check_memory
+    return sets
+
+
 compiled: dict = {}
+functions: dict = {}
 _why_not = ''
 try:
     compiled = _load()
+    functions = _load_functions()
 except (OSError, ImportError, AttributeError) as error:
     _why_not = str(error)
 

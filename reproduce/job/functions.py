@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
+import numpy as np
 from chainer.backends import cuda
 
+from extensions import compiled_functions, kernels
 from reproduce.settings import InputError
 
 _CUDNN_WORKSPACE = 1 << 29  # bytes (P)
@@ -22,10 +24,17 @@ def find(name: str):
         module: The module of extensions/ that has it; None for Chainer's own.
 
     Raises:
-        InputError: A package cannot be imported.
+        InputError: A package cannot be imported, or there is no compiled library.
     """
     if name == 'chainer':
         return None
+    if name == 'compiled':
+        if not kernels.functions:
+            raise InputError(
+                f'--functions compiled: {sys.executable} runs {kernels.description()}; install gcc '
+                'or clang, then the project again, or take --functions chainer'
+            )
+        return compiled_functions
     try:
         from extensions import torch_functions
     except (ImportError, OSError) as error:  # OSError: a library that Torch loads
@@ -53,6 +62,14 @@ def use(name: str, device):
         # as an algorithm found by timing, and its bits, may differ between runs.
         if cuda.cudnn_enabled and device.xp is cuda.cupy:
             cuda.set_max_workspace_size(_CUDNN_WORKSPACE)
+        return
+    if module is compiled_functions:
+        if device.xp is not np:
+            raise InputError(
+                f'--functions compiled: they run on CPUs, not on {device.name}; take --functions '
+                'chainer or torch'
+            )
+        module.enable()
         return
     try:
         module.enable(device)

@@ -1,6 +1,7 @@
 """The C library by each compiler that is here, on each processor: NumPy's bits, or a reason."""
 
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -13,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extensions import kernels
+
 pytestmark = pytest.mark.slow
-PROGRAM = Path(__file__).with_name('programs') / 'call_kernels.c'
+PROGRAMS = Path(__file__).with_name('programs')
+PROGRAM = PROGRAMS / 'call_kernels.c'
 LIBRARY = f'extensions/kernels/_kernels{sysconfig.get_config_var("EXT_SUFFIX")}'
 SOURCE = 'extensions/kernels/kernels.c'
 X86 = {'Haswell': True, 'IvyBridge': False, 'Nehalem': False}  # whether C converts float16
@@ -182,16 +186,68 @@ def test_older_processors(built, tmp_path, compiler, model):
     same_bits(call_all(built(compiler), tmp_path, emulator, '-cpu', model), X86[model])
 
 
+def cross_compiler(kind):
+    compiler = needed('aarch64-linux-gnu-gcc', 'gcc-aarch64-linux-gnu libc6-dev-arm64-cross')
+    if kind == 'clang':
+        newest = (of_kind('clang') or [pytest.skip('no clang-N')])[-1]
+        compiler = f'{newest} --target=aarch64-linux-gnu'
+    return compiler
+
+
 @pytest.mark.parametrize('kind', ['gcc', 'clang'])
 def test_aarch64(built, tmp_path, kind):
     emulator = needed('qemu-aarch64', 'qemu-user')
-    compiler = needed('aarch64-linux-gnu-gcc', 'gcc-aarch64-linux-gnu libc6-dev-arm64-cross')
-    if kind == 'clang':
-        compiler = (
-            f'{(of_kind("clang") or [pytest.skip("no clang-N")])[-1]} --target=aarch64-linux-gnu'
-        )
+    compiler = cross_compiler(kind)
     same_bits(call_all(built(compiler), tmp_path, emulator, '-L', '/usr/aarch64-linux-gnu'), False)
 
+
+# ---------------------------------------------------------------- a network's functions
+
+# Of all results of programs/call_functions.c, on any processor. It changes when the order of a sum
+# does, or the program.
+BITS = '50f340c87cfa6e71b99c20167e03cae09e889fe18fbee00f0aeada7b6cb50700'
+
+
+@pytest.fixture
+def digests(built, tmp_path):
+    """``digests(compiler, *emulator)``: of what each instruction set computes, by its name."""
+
+    def call(compiler, *emulator):
+        library, program = built(compiler)[0], tmp_path / 'call_functions'
+        source = PROGRAMS / 'call_functions.c'
+        subprocess.run([*compiler.split(), source, '-ldl', '-o', program], check=True)
+        subprocess.run([*emulator, program, library, tmp_path / 'result'], check=True)
+        return {
+            path.suffix[1:]: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in tmp_path.glob('result.*')
+        }
+
+    return call
+
+
+@pytest.mark.parametrize('compiler', COMPILERS)
+def test_each_compilers_functions_have_the_same_bits(digests, compiler):
+    found = digests(compiler)
+    assert set(found) == set(kernels.functions or found) and set(found.values()) == {BITS}
+
+
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='for x86-64')
+@pytest.mark.parametrize('model', X86)
+def test_functions_on_older_processors(digests, model):
+    """Haswell has AVX2; the others have no fused multiply-add."""
+    found = digests('gcc', needed('qemu-x86_64', 'qemu-user'), '-cpu', model)
+    sets = ['avx2', 'plain'] if model == 'Haswell' else ['plain']
+    assert found == dict.fromkeys(sets, BITS)
+
+
+@pytest.mark.parametrize('kind', ['gcc', 'clang'])
+def test_functions_on_aarch64(digests, kind):
+    emulator = needed('qemu-aarch64', 'qemu-user')
+    found = digests(cross_compiler(kind), emulator, '-L', '/usr/aarch64-linux-gnu')
+    assert found == dict.fromkeys(['neon', 'plain'], BITS)
+
+
+# ---------------------------------------------------------------- options and failures
 
 FAST = '-ffast-math -funsafe-math-optimizations -mfpmath=387 -march=native -ffp-contract=fast'
 
@@ -302,7 +358,7 @@ def test_why_nothing_was_compiled(copy, tmp_path, variables, reason):
 @pytest.mark.parametrize(
     'compiler, old, new, reason',
     [
-        ('gcc -c', '', '', 'only ET_DYN'),
+        ('sh object', '', '', 'only ET_DYN'),
         ('aarch64-linux-gnu-gcc', '', '', 'cannot open shared object file'),
         (
             'gcc',
@@ -320,6 +376,7 @@ def test_why_nothing_was_compiled(copy, tmp_path, variables, reason):
 )
 def test_a_library_that_cannot_be_used(copy, tmp_path, compiler, old, new, reason):
     needed(compiler.split()[0], 'gcc gcc-aarch64-linux-gnu')
+    (copy / 'object').write_text(f'for last; do :; done; exec gcc -c {SOURCE} -o "$last"\n')
     source = (copy / SOURCE).read_text()
     (copy / SOURCE).write_text(source.replace(old, new))
     install(copy, tmp_path, CC=compiler)

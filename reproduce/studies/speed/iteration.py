@@ -87,7 +87,7 @@ def parse(argv):
     add(
         '--functions',
         default='chainer',
-        choices=('chainer', 'torch'),
+        choices=('chainer', 'compiled', 'torch'),
         help="implementation of the model's functions, for all that are measured [%(default)s]",
     )
     add(

@@ -1,0 +1,451 @@
+"""ResNet-50's functions on the CPU in C: in channels-last order, with the same bits everywhere.
+
+Off by default. :func:`enable` replaces ``forward`` and ``backward`` of the classes in ``_METHODS``.
+The rest of each class is Chainer's, as are links, hooks and the graph. An output has Chainer's
+shape [N, C, H, W], and lies in memory as [N, H, W, C], which the next function reads without a
+copy; any other order is copied first. So the bits of a result do not depend on it.
+
+All sums have one order, which the C files state. The bits depend neither on the processor's
+instruction set nor on the number of threads. All that C does not compute stays Chainer's: GPUs,
+arrays of other types than float32, groups, dilation, ``cover_all``, BN over other axes than
+(0, 2, 3), fixed BN that is differentiated, and double backpropagation.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import chainer
+import numpy as np
+from chainer.functions.activation import relu
+from chainer.functions.connection import convolution_2d, linear
+from chainer.functions.loss import softmax_cross_entropy
+from chainer.functions.math import average
+from chainer.functions.normalization import batch_normalization
+from chainer.functions.pooling import max_pooling_nd
+
+from extensions import kernels
+
+_FLOAT32 = np.dtype(np.float32)
+_originals: dict = {}  # (class, method): what the class had itself, or None if it inherited it
+_functions: dict = {}  # of the instruction set in use
+
+
+class NotCompiledError(Exception):
+    """There is no compiled library. The message says why."""
+
+
+def enable(instruction_set: str = '') -> list[str]:
+    """Makes Chainer compute by the compiled functions, in this process, until :func:`disable`.
+
+    Args:
+        instruction_set (str): A key of ``kernels.functions``; empty for the processor's fastest.
+            All give the same bits.
+
+    Returns:
+        list of str: The names of the functions that are replaced.
+
+    Raises:
+        NotCompiledError: There is no compiled library.
+        ValueError: The processor has no such instruction set.
+    """
+    sets = kernels.functions
+    if not sets:
+        raise NotCompiledError(kernels.description())
+    if instruction_set and instruction_set not in sets:
+        raise ValueError(f'instruction_set {instruction_set!r} is none of {", ".join(sets)}')
+    _functions.update(sets[instruction_set or next(iter(sets))])
+    if not _originals:
+        for (cls, name), method in _METHODS.items():
+            _originals[cls, name] = vars(cls).get(name)
+            setattr(cls, name, _or_chainers(method, getattr(cls, name)))
+    return list(dict.fromkeys(cls.__name__ for cls, _ in _METHODS))
+
+
+def disable():
+    """Undoes :func:`enable`. Call it between iterations, not between forward and backward."""
+    for (cls, name), method in _originals.items():
+        if method is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, method)
+    _originals.clear()
+    _functions.clear()
+
+
+def description() -> str:
+    """Returns the instruction set in use."""
+    names = (name for name, functions in kernels.functions.items() if functions == _functions)
+    return f'compiled C, {next(names, "not enabled")}, float32'
+
+
+def _or_chainers(method, original):
+    """Returns a method that computes in C, or by Chainer where C's result is NotImplemented."""
+
+    @functools.wraps(original)
+    def replaced(self, *arguments):
+        result = method(self, *arguments)
+        return original(self, *arguments) if result is NotImplemented else result
+
+    return replaced
+
+
+def _fit(*arrays) -> bool:
+    """Whether all arrays are NumPy's, float32, and have elements."""
+    return all(type(a) is np.ndarray and a.dtype == _FLOAT32 and a.size for a in arrays)
+
+
+def _call(name, *arguments):
+    """Calls a function in C. Arrays become their addresses, None a null pointer."""
+    _functions[name](*(kernels.address(a) if type(a) is np.ndarray else a for a in arguments))
+
+
+def _packed(array):
+    """Returns the array, or a copy that C can read: aligned and in C order."""
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else np.array(array, order='C')
+
+
+def _channels_last(array):
+    """Returns [N, H, W, C] of an array [N, C, H, W]."""
+    return _packed(array.transpose(0, 2, 3, 1))
+
+
+def _empty_image(n, channels, height, width):
+    """Returns an array in channels-last order, and the same in Chainer's shape."""
+    array = np.empty((n, height, width, channels), np.float32)
+    return array, array.transpose(0, 3, 1, 2)
+
+
+def _variables(indexes, gradients):
+    """Returns the gradients by the inputs in ``indexes``, each computed by a function."""
+    return tuple(chainer.Variable(gradients[i](), requires_grad=False) for i in indexes)
+
+
+def _gradients_of(arrays) -> bool:
+    """Whether C computes a backward pass with these arrays: all but double backpropagation."""
+    return not chainer.config.enable_backprop and _fit(*arrays)
+
+
+# ---------------------------------------------------------------- convolution
+
+
+def _geometry(node, x, W):
+    """Returns C's arguments for the shapes; None if the convolution is Chainer's."""
+    if node.cover_all or node.groups != 1 or (node.dy, node.dx) != (1, 1):
+        return None
+    (n, channels, height, width), (out_channels, _, ky, kx) = x.shape, W.shape
+    if height + 2 * node.ph < ky or width + 2 * node.pw < kx:
+        return None
+    sides = node.sy, node.sx, node.ph, node.pw
+    return n, height, width, channels, out_channels, ky, kx, *sides
+
+
+def _convolution(node, inputs):
+    geometry = _fit(*inputs) and _geometry(node, *inputs[:2])
+    if not geometry:
+        return NotImplemented
+    node.retain_inputs((0, 1))
+    x, W = inputs[:2]
+    out, y = _empty_image(len(x), len(W), *node._get_out_size(x.shape, W.shape))
+    _call('convolution', *geometry, _channels_last(x), _packed(W), out)
+    if len(inputs) == 3:
+        _call('add_bias', out.size // len(W), len(W), _packed(inputs[2]), out)
+    return (y,)
+
+
+def _convolution_backward(node, indexes, grad_outputs):
+    x, W = (variable.array for variable in node.get_retained_inputs())
+    gy = grad_outputs[0].array
+    geometry = _gradients_of((x, W, gy)) and _geometry(node, x, W)
+    if not geometry:
+        return NotImplemented
+    gy = _channels_last(gy)
+
+    def by_x():
+        out, gx = _empty_image(*x.shape)
+        _call('convolution_gx', *geometry, gy, _packed(W), out)
+        return gx
+
+    def by_W():
+        gW = np.empty(W.shape, np.float32)
+        _call('convolution_gw', *geometry, _channels_last(x), gy, gW)
+        return gW
+
+    return _variables(indexes, (by_x, by_W, lambda: _sum_of_rows(gy)))
+
+
+def _sum_of_rows(gy):
+    """Returns the sums over all but the last axis."""
+    gb = np.empty(gy.shape[-1], np.float32)
+    _call('sum_pixels', 1, gy.size // gb.size, gb.size, 1.0, gy, gb)
+    return gb
+
+
+# ---------------------------------------------------------------- batch normalization
+
+
+def _is_over_channels(node, x, gamma) -> bool:
+    return x.ndim == 4 and gamma.ndim == 1 and node.axis in (None, (0, 2, 3))
+
+
+def _batch_normalization(node, inputs):
+    x, gamma, beta = inputs
+    statistics = [a for a in (node.running_mean, node.running_var) if a is not None]
+    if (
+        node._impl_selector is not batch_normalization._impl_selector
+        or not _fit(*inputs, *statistics)
+        or not _is_over_channels(node, x, gamma)
+        or x.size == gamma.size  # Chainer warns
+        or not all(a.flags.carray and a.shape == gamma.shape for a in statistics)
+    ):
+        return NotImplemented
+    node.retain_inputs((0, 1))
+    n, channels, height, width = x.shape
+    node.saved = np.empty((2, channels))
+    out, y = _empty_image(*x.shape)
+    _call(
+        'batch_normalization',
+        n * height * width,
+        channels,
+        node.eps,
+        node.decay,
+        _channels_last(x),
+        _packed(gamma),
+        _packed(beta),
+        node.running_mean,
+        node.running_var,
+        node.saved,
+        out,
+    )
+    return (y,)
+
+
+def _batch_normalization_backward(node, indexes, grad_outputs):
+    if not hasattr(node, 'saved'):
+        return NotImplemented
+    x, gamma = (variable.array for variable in node.get_retained_inputs())
+    gy = grad_outputs[0].array
+    if not _gradients_of((gy,)):
+        _prepare_chainers_backward(node)
+        return NotImplemented
+    n, channels, height, width = x.shape
+    out, gx = _empty_image(*x.shape)
+    ggamma, gbeta = np.empty((2, channels), np.float32)
+    _call(
+        'batch_normalization_gradients',
+        n * height * width,
+        channels,
+        _channels_last(x),
+        _packed(gamma),
+        node.saved,
+        _channels_last(gy),
+        out,
+        ggamma,
+        gbeta,
+    )
+    return _variables(indexes, (lambda: gx, lambda: ggamma, lambda: gbeta))
+
+
+def _prepare_chainers_backward(node):
+    """Sets what Chainer's forward pass leaves to the backward pass."""
+    node.axis, node.key_axis = (0, 2, 3), (1,)
+    node.expander = (None, slice(None), None, None)
+    node._impl = batch_normalization.GeneralBatchNormalizationImpl()
+    node.mean, node.inv_std = node.saved.astype(np.float32)
+
+
+def _fixed_batch_normalization(node, inputs):
+    x, gamma, *_ = inputs
+    if chainer.config.enable_backprop or not _fit(*inputs) or not _is_over_channels(node, x, gamma):
+        return NotImplemented
+    out, y = _empty_image(*x.shape)
+    _call(
+        'fixed_batch_normalization',
+        x.size // len(gamma),
+        len(gamma),
+        node.eps,
+        _channels_last(x),
+        *map(_packed, inputs[1:]),
+        out,
+    )
+    return (y,)
+
+
+# ---------------------------------------------------------------- ReLU and max pooling
+
+
+def _in_order_of(array, like):
+    """Returns the array, or a copy, with the strides of another."""
+    if array.strides == like.strides and array.flags.aligned:
+        return array
+    copy = np.empty_like(like)
+    copy[...] = array
+    return copy
+
+
+def _relu(node, inputs):
+    if not _fit(*inputs):
+        return NotImplemented
+    node.retain_outputs((0,))
+    y = np.empty_like(inputs[0])  # packed, with the axes in the order of the input's
+    _call('relu', y.size, _in_order_of(inputs[0], y), y)
+    return (y,)
+
+
+def _relu_backward(node, indexes, grad_outputs):
+    y, gy = node.get_retained_outputs()[0].array, grad_outputs[0].array
+    if not _gradients_of((y, gy)):
+        return NotImplemented
+    y = _in_order_of(y, np.empty_like(y))
+    gx = np.empty_like(y)
+    _call('relu_gx', gx.size, y, _in_order_of(gy, gx), gx)
+    return _variables(indexes, (lambda: gx,))
+
+
+def _max_pooling(node, inputs):
+    (x,) = inputs
+    on_image = all(2 * pad <= size for pad, size in zip(node.pad, node.ksize))
+    if node.ndim != 2 or node.return_indices or node.cover_all or not on_image or not _fit(x):
+        return NotImplemented
+    (n, channels, *sides), windows = x.shape, list(zip(node.ksize, node.stride, node.pad))
+    outs = [(side + 2 * p - k) // s + 1 for side, (k, s, p) in zip(sides, windows)]
+    if min(outs) < 1 or n * sides[0] * sides[1] >= 1 << 31:
+        return NotImplemented
+    node.retain_inputs((0,))
+    out, y = _empty_image(n, channels, *outs)
+    node.pixels = np.empty(out.shape, np.int32)
+    windows = *node.ksize, *node.stride, *node.pad
+    _call('max_pooling', n, *sides, channels, *windows, _channels_last(x), out, node.pixels)
+    return (y,)
+
+
+def _max_pooling_backward(node, indexes, grad_outputs):
+    if not hasattr(node, 'pixels'):
+        return NotImplemented
+    gy = grad_outputs[0].array
+    shape = node.get_retained_inputs()[0].shape
+    if not _gradients_of((gy,)):
+        node.forward_cpu((node.get_retained_inputs()[0].array,))  # sets Chainer's indexes
+        return NotImplemented
+    out, gx = _empty_image(*shape)
+    channels = shape[1]
+    pixels_of_x, pixels = out.size // channels, gy.size // channels
+    gy = _channels_last(gy)
+    _call('max_pooling_gx', pixels_of_x, pixels, channels, gy, node.pixels, out)
+    return _variables(indexes, (lambda: gx,))
+
+
+# ---------------------------------------------------------------- the head
+
+
+def _average(node, inputs):
+    (x,) = inputs
+    if node.axis != (2, 3) or node.keepdims or x.ndim != 4 or not _fit(x):
+        return NotImplemented
+    n, channels, height, width = x.shape
+    node.multiplier = 1 / (height * width)
+    y = np.empty((n, channels), np.float32)
+    x = _channels_last(x)
+    _call('sum_pixels', n, height * width, channels, node.multiplier, x, y)
+    return (y,)
+
+
+def _average_backward(node, indexes, grad_outputs):
+    gy, shape = grad_outputs[0].array, node.inputs[0].shape
+    if node.axis != (2, 3) or node.keepdims or len(shape) != 4 or not _gradients_of((gy,)):
+        return NotImplemented
+    out, gx = _empty_image(*shape)
+    n, channels, height, width = shape
+    _call('spread', n, height * width, channels, node.multiplier, _packed(gy), out)
+    return _variables(indexes, (lambda: gx,))
+
+
+def _linear_geometry(x, W):
+    """A linear function is a convolution of images of one pixel."""
+    return len(x), 1, 1, x.shape[1], len(W), 1, 1, 1, 1, 0, 0
+
+
+def _linear(node, inputs):
+    if not _fit(*inputs):
+        return NotImplemented
+    node.retain_inputs((0, 1))
+    x, W, *b = map(_packed, inputs)
+    y = np.empty((len(x), len(W)), np.float32)
+    _call('convolution', *_linear_geometry(x, W), x, W, y)
+    if b:
+        _call('add_bias', *y.shape, b[0], y)
+    return (y,)
+
+
+def _linear_backward(node, indexes, grad_outputs):
+    x, W = (variable.array for variable in node.get_retained_inputs())
+    gy = grad_outputs[0].array
+    if not _gradients_of((x, W, gy)):
+        return NotImplemented
+    x, W, gy = map(_packed, (x, W, gy))
+
+    def by_x():
+        gx = np.empty(x.shape, np.float32)
+        _call('convolution_gx', *_linear_geometry(x, W), gy, W, gx)
+        return gx
+
+    def by_W():
+        gW = np.empty(W.shape, np.float32)
+        _call('convolution_gw', *_linear_geometry(x, W), x, gy, gW)
+        return gW
+
+    return _variables(indexes, (by_x, by_W, lambda: _sum_of_rows(gy)))
+
+
+def _softmax_cross_entropy(node, inputs):
+    x, t = inputs
+    if (
+        not _fit(x)
+        or x.ndim != 2
+        or t.dtype.kind != 'i'
+        or node.class_weight is not None
+        or node.reduce != 'mean'
+    ):
+        return NotImplemented
+    ignored = t == node.ignore_label
+    if not (ignored | (t >= 0) & (t < x.shape[1])).all():
+        return NotImplemented  # Chainer reports a wrong label
+    node.retain_inputs((0, 1))
+    count = t.size - np.count_nonzero(ignored) if node.normalize else len(x)
+    node._coeff = 1 / max(int(count), 1)
+    node.labels = np.where(ignored, -1, t).astype(np.int32)
+    node.y = np.empty(x.shape, np.float32)
+    loss = np.empty((), np.float32)
+    arguments = _packed(x), node.labels, -1, node._coeff, node.y, loss
+    _call('softmax_cross_entropy', *x.shape, *arguments)
+    return (loss,)
+
+
+def _softmax_cross_entropy_backward(node, indexes, grad_outputs):
+    gloss = grad_outputs[0].array
+    if not hasattr(node, 'labels') or not _gradients_of((gloss,)):
+        return NotImplemented
+    gx = np.empty(node.y.shape, np.float32)
+    factor = float(gloss) * node._coeff
+    _call('softmax_cross_entropy_gx', *gx.shape, node.y, node.labels, -1, factor, gx)
+    return chainer.Variable(gx, requires_grad=False), None
+
+
+_METHODS = {
+    (convolution_2d.Convolution2DFunction, 'forward'): _convolution,
+    (convolution_2d.Convolution2DFunction, 'backward'): _convolution_backward,
+    (batch_normalization.BatchNormalization, 'forward'): _batch_normalization,
+    (batch_normalization.BatchNormalization, 'backward'): _batch_normalization_backward,
+    (batch_normalization.FixedBatchNormalization, 'forward'): _fixed_batch_normalization,
+    (relu.ReLU, 'forward'): _relu,
+    (relu.ReLU, 'backward'): _relu_backward,
+    (max_pooling_nd.MaxPoolingND, 'forward'): _max_pooling,
+    (max_pooling_nd.MaxPoolingND, 'backward'): _max_pooling_backward,
+    (average.Mean, 'forward'): _average,
+    (average.Mean, 'backward'): _average_backward,
+    (linear.LinearFunction, 'forward'): _linear,
+    (linear.LinearFunction, 'backward'): _linear_backward,
+    (softmax_cross_entropy.SoftmaxCrossEntropy, 'forward'): _softmax_cross_entropy,
+    (softmax_cross_entropy.SoftmaxCrossEntropy, 'backward'): _softmax_cross_entropy_backward,
+}
