@@ -1,4 +1,4 @@
-/* A network's functions on float32, called by ../compiled_functions.py: the same source for several
+/* A network's functions on float32, called by ../cpu_functions.py: the same source for several
    instruction sets, with the same bits. For this,
 
    - each sum has one order, which stands beside its code. It depends neither on the length of a

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 from chainer.backends import cuda
 
-from extensions import compiled_functions, kernels
+from extensions import cpu_functions, kernels
 from reproduce.settings import InputError
 
 _CUDNN_WORKSPACE = 1 << 29  # bytes (P)
@@ -34,7 +34,7 @@ def find(name: str):
                 f'--functions compiled: {sys.executable} runs {kernels.description()}; install gcc '
                 'or clang, then the project again, or take --functions chainer'
             )
-        return compiled_functions
+        return cpu_functions
     try:
         from extensions import torch_functions
     except (ImportError, OSError) as error:  # OSError: a library that Torch loads
@@ -63,7 +63,7 @@ def use(name: str, device):
         if cuda.cudnn_enabled and device.xp is cuda.cupy:
             cuda.set_max_workspace_size(_CUDNN_WORKSPACE)
         return
-    if module is compiled_functions:
+    if module is cpu_functions:
         if device.xp is not np:
             raise InputError(
                 f'--functions compiled: they run on CPUs, not on {device.name}; take --functions '

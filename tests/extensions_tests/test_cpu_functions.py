@@ -17,7 +17,7 @@ from chainer import gradient_check
 from chainer.functions.connection import convolution_2d
 from chainer.functions.normalization import batch_normalization
 
-from extensions import compiled_functions as functions
+from extensions import cpu_functions as functions
 from extensions import kernels
 from reproduce.resnet50 import ResNet50
 
@@ -296,9 +296,9 @@ TRAINING = """
 import hashlib, sys
 import extensions
 import chainer.functions as F, numpy as np
-from extensions import compiled_functions
+from extensions import cpu_functions
 from reproduce.resnet50 import ResNet50
-compiled_functions.enable(sys.argv[1])
+cpu_functions.enable(sys.argv[1])
 rng = np.random.RandomState(0)
 model = ResNet50(10, 8, 'imagenet', seed=1)
 optimizer = extensions.RMSpropWarmup(0.01).setup(model)
