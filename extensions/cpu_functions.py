@@ -50,6 +50,8 @@ def enable(instruction_set: str = '') -> list[str]:
         ValueError: The processor has no such instruction set.
     """
     sets = kernels.functions
+    if instruction_set == 'compiled':
+        instruction_set = ''
     if not sets:
         raise NotCompiledError(kernels.description())
     if instruction_set and instruction_set not in sets:
@@ -405,7 +407,7 @@ def _softmax_cross_entropy(node, inputs):
         or x.ndim != 2
         or t.dtype.kind != 'i'
         or node.class_weight is not None
-        or node.reduce != 'mean'
+        or (node.reduce == 'no' and chainer.config.enable_backprop)
     ):
         return NotImplemented
     ignored = t == node.ignore_label
@@ -416,10 +418,10 @@ def _softmax_cross_entropy(node, inputs):
     node._coeff = 1 / max(int(count), 1)
     node.labels = np.where(ignored, -1, t).astype(np.int32)
     node.y = np.empty(x.shape, np.float32)
-    loss = np.empty((), np.float32)
-    arguments = _packed(x), node.labels, -1, node._coeff, node.y, loss
+    mean, each = np.empty((), np.float32), np.empty(len(x), np.float32)
+    arguments = _packed(x), node.labels, -1, node._coeff, node.y, mean, each
     _call('softmax_cross_entropy', *x.shape, *arguments)
-    return (loss,)
+    return (each if node.reduce == 'no' else mean,)
 
 
 def _softmax_cross_entropy_backward(node, indexes, grad_outputs):

@@ -17,7 +17,7 @@ from extensions.schedules import FORMS, PAPER_EPOCHS
 from reproduce import images
 from reproduce.baselines import LR_SCHEDULES
 
-FUNCTIONS = ('chainer', 'compiled', 'torch')
+FUNCTIONS = ('auto', 'compiled', 'numpy', 'chainer', 'torch')
 
 
 class InputError(Exception):
@@ -148,11 +148,12 @@ class Settings:
         ('imagenet', 'cifar'),
     )
     functions: str = _setting(
-        'chainer',
+        'auto',
         "implementation of the model's functions. chainer: Chainer's own. compiled: C, on CPUs "
-        'only, with the same bits on all of them; needs a C compiler at the installation. torch: '
-        "PyTorch's convolution, batch normalization, ReLU and max pooling; needs PyTorch. Products "
-        "are float32's; with NVIDIA_TF32_OVERRIDE=1, GPUs may use TF32 (P)",
+        'only, with the same bits on all of them; needs a C compiler at the installation. numpy: '
+        "the same in NumPy. torch: PyTorch's convolution, batch normalization, ReLU and max "
+        'pooling; needs PyTorch. auto: compiled or, without the compiler, numpy; on GPUs, chainer. '
+        "Products are float32's; with NVIDIA_TF32_OVERRIDE=1, GPUs may use TF32 (P)",
         FUNCTIONS,
     )
 

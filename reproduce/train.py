@@ -155,7 +155,7 @@ def main(argv=None):
         if settings is None:
             return None
         comm = supervise.create_communicator(mpi, watchdog, settings)
-        supervise.choose_functions(mpi, watchdog, settings, comm)
+        settings = supervise.choose_functions(mpi, watchdog, settings, comm)
         train, val = supervise.find_images(mpi, watchdog, settings)
         trainer, batches = experiment(settings, comm, train, val)
         supervise.run(mpi, watchdog, comm, settings, argv, trainer, batches)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 import sysconfig
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def _arguments() -> dict:
         'sum_pixels': [size, size, size, real, pointer, pointer],
         'spread': [size, size, size, real, pointer, pointer],
         'add_bias': [size, size, pointer, pointer],
-        'softmax_cross_entropy': [size, size, pointer, pointer, integer, real, pointer, pointer],
+        'softmax_cross_entropy': [size, size, pointer, pointer, integer, real, *3 * [pointer]],
         'softmax_cross_entropy_gx': [size, size, pointer, pointer, integer, real, pointer],
     }
 
@@ -151,6 +152,14 @@ def description() -> str:
     if 'pack_float32_float16' not in compiled:
         return 'compiled C, float16 in NumPy (the processor lacks AVX2 or F16C)'
     return 'compiled C'
+
+
+def has_fma() -> bool:
+    """Whether the processor has fused multiply-adds, without which ``functions.c`` is slow.
+
+    Processors of other kinds than x86-64 are taken to have them.
+    """
+    return platform.machine() not in ('x86_64', 'AMD64') or 'avx2' in functions
 
 
 _NAMES = {np.dtype(name): name for name in ('float16', 'float32', 'float64')}

@@ -254,10 +254,12 @@ void NAME(add_bias)(int64_t P, int64_t K, const float *b, float *y)
 /* ---- softmax cross entropy */
 
 /* The loss is -factor times the sum of log(softmax(x)[n, t[n]]) over n, one after the other, without
-   those whose t is `ignored`; softmax(x) is put into y. Sums over classes go from the first to the
-   last. All is float64, until it is stored. */
+   those whose t is `ignored`. Each image's own, without the factor, is put into losses [N], and
+   softmax(x) into y. Sums over classes go from the first to the last. All is float64, until it is
+   stored. */
 void NAME(softmax_cross_entropy)(int64_t N, int64_t K, const float *x, const int32_t *t,
-                                 int32_t ignored, double factor, float *y, float *loss)
+                                 int32_t ignored, double factor, float *y, float *loss,
+                                 float *losses)
 {
     double total = 0;
     for (int64_t n = 0; n < N; n++, x += K, y += K) {
@@ -269,8 +271,9 @@ void NAME(softmax_cross_entropy)(int64_t N, int64_t K, const float *x, const int
             sum += exp_of((double)x[k] - largest);
         for (int64_t k = 0; k < K; k++)
             y[k] = exp_of((double)x[k] - largest) / sum;
-        if (t[n] != ignored)
-            total += (double)x[t[n]] - largest - log_of(sum);
+        const double own = t[n] == ignored ? 0 : (double)x[t[n]] - largest - log_of(sum);
+        total += own;
+        losses[n] = 0 - own;
     }
     *loss = -factor * total;
 }

@@ -14,6 +14,7 @@ import numpy as np
 from chainer.backends import cuda
 from mpi4py import MPI
 
+from extensions import kernels
 from extensions.communicator_base import first_few
 from reproduce.job import BLAS_THREADS, report
 from reproduce.settings import InputError
@@ -103,20 +104,23 @@ def _sources(folder):
         )
 
 
-def check(mpi_comm, own: dict, images: dict):
+def check(mpi_comm, own: dict, images: dict, functions: str):
     """Checks that all ranks agree. Collective.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
         own (dict): Result of :func:`items` on this rank.
         images (dict): Result of :func:`sample`. Every rank must be able to read these images.
+        functions (str): The setting ``functions``, but not ``'auto'``.
 
     Raises:
         InputError: Ranks differ or cannot read an image. Raised on every rank, with the names of
             these ranks.
     """
     unreadable = next((path for path, size in images.items() if size is None), None)
-    everyone = mpi_comm.allgather((MPI.Get_processor_name(), own, unreadable, _processor()))
+    everyone = mpi_comm.allgather(
+        (MPI.Get_processor_name(), own, unreadable, _processor(functions))
+    )
     blind = [f'rank {r} on {host}' for r, (host, _, path, _) in enumerate(everyone) if path]
     if blind:
         path = next(path for _, _, path, _ in everyone if path)
@@ -146,7 +150,14 @@ def check(mpi_comm, own: dict, images: dict):
         )
 
 
-def _processor() -> str:
+def _processor(functions) -> str:
+    """Describes what a result's last bits depend on.
+
+    Compiled functions have the same bits everywhere. Beside them only OpenCV's reduction of images
+    is left, which depends on the architecture and on FMA.
+    """
+    if functions == 'compiled':
+        return platform.machine() + (' with FMA' if kernels.has_fma() else ' without FMA')
     try:
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):

@@ -7,15 +7,70 @@ import sys
 
 import numpy as np
 from chainer.backends import cuda
+from mpi4py import MPI
 
 from extensions import cpu_functions, kernels
+from extensions.communicator_base import first_few
 from reproduce.settings import InputError
 
 _CUDNN_WORKSPACE = 1 << 29  # bytes (P)
 
 
+def resolve(name: str, device) -> str:
+    """Returns what ``'auto'`` stands for in this process; every other name as it is.
+
+    Args:
+        name (str): The setting ``functions``.
+        device (~chainer.backend.Device): Where the model will be.
+
+    Returns:
+        str: On a GPU, ``'chainer'``. On a CPU, ``'compiled'``, or ``'numpy'`` where C is absent, or
+            would be slow.
+    """
+    if name != 'auto':
+        return name
+    if device.xp is not np:
+        return 'chainer'
+    return 'numpy' if _why_not_compiled() else 'compiled'
+
+
+def _why_not_compiled() -> str:
+    if not kernels.functions:
+        return kernels.description()
+    return '' if kernels.has_fma() else 'the processor has no fused multiply-add'
+
+
+def agree(mpi_comm, name: str, device) -> str:
+    """Returns the implementation that all ranks compute by. Collective.
+
+    Args:
+        mpi_comm (mpi4py.MPI.Comm): The ranks.
+        name (str): The setting ``functions``, the same on all ranks.
+        device (~chainer.backend.Device): Where the model will be.
+
+    Returns:
+        str: Result of :func:`resolve`.
+
+    Raises:
+        InputError: ``'auto'`` is not the same on all ranks. Raised on every rank.
+    """
+    own = resolve(name, device)
+    everyone = mpi_comm.allgather((MPI.Get_processor_name(), own, _why_not_compiled()))
+    if any(theirs != own for _, theirs, _ in everyone):
+        lacking = [
+            f'rank {rank} on {host} ({reason})'
+            for rank, (host, _, reason) in enumerate(everyone)
+            if reason
+        ]
+        raise InputError(
+            f'--functions auto: some ranks have compiled functions, but not {first_few(lacking)}; '
+            'install gcc or clang there, then the project again, or take --functions numpy'
+        )
+    return own
+
+
 def find(name: str):
-    """Imports the implementation; ``'chainer'`` needs none.
+    """Imports the implementation; ``'chainer'`` and ``'auto'`` need none.
 
     Args:
         name (str): The setting ``functions``.
@@ -26,14 +81,14 @@ def find(name: str):
     Raises:
         InputError: A package cannot be imported, or there is no compiled library.
     """
-    if name == 'chainer':
+    if name in ('auto', 'chainer'):
         return None
-    if name == 'compiled':
-        if not kernels.functions:
-            raise InputError(
-                f'--functions compiled: {sys.executable} runs {kernels.description()}; install gcc '
-                'or clang, then the project again, or take --functions chainer'
-            )
+    if name == 'compiled' and not kernels.functions:
+        raise InputError(
+            f'--functions compiled: {sys.executable} runs {kernels.description()}; install gcc '
+            'or clang, then the project again, or take --functions numpy'
+        )
+    if name in ('compiled', 'numpy'):
         return cpu_functions
     try:
         from extensions import torch_functions
@@ -50,7 +105,7 @@ def use(name: str, device):
     """Makes this process compute by the implementation, on a device.
 
     Args:
-        name (str): The setting ``functions``.
+        name (str): The setting ``functions``, but not ``'auto'``.
         device (~chainer.backend.Device): Where the model will be.
 
     Raises:
@@ -66,10 +121,10 @@ def use(name: str, device):
     if module is cpu_functions:
         if device.xp is not np:
             raise InputError(
-                f'--functions compiled: they run on CPUs, not on {device.name}; take --functions '
+                f'--functions {name}: they run on CPUs, not on {device.name}; take --functions '
                 'chainer or torch'
             )
-        module.enable()
+        module.enable(name)
         return
     try:
         module.enable(device)
@@ -83,6 +138,11 @@ def use(name: str, device):
 def description(name: str, device) -> str:
     """Returns the implementation with its version, after :func:`use`."""
     module = find(name)
+    if name == 'numpy':
+        reason = _why_not_compiled()
+        return module.description() + (
+            f', since {reason}; the bits are not those of compiled C' if reason else ''
+        )
     if module is not None:
         return module.description()
     if device.xp is not cuda.cupy:

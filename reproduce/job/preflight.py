@@ -384,7 +384,8 @@ class Preflight:
         be measured.
         """
         try:
-            functions.use(self._settings.functions, extensions.device_of(self._comm))
+            device = extensions.device_of(self._comm)
+            functions.use(functions.agree(self._mpi, self._settings.functions, device), device)
         except InputError as error:
             self.problems.append(str(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
@@ -87,17 +88,25 @@ def create_communicator(mpi, watchdog, settings):
 
 
 def choose_functions(mpi, watchdog, settings, comm):
-    """Makes every rank compute by the implementation that --functions names.
+    """Makes every rank compute by the implementation that --functions names, the same on all.
 
     Args:
         mpi (mpi4py.MPI.Comm): The ranks.
         watchdog (Watchdog): Returned by :func:`watch`.
         settings (Settings): Settings of the run.
         comm (~chainermn.CommunicatorBase): The communicator of the same ranks.
+
+    Returns:
+        Settings: The settings, with what ``'auto'`` stands for.
     """
     device = extensions.device_of(comm)
-    part = watchdog.part('the functions')
-    ranks.on_every_rank(mpi, lambda: functions.use(settings.functions, device), part)
+
+    def choose():
+        name = functions.agree(mpi, settings.functions, device)
+        functions.use(name, device)
+        return dataclasses.replace(settings, functions=name)
+
+    return ranks.on_every_rank(mpi, choose, watchdog.part('the functions'))
 
 
 def find_images(mpi, watchdog, settings):
@@ -163,7 +172,7 @@ def run(mpi, watchdog, comm, settings, argv, trainer, batches):
     with watchdog.part('the check of all ranks'):
         sample = agreement.sample(train, val)
         own = agreement.items(model, settings, argv, sample)
-    ranks.on_every_rank(mpi, lambda: agreement.check(mpi, own, sample))
+    ranks.on_every_rank(mpi, lambda: agreement.check(mpi, own, sample, settings.functions))
     watchdog.enter(report.position_of(updater, evaluator))
     with batches:
         trainer.run(show_loop_exception_msg=False)

@@ -86,8 +86,8 @@ def parse(argv):
     )
     add(
         '--functions',
-        default='chainer',
-        choices=('chainer', 'compiled', 'torch'),
+        default='auto',
+        choices=('auto', 'compiled', 'numpy', 'chainer', 'torch'),
         help="implementation of the model's functions, for all that are measured [%(default)s]",
     )
     add(

@@ -135,7 +135,8 @@ class Ours(_System):
         settings = settings_of(options, mpi.size)
         communicator_options = {**settings.communicator_options, 'allreduce_grad_dtype': dtype}
         self.comm = extensions.create_communicator(mpi_comm=mpi, **communicator_options)
-        functions.use(options.functions, extensions.device_of(self.comm))
+        device = extensions.device_of(self.comm)
+        functions.use(functions.agree(mpi, options.functions, device), device)
         trainer, self.batches = experiment(settings, self.comm, train, val)
         self.updater = trainer.updater
         self.model = self.updater.get_optimizer('main').target

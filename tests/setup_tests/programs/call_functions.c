@@ -111,8 +111,8 @@ static void finish(int64_t N, int64_t P, int64_t C)
     int (*sum)(int64_t, int64_t, int64_t, double, const float *, float *) = function("sum_pixels");
     void (*spread)(int64_t, int64_t, int64_t, double, const float *, float *) = function("spread");
     void (*bias)(int64_t, int64_t, const float *, float *) = function("add_bias");
-    void (*loss)(int64_t, int64_t, const float *, const int32_t *, int32_t, double, float *, float *) =
-        function("softmax_cross_entropy");
+    void (*loss)(int64_t, int64_t, const float *, const int32_t *, int32_t, double, float *, float *,
+                 float *) = function("softmax_cross_entropy");
     void (*gx)(int64_t, int64_t, const float *, const int32_t *, int32_t, double, float *) =
         function("softmax_cross_entropy_gx");
     float *x = values(N * P * C), *y = values(N * C), *z = values(N * C), *b = values(C), value;
@@ -122,7 +122,8 @@ static void finish(int64_t N, int64_t P, int64_t C)
     if (sum(N, P, C, 1.0 / P, x, y))
         exit(1);
     bias(N, C, b, y), put(y, N * C * sizeof *y);
-    loss(N, C, y, t, -1, 1.0 / N, z, &value), put(&value, sizeof value), put(z, N * C * sizeof *z);
+    loss(N, C, y, t, -1, 1.0 / N, z, &value, x), put(&value, sizeof value), put(x, N * sizeof *x);
+    put(z, N * C * sizeof *z);
     gx(N, C, z, t, -1, 1.0 / 3, y), put(y, N * C * sizeof *y);
     spread(N, P, C, 1.0 / P, y, x), put(x, N * P * C * sizeof *x);
 }
