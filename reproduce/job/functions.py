@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 
@@ -14,6 +15,7 @@ from extensions.communicator_base import first_few
 from reproduce.settings import InputError
 
 _CUDNN_WORKSPACE = 1 << 29  # bytes (P)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def resolve(name: str, device) -> str:
@@ -111,6 +113,8 @@ def use(name: str, device):
     Raises:
         InputError: The implementation cannot be imported, or cannot compute on the device.
     """
+    if device.xp is np:
+        _keep_freed_memory()
     module = find(name)
     if module is None:
         # Chainer's 8 MiB keep cuDNN from its fast algorithms; chainer.config.autotune stays off,
@@ -133,6 +137,21 @@ def use(name: str, device):
             f'--functions {name}: {error}; install a PyTorch for this device, or take '
             '--functions chainer'
         ) from error
+
+
+def _keep_freed_memory():
+    """Makes glibc keep what is freed. Else each iteration gets its arrays' pages anew from Linux.
+
+    The pages took 8 to 20 % of forward and backward. The peak of the memory stays the same.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(
+        _M_MMAP_THRESHOLD, 1 << 25
+    )  # what old ones allow
 
 
 def description(name: str, device) -> str:

@@ -47,7 +47,7 @@ def test_a_run_and_its_records(train, tmp_path):
 
 def test_a_run_goes_on_with_the_same_functions_only(train, tmp_path):
     pytest.importorskip('torch')
-    done = train(2, '--out', tmp_path)
+    done = train(2, '--functions', 'chainer', '--out', tmp_path)
     assert done.returncode == 0, done.stdout
     (checkpoint,) = (tmp_path / 'checkpoints').glob('checkpoint-*.npz')
     out = tmp_path / 'other'

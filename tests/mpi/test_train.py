@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from extensions import kernels
+
 pytestmark = pytest.mark.mpi
 SMOKE = ('--preset', 'smoke')
 
@@ -292,6 +294,11 @@ def test_an_infinite_gradient_can_be_let_through(mpirun, root, tmp_path):
         ('options', 'the ranks differ in options: rank 0 on '),
         ('images', 'the ranks differ in images: rank 0 on '),
         ('folder', 'cannot be read by rank 2 on '),
+        pytest.param(
+            'library',
+            'some ranks have compiled functions, but not rank 2 on ',
+            marks=pytest.mark.skipif(not kernels.functions, reason=kernels.description()),
+        ),
     ],
 )
 def test_ranks_that_differ_are_named_before_the_first_iteration(
