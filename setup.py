@@ -40,7 +40,7 @@ GPU13 = [
     'nvidia-nvjitlink==13.*',
 ]
 
-# The CPU's inner loops are optional: without a compiler, NumPy gives the same bits more slowly.
+# The CPU's inner loops are optional: without a compiler, NumPy computes, more slowly.
 KERNELS = Extension(
     'extensions.kernels._kernels',
     ['extensions/kernels/kernels.c', 'extensions/kernels/functions.c'],
