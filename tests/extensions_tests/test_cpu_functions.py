@@ -204,6 +204,11 @@ def test_the_head_of_resnet50(n, channels, side, n_classes, calls):
     }
 
 
+def test_logits_beyond_the_range_of_exp():
+    (x,), t = arrays((4, 5)), np.array([1, 0, 3, 4])
+    compare(lambda x: F.softmax_cross_entropy(x, t), np.array(0.7, np.float32), 3000 * x)
+
+
 def step(model, x, t):
     model.cleargrads()
     loss = F.softmax_cross_entropy(model(x), t)
@@ -471,10 +476,11 @@ def test_log_is_rounded_once():
 def test_gradients_by_differences(function, shapes, calls):
     inputs = arrays(*shapes)
     (gy,) = arrays(function(*inputs).shape, seed=1)
-    _, *gradients = with_gradients(function)(gy, *inputs)
+    y, *gradients = with_gradients(function)(gy, *inputs)
     assert len(calls) > 1
     wide = [a.astype(np.float64) for a in inputs]
     with chainer.using_config('dtype', np.float64):
+        np.testing.assert_allclose(y, function(*wide).array, rtol=2e-6, atol=2e-6)
         expected = gradient_check.numerical_grad(
             lambda: (function(*wide).array,), wide, (gy.astype(np.float64),), eps=1e-5
         )
@@ -514,6 +520,11 @@ def test_a_mean_far_from_0_and_pixels_far_from_the_mean(offset):
     x[0, :, 0, 0] = x[-1, :, -1, -1] = 0
     buffer, expected = statistics(0, x), by_chainer(lambda x: statistics(0, x), x)
     np.testing.assert_allclose(buffer, expected, rtol=5e-7, atol=2e-7)  # of a deviation of 1
+
+
+def test_gradients_where_the_mean_is_far_from_0():
+    gy, x, gamma, beta = arrays((4, 20, 9, 9), (4, 20, 9, 9), (20,), (20,))
+    compare(F.batch_normalization, gy + x + 5, x + 1000, gamma, beta)
 
 
 def test_statistics_that_are_not_contiguous_are_chainers(calls):
