@@ -144,7 +144,10 @@ def shapes(request):
 
 @by('numpy')  # and by the library: Chainer in float64 takes most of the time
 def test_every_convolution_of_resnet50(shapes, calls):
-    """The worst error over all shapes is below Chainer's: of y, gx and gW."""
+    """The worst error over all shapes is below Chainer's: of y, gx and gW.
+
+    NumPy's sums are those of Chainer, by the same BLAS, in another order: either may be the better.
+    """
     implementations = [*SETS[:1], 'numpy']
     worst = np.zeros((len(implementations) + 1, 3))
     for x_shape, W_shape, stride, pad in shapes['convolution']:
@@ -154,7 +157,9 @@ def test_every_convolution_of_resnet50(shapes, calls):
         found = errors(function, *inputs, implementations=implementations)
         assert found[:-1].max() < 5e-6, (x_shape, W_shape, found)
         worst = np.maximum(worst, found)
-    assert (worst[:-1] < np.maximum(worst[-1], 1e-6)).all(), worst
+    of_numpy, chainers = worst[-2:]
+    assert (worst[:-2] < np.maximum(chainers, 1e-6)).all(), worst
+    assert (of_numpy < np.maximum(1.5 * chainers, 1e-6)).all(), worst
     n = len(shapes['convolution']) * len(implementations)
     assert n >= 22 and calls == n * ['convolution', 'convolution_gx', 'convolution_gw']
 
