@@ -1,14 +1,17 @@
-"""ResNet-50's functions on the CPU in C: in channels-last order, with the same bits everywhere.
+"""ResNet-50's functions on the CPU, in C or in NumPy, in channels-last order.
 
 Off by default. :func:`enable` replaces ``forward`` and ``backward`` of the classes in ``_METHODS``.
 The rest of each class is Chainer's, as are links, hooks and the graph. An output has Chainer's
 shape [N, C, H, W], and lies in memory as [N, H, W, C], which the next function reads without a
 copy; any other order is copied first. So the bits of a result do not depend on it.
 
-All sums have one order, which the C files state. The bits depend neither on the processor's
-instruction set nor on the number of threads. All that C does not compute stays Chainer's: GPUs,
-arrays of other types than float32, groups, dilation, ``cover_all``, BN over other axes than
-(0, 2, 3), fixed BN that is differentiated, and double backpropagation.
+In C all sums have one order, which the C files state. The bits depend neither on the processor's
+instruction set nor on the number of threads. NumPy's functions need no compiler. Their bits depend
+on NumPy, its BLAS, the processor and the number of threads.
+
+All that these functions do not compute stays Chainer's: GPUs, arrays of other types than float32,
+groups, dilation, ``cover_all``, BN over other axes than (0, 2, 3), fixed BN that is differentiated,
+and double backpropagation.
 """
 
 from __future__ import annotations
@@ -25,38 +28,44 @@ from chainer.functions.normalization import batch_normalization
 from chainer.functions.pooling import max_pooling_nd
 
 from extensions import kernels
+from extensions.kernels import numpy_functions
 
 _FLOAT32 = np.dtype(np.float32)
 _originals: dict = {}  # (class, method): what the class had itself, or None if it inherited it
-_functions: dict = {}  # of the instruction set in use
+_functions: dict = {}  # of the implementation in use
+_implementation = ''
 
 
 class NotCompiledError(Exception):
     """There is no compiled library. The message says why."""
 
 
-def enable(instruction_set: str = '') -> list[str]:
-    """Makes Chainer compute by the compiled functions, in this process, until :func:`disable`.
+def enable(implementation: str = 'compiled') -> list[str]:
+    """Makes Chainer compute by an implementation, in this process, until :func:`disable`.
 
     Args:
-        instruction_set (str): A key of ``kernels.functions``; empty for the processor's fastest.
-            All give the same bits.
+        implementation (str): ``'compiled'`` for the library with the processor's fastest
+            instruction set, or a key of ``kernels.functions`` for that set, with the same bits;
+            ``'numpy'`` for NumPy, which needs no library.
 
     Returns:
         list of str: The names of the functions that are replaced.
 
     Raises:
         NotCompiledError: There is no compiled library.
-        ValueError: The processor has no such instruction set.
+        ValueError: There is no such implementation, or the processor lacks the instruction set.
     """
-    sets = kernels.functions
-    if instruction_set == 'compiled':
-        instruction_set = ''
-    if not sets:
-        raise NotCompiledError(kernels.description())
-    if instruction_set and instruction_set not in sets:
-        raise ValueError(f'instruction_set {instruction_set!r} is none of {", ".join(sets)}')
-    _functions.update(sets[instruction_set or next(iter(sets))])
+    global _implementation
+    found = {**kernels.functions, 'numpy': numpy_functions.FUNCTIONS}
+    if implementation == 'compiled':
+        if not kernels.functions:
+            raise NotCompiledError(kernels.description())
+        implementation = next(iter(found))
+    if implementation not in found:
+        names = ', '.join(['compiled', *found])
+        raise ValueError(f'implementation {implementation!r} is none of {names}')
+    _implementation = implementation
+    _functions.update(found[implementation])
     if not _originals:
         for (cls, name), method in _METHODS.items():
             _originals[cls, name] = vars(cls).get(name)
@@ -66,6 +75,8 @@ def enable(instruction_set: str = '') -> list[str]:
 
 def disable():
     """Undoes :func:`enable`. Call it between iterations, not between forward and backward."""
+    global _implementation
+    _implementation = ''
     for (cls, name), method in _originals.items():
         if method is None:
             delattr(cls, name)
@@ -76,13 +87,14 @@ def disable():
 
 
 def description() -> str:
-    """Returns the instruction set in use."""
-    names = (name for name, functions in kernels.functions.items() if functions == _functions)
-    return f'compiled C, {next(names, "not enabled")}, float32'
+    """Returns the implementation in use."""
+    if _implementation == 'numpy':
+        return 'NumPy, channels last, float32'
+    return f'compiled C, {_implementation or "not enabled"}, float32'
 
 
 def _or_chainers(method, original):
-    """Returns a method that computes in C, or by Chainer where C's result is NotImplemented."""
+    """Returns a method that calls ``method``, and Chainer's own where that is NotImplemented."""
 
     @functools.wraps(original)
     def replaced(self, *arguments):
@@ -98,7 +110,10 @@ def _fit(*arrays) -> bool:
 
 
 def _call(name, *arguments):
-    """Calls a function in C. Arrays become their addresses, None a null pointer."""
+    """Calls a function. For C, arrays become their addresses, and None a null pointer."""
+    if _implementation == 'numpy':
+        _functions[name](*arguments)
+        return
     _functions[name](*(kernels.address(a) if type(a) is np.ndarray else a for a in arguments))
 
 
@@ -125,7 +140,7 @@ def _variables(indexes, gradients):
 
 
 def _gradients_of(arrays) -> bool:
-    """Whether C computes a backward pass with these arrays: all but double backpropagation."""
+    """Whether a backward pass with these arrays is not Chainer's: no double backpropagation."""
     return not chainer.config.enable_backprop and _fit(*arrays)
 
 
@@ -133,7 +148,7 @@ def _gradients_of(arrays) -> bool:
 
 
 def _geometry(node, x, W):
-    """Returns C's arguments for the shapes; None if the convolution is Chainer's."""
+    """Returns the arguments for the shapes; None if the convolution is Chainer's."""
     if node.cover_all or node.groups != 1 or (node.dy, node.dx) != (1, 1):
         return None
     (n, channels, height, width), (out_channels, _, ky, kx) = x.shape, W.shape

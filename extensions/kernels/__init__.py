@@ -1,6 +1,7 @@
-"""The CPU's inner loops in C. Without the compiled library, NumPy runs the loops.
+"""The CPU's inner loops in C. Without the compiled library, NumPy runs them.
 
-Both give the same bits. The library is plain C without Python's headers, loaded by ctypes.
+NumPy has the bits of ``kernels.c``, but not those of ``functions.c`` (see ``numpy_functions.py``).
+The library is plain C without Python's headers, loaded by ctypes.
 """
 
 from __future__ import annotations

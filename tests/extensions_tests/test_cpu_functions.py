@@ -1,8 +1,10 @@
-"""The functions in C against Chainer's own in float64, which never go through C."""
+"""The functions in C and in NumPy against Chainer's own in float64, which never go through them."""
 
 import concurrent.futures
 import hashlib
+import tracemalloc
 import warnings
+from inspect import signature
 
 import extensions  # noqa: F401  isort: skip  (makes Chainer importable on NumPy 2)
 import chainer
@@ -16,23 +18,30 @@ from chainer.functions.normalization import batch_normalization
 
 from extensions import cpu_functions as functions
 from extensions import kernels
+from extensions.kernels import numpy_functions
 from reproduce.resnet50 import ResNet50
 
-pytestmark = pytest.mark.skipif(not kernels.functions, reason=kernels.description())
 SETS = list(kernels.functions)
+COMPILED = pytest.param(
+    'compiled', marks=pytest.mark.skipif(not SETS, reason=kernels.description())
+)
 
 
-@pytest.fixture(autouse=True)
-def enabled():
-    if kernels.functions:
-        functions.enable()
-    yield
+@pytest.fixture(autouse=True, params=[COMPILED, 'numpy'])
+def implementation(request):
+    functions.enable(request.param)
+    yield request.param
     functions.disable()
+
+
+def by(*implementations):
+    """Makes a test run by these implementations only."""
+    return pytest.mark.parametrize('implementation', implementations, indirect=True)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the functions in C that were called."""
+    """The names of the functions that were called."""
     names, call = [], functions._call
 
     def counted(name, *arguments):
@@ -45,11 +54,12 @@ def calls(monkeypatch):
 
 def by_chainer(function, *arguments, dtype=np.float64):
     """What Chainer's own functions compute, in float64 where the arguments are float32."""
+    implementation = functions._implementation
     functions.disable()
     try:
         return function(*(a if a.dtype.kind == 'i' else a.astype(dtype) for a in arguments))
     finally:
-        functions.enable()
+        functions.enable(implementation)
 
 
 def arrays(*shapes, seed=0):
@@ -75,17 +85,20 @@ def relative_error(actual, expected):
     return abs(actual - expected).max() / max(abs(expected).max(), 1e-30)
 
 
-def errors(function, gy, *arguments):
-    """The relative errors of each result: of C, and of Chainer in float32."""
-    run = with_gradients(function)
+def errors(function, gy, *arguments, implementations=None):
+    """The relative errors of each result: of each implementation, and of Chainer in float32."""
+    run, results = with_gradients(function), []
     expected = by_chainer(run, gy, *arguments)
-    both = run(gy, *arguments), by_chainer(run, gy, *arguments, dtype=np.float32)
-    return np.array([[relative_error(a, e) for a, e in zip(r, expected)] for r in both])
+    for implementation in implementations or [functions._implementation]:
+        functions.enable(implementation)
+        results.append(run(gy, *arguments))
+    results.append(by_chainer(run, gy, *arguments, dtype=np.float32))
+    return np.array([[relative_error(a, e) for a, e in zip(r, expected)] for r in results])
 
 
 def compare(function, gy, *arguments, tolerance=3e-6):
-    of_c, _ = errors(function, gy, *arguments)
-    assert of_c.max() < tolerance, of_c
+    found, _ = errors(function, gy, *arguments)
+    assert found.max() < tolerance, found
 
 
 def convolution(**options):
@@ -126,17 +139,25 @@ def shapes(request):
     return {name: sorted(shapes) for name, shapes in found.items()}
 
 
+@by('numpy')  # and by the library: Chainer in float64 takes most of the time
 def test_every_convolution_of_resnet50(shapes, calls):
-    """The worst error over all shapes is below Chainer's: of y, gx and gW."""
-    worst = np.zeros((2, 3))
+    """The worst error over all shapes is below Chainer's: of y, gx and gW.
+
+    NumPy's sums are those of Chainer, by the same BLAS, in another order: either may be the better.
+    """
+    implementations = [*SETS[:1], 'numpy']
+    worst = np.zeros((len(implementations) + 1, 3))
     for x_shape, W_shape, stride, pad in shapes['convolution']:
         side = (x_shape[2] + 2 * pad - W_shape[2]) // stride + 1
-        gy, x, W = arrays((x_shape[0], W_shape[0], side, side), x_shape, W_shape)
-        found = errors(convolution(stride=stride, pad=pad), gy, x, W)
-        assert found[0].max() < 5e-6, (x_shape, W_shape, found)
+        inputs = arrays((x_shape[0], W_shape[0], side, side), x_shape, W_shape)
+        function = convolution(stride=stride, pad=pad)
+        found = errors(function, *inputs, implementations=implementations)
+        assert found[:-1].max() < 5e-6, (x_shape, W_shape, found)
         worst = np.maximum(worst, found)
-    assert (worst[0] < np.maximum(worst[1], 1e-6)).all(), worst
-    n = len(shapes['convolution'])
+    of_numpy, chainers = worst[-2:]
+    assert (worst[:-2] < np.maximum(chainers, 1e-6)).all(), worst
+    assert (of_numpy < np.maximum(1.5 * chainers, 1e-6)).all(), worst
+    n = len(shapes['convolution']) * len(implementations)
     assert n >= 22 and calls == n * ['convolution', 'convolution_gx', 'convolution_gw']
 
 
@@ -198,6 +219,11 @@ def test_losses_of_single_images(calls):
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-30)
 
 
+def test_logits_beyond_the_range_of_exp():
+    (x,), t = arrays((4, 5)), np.array([1, 0, 3, 4])
+    compare(lambda x: F.softmax_cross_entropy(x, t), np.array(0.7, np.float32), 3000 * x)
+
+
 def step(model, x, t):
     model.cleargrads()
     loss = F.softmax_cross_entropy(model(x), t)
@@ -250,12 +276,11 @@ ODD = [  # channels, output channels, kernel, side, options
 @pytest.mark.parametrize('channels, out, kernel, side, options', ODD)
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('instruction_set', SETS)
-def test_odd_convolutions(instruction_set, n, bias, channels, out, kernel, side, options, calls):
+@by(*SETS, 'numpy')
+def test_odd_convolutions(n, bias, channels, out, kernel, side, options, calls):
     inputs = arrays((n, channels, *side), (out, channels, *kernel), (out,))[: 3 if bias else 2]
     (gy,) = arrays(F.convolution_2d(*inputs, **options).shape, seed=1)
     del calls[:]
-    functions.enable(instruction_set)
     actual = with_gradients(convolution(**options))(gy, *inputs)
     expected = by_chainer(with_gradients(convolution(**options)), gy, *inputs)
     for one, other in zip(actual, expected):
@@ -263,9 +288,8 @@ def test_odd_convolutions(instruction_set, n, bias, channels, out, kernel, side,
     assert calls.count('convolution_gw') == calls.count('convolution_gx') == 1
 
 
-def digest(instruction_set='', place=lambda array: array):
+def digest(place=lambda array: array):
     """Of the outputs and gradients of all functions, on odd shapes."""
-    functions.enable(instruction_set)
     result = hashlib.sha256()
     for channels, out, kernel, side, options in ODD:
         x, W, b = map(place, arrays((2, channels, *side), (out, channels, *kernel), (out,)))
@@ -283,11 +307,14 @@ def digest(instruction_set='', place=lambda array: array):
     return result.hexdigest()
 
 
-@pytest.mark.parametrize('instruction_set', SETS)
-def test_each_instruction_set_gives_the_same_bits(instruction_set):
-    assert digest(instruction_set) == digest(SETS[0])
+@by(*SETS)
+def test_each_instruction_set_gives_the_same_bits():
+    own = digest()
+    functions.enable('compiled')
+    assert own == digest()
 
 
+@by(COMPILED)
 def test_each_instruction_set_gives_a_network_the_same_bits():
     x = np.random.RandomState(0).randn(2, 3, 32, 32).astype(np.float32)
     t = np.array([3, 7], np.int32)
@@ -363,6 +390,7 @@ def by_c(name, x):
     return y
 
 
+@by(COMPILED)
 def test_exp_is_rounded_once():
     rng = np.random.RandomState(0)
     x = np.concatenate([rng.uniform(-105, 89, 1_000_000), rng.standard_normal(1_000_000) * 1e-3])
@@ -377,6 +405,7 @@ def test_exp_is_rounded_once():
     assert np.isnan(by_c('exp_float32', np.array([np.nan], np.float32)))
 
 
+@by(COMPILED)
 def test_log_is_rounded_once():
     rng = np.random.RandomState(0)
     any_positive = rng.randint(1, 0x7F800000, 2_000_000, dtype=np.int64).astype(np.uint32)
@@ -409,10 +438,11 @@ def test_log_is_rounded_once():
 def test_gradients_by_differences(function, shapes, calls):
     inputs = arrays(*shapes)
     (gy,) = arrays(function(*inputs).shape, seed=1)
-    _, *gradients = with_gradients(function)(gy, *inputs)
+    y, *gradients = with_gradients(function)(gy, *inputs)
     assert len(calls) > 1
     wide = [a.astype(np.float64) for a in inputs]
     with chainer.using_config('dtype', np.float64):
+        np.testing.assert_allclose(y, function(*wide).array, rtol=2e-6, atol=2e-6)
         expected = gradient_check.numerical_grad(
             lambda: (function(*wide).array,), wide, (gy.astype(np.float64),), eps=1e-5
         )
@@ -452,6 +482,11 @@ def test_a_mean_far_from_0_and_pixels_far_from_the_mean(offset):
     x[0, :, 0, 0] = x[-1, :, -1, -1] = 0
     buffer, expected = statistics(0, x), by_chainer(lambda x: statistics(0, x), x)
     np.testing.assert_allclose(buffer, expected, rtol=5e-7, atol=2e-7)  # of a deviation of 1
+
+
+def test_gradients_where_the_mean_is_far_from_0():
+    gy, x, gamma, beta = arrays((4, 20, 9, 9), (4, 20, 9, 9), (20,), (20,))
+    compare(F.batch_normalization, gy + x + 5, x + 1000, gamma, beta)
 
 
 def test_statistics_that_are_not_contiguous_are_chainers(calls):
@@ -600,15 +635,27 @@ def test_inputs_are_not_written():
         np.testing.assert_array_equal(array, copy)
 
 
+@by('numpy')
+def test_numpys_convolutions_copy_the_windows_of_some_images():
+    """Those of all images are nine times as large as x."""
+    gy, x, W = arrays((64, 16, 16, 16), (64, 16, 16, 16), (16, 16, 3, 3))
+    tracemalloc.start()
+    try:
+        with_gradients(convolution(pad=1))(gy, x, W)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 7 * x.nbytes  # with y, gx, and gy and x once more, with the channels last
+
+
 def test_no_images():
     x, W = np.zeros((0, 4, 5, 5), np.float32), arrays((6, 4, 3, 3))[0]
     assert F.relu(F.convolution_2d(x, W, pad=1)).shape == (0, 6, 5, 5)
 
 
-@pytest.mark.parametrize('instruction_set', SETS)
+@by(*SETS, 'numpy')
 @pytest.mark.parametrize('channels', [1, 19])  # single values, and vectors
-def test_nan_is_not_hidden(instruction_set, channels):
-    functions.enable(instruction_set)
+def test_nan_is_not_hidden(channels):
     x = np.empty((1, channels, 2, 2), np.float32)
     x[...] = [[np.nan, -1], [2, np.inf]]
     y = F.relu(x).array
@@ -624,17 +671,28 @@ def test_nan_is_not_hidden(instruction_set, channels):
 # ---------------------------------------------------------------- on and off
 
 
-def test_on_and_off(monkeypatch):
+def test_on_and_off(implementation):
     cls = convolution_2d.Convolution2DFunction
-    names, forward = functions.enable(), cls.forward
+    names, forward = functions.enable(implementation), cls.forward
     assert {'Convolution2DFunction', 'ReLU', 'SoftmaxCrossEntropy'} < set(names)
-    assert functions.enable() == names and cls.forward is forward  # not replaced twice
-    assert functions.description() == f'compiled C, {SETS[0]}, float32'
+    assert functions.enable(implementation) == names
+    assert cls.forward is forward  # not replaced twice
+    described = {'compiled': f'compiled C, {[*SETS, ""][0]}', 'numpy': 'NumPy, channels last'}
+    assert functions.description() == f'{described[implementation]}, float32'
     functions.disable()
     assert 'forward' not in vars(cls) and cls.forward is chainer.FunctionNode.forward
     assert cls.backward.__module__.startswith('chainer.')
-    with pytest.raises(ValueError, match="'sse' is none of .*plain"):
+    with pytest.raises(ValueError, match="'sse' is none of compiled, .*numpy"):
         functions.enable('sse')
+
+
+def test_without_a_library(monkeypatch):
     monkeypatch.setattr(kernels, 'functions', {})
     with pytest.raises(functions.NotCompiledError):
         functions.enable()
+    functions.enable('numpy')
+
+
+def test_numpys_functions_have_the_arguments_of_cs():
+    found = {name: len(signature(f).parameters) for name, f in numpy_functions.FUNCTIONS.items()}
+    assert found == {name: len(types) for name, types in kernels._arguments().items()}
