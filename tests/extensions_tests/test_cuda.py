@@ -1,6 +1,13 @@
-"""What can be known of the GPU code on a machine without a GPU; needs the extra "gpu"."""
+"""What can be known of the GPU code on a machine without a GPU; needs the extra "gpu".
 
+Trainings on the CuPy of host memory tell which kernels they launch: this project's, Chainer's and
+ChainerMN's. Here, the real CuPy makes their sources, and NVRTC compiles them to machine code, as
+in a training on a GPU.
+"""
+
+import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,66 +21,99 @@ from chainermn.communicators import _memory_utility
 from mpi4py import MPI
 
 import extensions
-from extensions import rmsprop_warmup, rmsprop_warmup_gpu
-from reproduce import images
+from extensions import rmsprop_warmup_gpu
 
 if importlib.util.find_spec('cupy') is None or not importlib.util.find_spec('cupy._core'):
     pytest.skip('no CuPy: EXTRAS=gpu ./run_mpi.sh installs it', allow_module_level=True)
 
 import cupy
-from cupy._core import _carray, _kernel, _scalar, core
+from cupy._core import _carray, _kernel, _reduction, _scalar, core
 from cupy.cuda import nvrtc
 
 # The compute capabilities that this CUDA can compile for, times ten.
 CAPABILITIES = (60, 70, 80, 90) if nvrtc.getVersion()[0] < 13 else (75, 80, 90, 100, 120)
 NDARRAY, INDEXER, SCALAR = 1, 2, 3  # CuPy's kinds of kernel arguments
+BLOCK = 512  # CuPy's threads of a block in a reduction
+
+# tests/mpi/test_cupy_on_host.py keeps it up to date. host_calls.py, beside it, tells what is in it.
+RECORDING = Path(__file__).parents[1] / 'cupy_on_host' / 'kernels_of_trainings.jsonl'
+KERNELS = [json.loads(line) for line in RECORDING.read_text().splitlines()]
 
 
-def generated_source(dtype):
-    """What CuPy makes of the rule's kernel when it is called with contiguous arrays of a dtype."""
-    kernel = cupy.ElementwiseKernel(*rmsprop_warmup.KERNEL)
-    array = (NDARRAY, cupy.ndarray, np.dtype(dtype).type, 1, True, True)
-    scalar = (SCALAR, _scalar.CScalar, np.dtype(dtype).type, 0, True, True)
-    indexer = (INDEXER, _carray.Indexer, None, 1, True, True)
-    arrays = {'grad', 'param', 'm', 'delta'}
-    kinds = [array if p.name in arrays else scalar for p in kernel.params[:-1]] + [indexer]
-    return _kernel._get_elementwise_kernel_code(
-        tuple(_kernel._ArgInfo(*kind) for kind in kinds),
-        _kernel._TypeMap((('T', np.dtype(dtype).type),)),
-        kernel.params,
-        kernel.operation,
-        kernel.name,
-        kernel.preamble,
+def name_of(kernel):
+    return kernel['made with']['name']
+
+
+def recorded(name):
+    return next(kernel for kernel in KERNELS if name_of(kernel) == name)
+
+
+def raw(code, name, options=()):
+    return {'class': 'RawKernel', 'made with': {'code': code, 'name': name, 'options': options}}
+
+
+def changed(kernel, **texts):
+    """The kernel with ``texts[key] = old, new`` put into its texts."""
+    made_with = dict(kernel['made with'])
+    for key, (old, new) in texts.items():
+        assert old in made_with[key]
+        made_with[key] = made_with[key].replace(old, new)
+    return {**kernel, 'made with': made_with}
+
+
+def source_of(kernel):
+    """What CuPy makes of a kernel when it is launched with its arguments."""
+    if kernel['class'] == 'RawKernel':
+        return kernel['made with']['code']
+    made = getattr(cupy, kernel['class'])(**kernel['made with'])
+    params = made.in_params + made.out_params
+    pairs = list(zip(params, kernel['arguments']))
+    types = {p.ctype: np.dtype(arg[0]).type for p, arg in pairs if arg and p.dtype is None}
+    infos = [info(np.dtype(p.dtype or types[p.ctype]).type, arg) for p, arg in pairs]
+    infos.append(indexer(next((arg[1] for p, arg in pairs if arg and not p.raw), 1)))
+    if kernel['class'] == 'ElementwiseKernel':
+        type_map = _kernel._TypeMap(tuple(sorted(types.items())))
+        texts = made.operation, made.name, made.preamble
+        return _kernel._get_elementwise_kernel_code(tuple(infos), type_map, made.params, *texts)
+    infos += [indexer(pairs[-1][1][1]), info(np.int32)]
+    type_map = _kernel._TypeMap((*sorted(types.items()), ('IndexT', np.int32)))
+    return _reduction._ReductionKernel_get_cached_function_code(
+        *(made.nin, made.nout, made._params, tuple(infos), type_map, made.name, BLOCK),
+        *(made.reduce_type, made.identity, made.map_expr, made.reduce_expr, made.post_map_expr),
+        *(made.preamble, ()),
     )
 
 
-def source_of_normalization():
-    """The same for the kernel that normalizes images."""
-    kernel = cupy.ElementwiseKernel(*images.NORMALIZE)
-    pixels = (NDARRAY, cupy.ndarray, np.uint8, 4, True, True)
-    result = (NDARRAY, cupy.ndarray, np.float32, 1, True, True)
-    scalars = [(SCALAR, _scalar.CScalar, p.dtype, 0, True, True) for p in kernel.params[1:-2]]
-    indexer = (INDEXER, _carray.Indexer, None, 1, True, True)
-    return _kernel._get_elementwise_kernel_code(
-        tuple(_kernel._ArgInfo(*kind) for kind in [pixels, *scalars, result, indexer]),
-        _kernel._TypeMap(()),
-        kernel.params,
-        kernel.operation,
-        kernel.name,
-        kernel.preamble,
-    )
+def info(dtype, array=None):
+    if array is None:
+        return _kernel._ArgInfo(SCALAR, _scalar.CScalar, dtype, 0, True, True)
+    _, n_axes, contiguous = array
+    return _kernel._ArgInfo(NDARRAY, cupy.ndarray, dtype, n_axes, contiguous, True)
 
 
-def compile_to_ptx(source, capability, *options, raw=False):
+def indexer(n_axes):
+    return _kernel._ArgInfo(INDEXER, _carray.Indexer, None, n_axes, True, True)
+
+
+def compiled(kernel, capability):
+    """The kernel's PTX, after NVRTC has made machine code of it."""
+    includes = ''.join(f'#include <{name}>\n' for name in core._cupy_header_list)
+    before = '' if kernel['class'] == 'RawKernel' else includes  # as CuPy does
+    options = tuple(kernel['made with'].get('options', ()))
+    ptx = ptx_of(before + source_of(kernel), options, capability)
+    assert f'.entry {name_of(kernel)}(' in ptx
+    return ptx
+
+
+@functools.cache
+def ptx_of(source, options, capability):
     headers = Path(cupy.__file__).parent / '_core' / 'include'
     nvidia = importlib.util.find_spec('nvidia').submodule_search_locations
     runtime = next(path for root in nvidia for path in Path(root).glob('*/include/cuda_fp16.h'))
-    includes = ''.join(f'#include <{name}>\n' for name in core._cupy_header_list)
-    source = source if raw else includes + source  # as CuPy does
-    program = nvrtc.createProgram(source, 'rmsprop_warmup.cu', (), ())
+    program = nvrtc.createProgram(source, 'kernel.cu', (), ())
     options = (
         *options,
-        f'--gpu-architecture=compute_{capability}',
+        f'--gpu-architecture=sm_{capability}',
         '-std=c++17',
         f'-I{headers}',
         *core._get_cccl_include_options(),
@@ -83,15 +123,25 @@ def compile_to_ptx(source, capability, *options, raw=False):
         nvrtc.compileProgram(program, options)
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program))
+    assert nvrtc.getCUBIN(program)
     ptx = nvrtc.getPTX(program)
-    return ptx.decode() if isinstance(ptx, bytes) else ptx
+    ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
+    assert f'.target sm_{capability}' in ptx
+    return ptx
+
+
+@pytest.mark.parametrize('kernel', KERNELS, ids=name_of)
+@pytest.mark.parametrize('capability', CAPABILITIES)
+def test_each_kernel_of_a_training_compiles(capability, kernel):
+    compiled(kernel, capability)
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
 @pytest.mark.parametrize('capability', CAPABILITIES)
-def test_the_kernel_compiles(capability, dtype):
-    ptx = compile_to_ptx(generated_source(dtype), capability, *rmsprop_warmup_gpu.OPTIONS)
-    assert f'.target sm_{capability}' in ptx and '.entry rmsprop_warmup' in ptx
+def test_the_update_of_a_parameter_is_one_pass(capability, dtype):
+    kernel = recorded('rmsprop_warmup')
+    arguments = [arg and [dtype, *arg[1:]] for arg in kernel['arguments']]
+    ptx = compiled({**kernel, 'arguments': arguments}, capability)
     if dtype == 'float32':
         # One pass over memory: four loads for three stores, in each copy that the compiler makes
         # of the loop. And nothing in double precision, in which many GPUs are slow.
@@ -103,10 +153,9 @@ def test_the_kernel_compiles(capability, dtype):
 
 @pytest.mark.parametrize('dtype, kind', [('float32', 'f32'), ('float64', 'f64')])
 @pytest.mark.parametrize('capability', CAPABILITIES)
-def test_the_kernel_of_all_parameters_compiles(capability, dtype, kind):
-    source = rmsprop_warmup_gpu.source(dtype)
-    ptx = compile_to_ptx(source, capability, *rmsprop_warmup_gpu.OPTIONS, raw=True)
-    assert f'.target sm_{capability}' in ptx and '.entry rmsprop_warmup_all' in ptx
+def test_the_update_of_all_parameters_is_one_pass(capability, dtype, kind):
+    source, options = rmsprop_warmup_gpu.source(dtype), rmsprop_warmup_gpu.OPTIONS
+    ptx = compiled(raw(source, 'rmsprop_warmup_all', options), capability)
     loads = len(re.findall(rf'ld\.global(\.nc)?\.{kind}', ptx))
     stores = len(re.findall(rf'st\.global\.{kind}', ptx))
     assert loads >= 4 and stores == ptx.count('st.global')
@@ -116,28 +165,33 @@ def test_the_kernel_of_all_parameters_compiles(capability, dtype, kind):
 
 
 @pytest.mark.parametrize('capability', CAPABILITIES)
-def test_the_normalization_compiles(capability):
-    ptx = compile_to_ptx(source_of_normalization(), capability)
-    assert f'.target sm_{capability}' in ptx and '.entry normalize' in ptx
+def test_the_normalization_has_the_bits_of_numpy(capability):
+    ptx = compiled(recorded('normalize'), capability)
     loads, stores = ptx.count('ld.global'), ptx.count('st.global')
     assert loads == stores >= 1 and 'ld.global.u8' in ptx.replace('.nc', '')
-    assert 'fma.rn.f32' not in ptx  # the bits of NumPy: two roundings
+    assert 'fma.rn.f32' not in ptx  # two roundings
 
 
 @pytest.mark.parametrize('kind', ['pack', 'unpack'])
 @pytest.mark.parametrize('capability', CAPABILITIES)
 def test_chainermns_kernels_compile(capability, kind):
-    """With CuPy 14, only as extensions/cupy_compatibility.py mends them."""
+    """The recorded ones are as extensions/cupy_compatibility.py mends them for CuPy 14."""
     kernel = getattr(_memory_utility, f'_cupy_batched_{kind}_params')()
-    ptx = compile_to_ptx(kernel.code, capability, raw=True)
-    assert f'.target sm_{capability}' in ptx and f'.entry cupy_batched_{kind}_params' in ptx
+    compiled(raw(kernel.code, kernel.name), capability)
 
 
-def test_a_kernel_that_does_not_compile_fails_here():
-    with pytest.raises(pytest.fail.Exception, match='one_minus_mu3'):
-        compile_to_ptx(
-            generated_source('float32').replace('one_minus_mu2 *', 'one_minus_mu3 *'), 80
-        )
+@pytest.mark.parametrize(
+    'name, texts',
+    [
+        ('rmsprop_warmup', {'operation': ('one_minus_mu2 *', 'one_minus_mu3 *')}),
+        ('bn_fwd', {'in_params': ('U inv_std', 'U inv_st')}),
+        ('crossent_fwd', {'map_expr': ('ignore_label', 'ignored_label')}),
+        ('rmsprop_warmup_all', {'code': ('blockIdx', 'blockIndex')}),
+    ],
+)
+def test_a_kernel_that_does_not_compile_fails_here(name, texts):
+    with pytest.raises(pytest.fail.Exception, match='is undefined'):
+        compiled(changed(recorded(name), **texts), 80)
 
 
 def test_the_communicator_of_gpus_is_made_and_split():

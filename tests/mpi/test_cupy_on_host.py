@@ -120,7 +120,25 @@ every = numpy.arange(1 << 16).astype('u2').view('f2')
 numpy.testing.assert_array_equal(back(cupy.asarray(every)).get(), every.astype('f4'))
 reduce = cupy.ReductionKernel('T x, float32 f', 'T y', 'x * f', 'a * b', 'y = a + 1', '1')
 assert reduce(cupy.asarray(host) + 1, 2).get() == 2 * 4 * 6 + 1
-import host_calls
+total = a.sum()
+total += 1
+assert total.get() == 71 and (1. / total).dtype == 'f4' and (1. / total).shape == ()
+assert (a.astype('f2') + total).dtype == 'f4' and (a * numpy.float64(2)).dtype == 'f8'
+images = cupy.zeros((2, 4, 5, 3), 'f4').transpose(0, 3, 1, 2)
+means = cupy.zeros((1, 3, 1, 1), 'f4')
+assert (images + means).flags.c_contiguous
+less = cupy.ElementwiseKernel('T x, U mean, float32 f, raw T r', 'T y', 'y = x - mean', 'less')
+import host_calls, json
+for x in (images, images.copy(), images[:, :, :, ::2]):
+    host_calls.kernels.clear()
+    less(x, means, 0, x)
+    [kernel] = map(json.loads, host_calls.kernels)
+    n_axes = 4 if x.shape[3] == 3 else 3  # rows and columns of an image are one
+    contiguous = x.flags.c_contiguous
+    assert kernel['arguments'] == [
+        ['float32', n_axes, contiguous], ['float32', n_axes, False], None,
+        ['float32', 4, contiguous], ['float32', n_axes, True]]
+    assert kernel['class'] == 'ElementwiseKernel' and kernel['made with']['name'] == 'less'
 before = len(host_calls.calls)
 float((a.reshape(3, 1) + a[None])[0, 0])
 a.get()
@@ -205,23 +223,37 @@ def on_cpus(mpirun, images, tmp_path, runs):
     return run
 
 
-@pytest.mark.parametrize(
-    'processes, options',
-    [
-        (1, '--workers 2'),
-        (2, '--workers 2 --allreduce-grad-dtype float32 --gradient-scale 16 --bn-decay 0.5'),
-        (2, '--workers 2 --allreduce-grad-dtype float64 --pooled-variance'),
-        (2, '--workers 2 --communicator mpi'),
-    ],
+@pytest.fixture
+def on_gpus(on_host, images, tmp_path, runs):
+    """``on_gpus(processes, options)``: the CompletedProcess of a training on GPUs, each rank's
+    calls of the device, and what the training ends with."""
+
+    def run(processes, options):
+        if (processes, options) not in runs:
+            out = tmp_path / f'gpu-{len(runs)}'
+            words = [*images, *options.split(), '--checkpoint-every', '0.0001m']
+            done, calls = on_host(processes, TRAIN, out, *words)
+            runs[processes, options] = done, calls, trained(done, out)
+        return runs[processes, options]
+
+    return run
+
+
+# Together, they launch every kernel of a training.
+TRAININGS = (
+    (1, '--workers 2'),
+    (2, '--workers 2 --allreduce-grad-dtype float32 --gradient-scale 16 --bn-decay 0.5'),
+    (2, '--workers 2 --allreduce-grad-dtype float64 --pooled-variance --stem imagenet'),
 )
-def test_a_training_is_the_cpus(on_cpus, on_host, images, tmp_path, processes, options):
+
+
+@pytest.mark.parametrize('processes, options', [*TRAININGS, (2, '--workers 2 --communicator mpi')])
+def test_a_training_is_the_cpus(on_cpus, on_gpus, processes, options):
     """Workers, validation, statistics and checkpoints, and float16 as it is on the wire. With the
     communicator mpi, the GPUs are not used. Another order of float32's sums is all that differs."""
+    done, calls, (actual, its_log, its_digests) = on_gpus(processes, options)
     options = options.split()
     expected, log, digests = on_cpus([o for o in options if o not in ('--communicator', 'mpi')])
-    options += ['--checkpoint-every', '0.0001m']
-    done, calls = on_host(processes, TRAIN, tmp_path / 'gpu', *images, *options)
-    actual, its_log, its_digests = trained(done, tmp_path / 'gpu')
     if 'mpi' in options:
         assert its_digests == digests and 'HalfPrecisionMpiCommunicator; asked for' in done.stdout
         return
@@ -234,6 +266,18 @@ def test_a_training_is_the_cpus(on_cpus, on_host, images, tmp_path, processes, o
     for name in expected:
         difference = np.linalg.norm(actual[name] - expected[name])
         assert difference <= 1e-3 * np.linalg.norm(expected[name]) + 1e-5, name
+
+
+def test_the_recorded_kernels_are_those_of_trainings(on_gpus, root, tmp_path):
+    """They are what tests/extensions_tests/test_cuda.py compiles."""
+    ranks = [calls for training in TRAININGS for calls in on_gpus(*training)[1]]
+    lines = {line for calls in ranks for line in calls if line.startswith('kernel ')}
+    now = tmp_path / 'kernels_of_trainings.jsonl'
+    now.write_text(''.join(line.replace('kernel ', '', 1) + '\n' for line in sorted(lines)))
+    recorded = root / 'tests' / 'cupy_on_host' / now.name
+    assert now.read_text() == recorded.read_text(), (
+        f'trainings launch other kernels than are recorded; if they are right: cp {now} {recorded}'
+    )
 
 
 def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(on_host, images, tmp_path):

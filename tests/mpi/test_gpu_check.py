@@ -55,12 +55,19 @@ def test_what_is_wrong_fails(check, tmp_path):
     assert '0 of 1 steps passed' in done.stdout and 'not: kernels' in done.stdout
 
 
-def test_without_a_gpu_it_says_so_and_what_would_have_run(check):
-    done, found = check(CUDA_VISIBLE_DEVICES='')
-    assert done.returncode == 1 and found is None
+def test_without_a_gpu_it_says_so_and_what_would_have_run(check, tmp_path):
+    done, _ = check('--out', tmp_path / 'made' / 'out', CUDA_VISIBLE_DEVICES='')
+    assert done.returncode == 1 and not (tmp_path / 'made').exists()
     first, *steps = done.stdout.splitlines()
     assert first.startswith('error: this machine sees no GPU (CUDA_VISIBLE_DEVICES= hides all)')
     assert [line.split('  ')[1] for line in steps] == [step.name for step in gpu_check.STEPS]
+
+
+def test_a_folder_that_cannot_be_made_is_named(check, tmp_path):
+    (tmp_path / 'file').touch()
+    done, _ = check('--out', tmp_path / 'file' / 'out')
+    assert done.returncode == 2
+    assert done.stdout == f'error: --out {tmp_path}/file/out: Not a directory\n'
 
 
 def test_nan_is_below_no_limit():

@@ -68,9 +68,13 @@ class Session:
         figures (dict): Name of a step to the numbers that it found.
         has_torch (bool): Whether there is a PyTorch for GPUs.
         has_cudnn (bool): Whether Chainer has cuDNN.
+
+    Raises:
+        OSError: The folder cannot be made, or not be written to.
     """
 
     def __init__(self, out: Path, scratch: Path, seconds: float, about: dict):
+        out.mkdir(parents=True, exist_ok=True)
         self.out, self.scratch, self._about = out, scratch, about
         self.figures: dict = {}
         self.has_torch = bool(about['cudnn of torch'])
@@ -361,10 +365,6 @@ def parse(argv=None):
     if not options.seconds > 0:
         parser.refuse(f'--seconds must be above 0, not {options.seconds:g}')
     options.steps = [step for step in STEPS if step.name in wanted]
-    try:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.refuse(f'--out {reason(error)}')
     return options
 
 
@@ -401,7 +401,11 @@ def main(argv=None) -> int:
             for step in options.steps:
                 print(f'  {step.name:24} {step.question}', file=sys.stderr)
             return 1
-        session = Session(out, Path(scratch), options.seconds, about)
+        try:
+            session = Session(out, Path(scratch), options.seconds, about)
+        except OSError as error:
+            print(f'error: --out {reason(error)}', file=sys.stderr)
+            return 2
         session.say(f'{about["gpu"]}; {about["cores"]} cores; {about["words"]}')
         begin, results = time.monotonic(), {}
         for step in options.steps:

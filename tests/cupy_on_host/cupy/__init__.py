@@ -11,12 +11,15 @@ that the code calls CuPy as CuPy wants to be called, and that the numbers come o
 - NCCL's collectives go over MPI. A sum is rounded after each addition, from rank to rank.
 - Only what CuPy 14 has exists (names_of_cupy_14.txt). What exists there and is not needed here
   raises NotImplementedError when it is called.
+- Results of elementwise functions are in C order. The dtype of an array of no dimension, or of
+  NumPy's number, counts as much as that of any other array.
 - host_calls.py lists each launch and each wait of the host. What CuPy does in several launches,
-  such as ``var``, counts as one.
+  such as ``var``, counts as one. It also tells what CuPy would compile: the kernels of trainings
+  (kernels_of_trainings.jsonl) are what tests/extensions_tests/test_cuda.py gives to NVRTC.
 
 It cannot show a missing synchronization, the device's own arithmetic (order of sums, fused
-operations, cuBLAS, cuDNN), races between threads, the size of its memory, or any speed. The
-promotion of dtypes is that of the NumPy below it.
+operations, cuBLAS, cuDNN), races between threads, the size of its memory, or any speed. Other
+rules of dtypes are those of the NumPy below it.
 
 There are eight GPUs: CUDA_VISIBLE_DEVICES hides some. HOST_NCCL_VERSION sets NCCL's version, and
 HOST_KERNELS the folder of what was compiled.

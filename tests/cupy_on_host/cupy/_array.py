@@ -44,6 +44,8 @@ def apply(name, function, *args, out=None, **kwargs):
     kwargs = {key: unwrap(value) for key, value in kwargs.items()}
     if out is not None:
         kwargs['out'] = unwrap(out)
+    if isinstance(function, np.ufunc) and not function.signature:
+        function = functools.partial(_elementwise, function)
     with np.errstate(all='ignore'):
         result = function(*hosts, **kwargs)
     if isinstance(result, bool) and any(isinstance(arg, ndarray) for arg in args):
@@ -60,6 +62,21 @@ def apply(name, function, *args, out=None, **kwargs):
     if isinstance(result, (list, tuple)) and any(isinstance(r, np.ndarray) for r in result):
         return type(result)(map(wrap, result))  # split: views
     return result
+
+
+def _elementwise(ufunc, *hosts, out=None, **kwargs):
+    """Calls NumPy's function by CuPy's rules: the result is in C order, and the dtype of an array
+    of no dimension, or of NumPy's number, counts as much as that of any other array."""
+    shape = np.broadcast_shapes(*map(np.shape, hosts))
+    arrays = [
+        np.atleast_1d(host) if isinstance(host, (np.ndarray, np.generic)) else host
+        for host in hosts
+    ]
+    if out is not None:
+        ufunc(*arrays, out=np.atleast_1d(out), **kwargs)
+        return out
+    result = ufunc(*arrays, order='C', **kwargs)
+    return tuple(r.reshape(shape) for r in result) if ufunc.nout > 1 else np.reshape(result, shape)
 
 
 def operation(name):

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from host_calls import record
+from host_calls import record_kernel
 
 from cupy._array import ndarray, unwrap
 from cupy.cuda import runtime
@@ -103,6 +103,40 @@ def _shape(parameters, args, size=None):
     return np.broadcast_shapes(*shapes) if shapes else (size,)
 
 
+def _without_self(arguments):
+    return {name: value for name, value in arguments.items() if name != 'self'}
+
+
+def _as_compiled(parameters, args, shape):
+    """Of each argument, dtype, number of axes, and whether it is contiguous; None of a number."""
+    loops = [isinstance(arg, ndarray) and not p.raw for p, arg in zip(parameters, args)]
+    hosts = [
+        np.broadcast_to(arg._host, shape) if looped else getattr(arg, '_host', None)
+        for looped, arg in zip(loops, args)
+    ]
+    n_axes = _count_axes([host for looped, host in zip(loops, hosts) if looped], shape)
+    return [
+        (host.dtype.name, n_axes if looped else host.ndim, bool(host.flags.c_contiguous))
+        if isinstance(host, np.ndarray)
+        else None
+        for looped, host in zip(loops, hosts)
+    ]
+
+
+def _count_axes(hosts, shape):
+    """The axes of a loop, after CuPy has merged those that one stride serves in each array."""
+    if all(host.flags.c_contiguous for host in hosts):
+        return min(1, len(shape))
+    if len(shape) == 2:
+        return 2
+    axes = []
+    for axis in [axis for axis, length in enumerate(shape) if length > 1]:
+        if axes and all(h.strides[axis] * shape[axis] == h.strides[axes[-1]] for h in hosts):
+            axes.pop()
+        axes.append(axis)
+    return len(axes)
+
+
 class ElementwiseKernel:
     def __init__(
         self,
@@ -115,6 +149,7 @@ class ElementwiseKernel:
         *,
         options=(),
     ):
+        self.made_with = _without_self(locals())
         self.inputs, self.outputs = _parameters(in_params), _parameters(out_params)
         self.operation, self.name, self.preamble = operation, name, preamble
 
@@ -146,7 +181,7 @@ class ElementwiseKernel:
             f'for (ptrdiff_t i = 0; i < _n; ++i) {{ {" ".join(inside)}\n'
             f'{self.operation};\n}} }}'
         )
-        record('launch', self.name)
+        record_kernel(self, self.made_with, _as_compiled(parameters, args, shape))
         sizes = (ctypes.c_longlong * len(hosts))(*[host.size for host in hosts])
         run(_addresses(hosts), sizes, ctypes.c_longlong(int(np.prod(shape))))
         for output, host in zip(outputs, hosts[len(self.inputs) :]):
@@ -174,6 +209,7 @@ class ReductionKernel:
         reduce_dims=True,
         preamble='',
     ):
+        self.made_with = _without_self(locals())
         self.inputs, (self.output,) = _parameters(in_params), _parameters(out_params)
         self.expressions = map_expr, reduce_expr, post_map_expr, identity
         self.name, self.reduce_type, self.preamble = name, reduce_type, preamble
@@ -201,7 +237,9 @@ class ReductionKernel:
             f'_total = _reduced(_total, {mapped}); }}\n'
             f'{{ {kind} a = _total; {post}; }} }}'
         )
-        record('launch', self.name)
+        arguments = _as_compiled(self.inputs, args, shape)
+        arguments += _as_compiled([self.output], [result], ())
+        record_kernel(self, self.made_with, arguments)
         sizes = (ctypes.c_longlong * len(hosts))(*[host.size for host in hosts])
         run(_addresses([*hosts, result._host]), sizes, ctypes.c_longlong(int(np.prod(shape))))
         return result
@@ -209,6 +247,7 @@ class ReductionKernel:
 
 class RawKernel:
     def __init__(self, code, name, options=(), backend='nvrtc'):
+        self.made_with = _without_self(locals())
         self.name = name
         signature = re.search(rf'\b{name}\s*\(([^)]*)\)', code)[1]
         self.types = [re.sub(r'\w+\s*$', '', parameter) for parameter in signature.split(',')]
@@ -236,7 +275,7 @@ class RawKernel:
             raise runtime.CUDARuntimeError('CUDA_ERROR_INVALID_VALUE: invalid argument')
         hosts = [self._argument(arg) for arg in args]
         sizes = (ctypes.c_uint * len(hosts))(*[host.itemsize for host in hosts])
-        record('launch', self.name)
+        record_kernel(self, self.made_with)
         wrong = self._run(_addresses(hosts), sizes, (ctypes.c_uint * 6)(*map(int, counts)))
         if wrong:
             raise TypeError(f'{self.name}: argument {wrong} is smaller than the parameter')
