@@ -114,7 +114,7 @@ def _call(name, *arguments):
     if _implementation == 'numpy':
         _functions[name](*arguments)
         return
-    _functions[name](*(kernels.address(a) if type(a) is np.ndarray else a for a in arguments))
+    _functions[name](*[kernels.address(a) if type(a) is np.ndarray else a for a in arguments])
 
 
 def _packed(array):
