@@ -101,9 +101,6 @@ def use(name: str) -> str:
         InputError, NotCompiledError, ValueError: It cannot run here. The text says why.
     """
     kind, _, instruction_set = name.partition(' ')
-    if kind == 'numpy':
-        cpu_functions.enable('numpy')
-        return cpu_functions.description()
     device = chainer.get_device('@numpy')
     functions.use(kind, device)
     if instruction_set:
