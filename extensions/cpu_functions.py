@@ -11,12 +11,12 @@ on NumPy, its BLAS, the processor and the number of threads.
 
 All that these functions do not compute stays Chainer's: GPUs, arrays of other types than float32,
 groups, dilation, ``cover_all``, BN over other axes than (0, 2, 3), fixed BN that is differentiated,
-and double backpropagation.
+and double backpropagation. Two gradients differ from Chainer's on the CPU: in C, that of a ReLU is 0
+below 0 for an infinite gradient, too, as on GPUs; and that of a maximum of -inf goes to a pixel of
+the image, never to the padding.
 """
 
 from __future__ import annotations
-
-import functools
 
 import chainer
 import numpy as np
@@ -27,11 +27,10 @@ from chainer.functions.math import average
 from chainer.functions.normalization import batch_normalization
 from chainer.functions.pooling import max_pooling_nd
 
-from extensions import kernels
+from extensions import kernels, replaced_methods
 from extensions.kernels import numpy_functions
 
 _FLOAT32 = np.dtype(np.float32)
-_originals: dict = {}  # (class, method): what the class had itself, or None if it inherited it
 _functions: dict = {}  # of the implementation in use
 _implementation = ''
 
@@ -40,16 +39,13 @@ class NotCompiledError(Exception):
     """There is no compiled library. The message says why."""
 
 
-def enable(implementation: str = 'compiled') -> list[str]:
+def enable(implementation: str = 'compiled'):
     """Makes Chainer compute by an implementation, in this process, until :func:`disable`.
 
     Args:
         implementation (str): ``'compiled'`` for the library with the processor's fastest
             instruction set, or a key of ``kernels.functions`` for that set, with the same bits;
             ``'numpy'`` for NumPy, which needs no library.
-
-    Returns:
-        list of str: The names of the functions that are replaced.
 
     Raises:
         NotCompiledError: There is no compiled library.
@@ -66,23 +62,14 @@ def enable(implementation: str = 'compiled') -> list[str]:
         raise ValueError(f'implementation {implementation!r} is none of {names}')
     _implementation = implementation
     _functions.update(found[implementation])
-    if not _originals:
-        for (cls, name), method in _METHODS.items():
-            _originals[cls, name] = vars(cls).get(name)
-            setattr(cls, name, _or_chainers(method, getattr(cls, name)))
-    return list(dict.fromkeys(cls.__name__ for cls, _ in _METHODS))
+    replaced_methods.put(_METHODS)
 
 
 def disable():
     """Undoes :func:`enable`. Call it between iterations, not between forward and backward."""
     global _implementation
     _implementation = ''
-    for (cls, name), method in _originals.items():
-        if method is None:
-            delattr(cls, name)
-        else:
-            setattr(cls, name, method)
-    _originals.clear()
+    replaced_methods.undo(_METHODS)
     _functions.clear()
 
 
@@ -91,17 +78,6 @@ def description() -> str:
     if _implementation == 'numpy':
         return 'NumPy, channels last, float32'
     return f'compiled C, {_implementation or "not enabled"}, float32'
-
-
-def _or_chainers(method, original):
-    """Returns a method that calls ``method``, and Chainer's own where that is NotImplemented."""
-
-    @functools.wraps(original)
-    def replaced(self, *arguments):
-        result = method(self, *arguments)
-        return original(self, *arguments) if result is NotImplemented else result
-
-    return replaced
 
 
 def _fit(*arrays) -> bool:
@@ -151,6 +127,8 @@ def _geometry(node, x, W):
     """Returns the arguments for the shapes; None if the convolution is Chainer's."""
     if node.cover_all or node.groups != 1 or (node.dy, node.dx) != (1, 1):
         return None
+    if not x.ndim == W.ndim == 4 or x.shape[1] != W.shape[1]:
+        return None
     (n, channels, height, width), (out_channels, _, ky, kx) = x.shape, W.shape
     if height + 2 * node.ph < ky or width + 2 * node.pw < kx:
         return None
@@ -160,14 +138,14 @@ def _geometry(node, x, W):
 
 def _convolution(node, inputs):
     geometry = _fit(*inputs) and _geometry(node, *inputs[:2])
-    if not geometry:
+    x, W, *b = inputs
+    if not geometry or any(array.shape != (len(W),) for array in b):
         return NotImplemented
     node.retain_inputs((0, 1))
-    x, W = inputs[:2]
     out, y = _empty_image(len(x), len(W), *node._get_out_size(x.shape, W.shape))
     _call('convolution', *geometry, _channels_last(x), _packed(W), out)
-    if len(inputs) == 3:
-        _call('add_bias', out.size // len(W), len(W), _packed(inputs[2]), out)
+    if b:
+        _call('add_bias', out.size // len(W), len(W), _packed(b[0]), out)
     return (y,)
 
 
@@ -202,8 +180,9 @@ def _sum_of_rows(gy):
 # ---------------------------------------------------------------- batch normalization
 
 
-def _is_over_channels(node, x, gamma) -> bool:
-    return x.ndim == 4 and gamma.ndim == 1 and node.axis in (None, (0, 2, 3))
+def _is_over_channels(node, x, *vectors) -> bool:
+    shapes = {vector.shape for vector in vectors}
+    return x.ndim == 4 and shapes == {x.shape[1:2]} and node.axis in (None, (0, 2, 3))
 
 
 def _batch_normalization(node, inputs):
@@ -212,9 +191,10 @@ def _batch_normalization(node, inputs):
     if (
         node._impl_selector is not batch_normalization._impl_selector
         or not _fit(*inputs, *statistics)
-        or not _is_over_channels(node, x, gamma)
+        or not _is_over_channels(node, x, gamma, beta, *statistics)
         or x.size == gamma.size  # Chainer warns
-        or not all(a.flags.carray and a.shape == gamma.shape for a in statistics)
+        or len(statistics) == 1
+        or not all(a.flags.carray for a in statistics)
     ):
         return NotImplemented
     node.retain_inputs((0, 1))
@@ -274,7 +254,7 @@ def _prepare_chainers_backward(node):
 
 def _fixed_batch_normalization(node, inputs):
     x, gamma, *_ = inputs
-    if chainer.config.enable_backprop or not _fit(*inputs) or not _is_over_channels(node, x, gamma):
+    if chainer.config.enable_backprop or not _fit(*inputs) or not _is_over_channels(node, *inputs):
         return NotImplemented
     out, y = _empty_image(*x.shape)
     _call(
@@ -323,7 +303,8 @@ def _relu_backward(node, indexes, grad_outputs):
 def _max_pooling(node, inputs):
     (x,) = inputs
     on_image = all(2 * pad <= size for pad, size in zip(node.pad, node.ksize))
-    if node.ndim != 2 or node.return_indices or node.cover_all or not on_image or not _fit(x):
+    is_image = node.ndim == 2 and x.ndim == 4
+    if not is_image or node.return_indices or node.cover_all or not on_image or not _fit(x):
         return NotImplemented
     (n, channels, *sides), windows = x.shape, list(zip(node.ksize, node.stride, node.pad))
     outs = [(side + 2 * p - k) // s + 1 for side, (k, s, p) in zip(sides, windows)]
@@ -384,7 +365,13 @@ def _linear_geometry(x, W):
 
 
 def _linear(node, inputs):
-    if not _fit(*inputs):
+    x, W, *b = inputs
+    if (
+        not _fit(*inputs)
+        or not x.ndim == W.ndim == 2
+        or x.shape[1] != W.shape[1]
+        or any(array.shape != (len(W),) for array in b)
+    ):
         return NotImplemented
     node.retain_inputs((0, 1))
     x, W, *b = map(_packed, inputs)
@@ -420,6 +407,7 @@ def _softmax_cross_entropy(node, inputs):
     if (
         not _fit(x)
         or x.ndim != 2
+        or t.shape != x.shape[:1]
         or t.dtype.kind != 'i'
         or node.class_weight is not None
         or (node.reduce == 'no' and chainer.config.enable_backprop)

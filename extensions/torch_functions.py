@@ -1,6 +1,6 @@
 """Chainer's convolution, batch normalization, ReLU and max pooling by PyTorch's operators.
 
-Off by default. :func:`enable` replaces ``forward`` of the classes in ``_FORWARD``. The rest of each
+Off by default. :func:`enable` replaces ``forward`` of the classes in ``_METHODS``. The rest of each
 class is Chainer's: checks, the graph, and double backpropagation. On a GPU these operators are
 cuDNN's, which CuPy 14 has no binding of; on a CPU they are oneDNN's. Arrays and tensors share their
 memory in both directions, by NumPy's interface; on GPUs by DLPack and CUDA's array interface.
@@ -26,9 +26,10 @@ from chainer.functions.connection import convolution_2d, deconvolution_2d
 from chainer.functions.normalization import batch_normalization
 from chainer.functions.pooling import max_pooling_nd
 
+from extensions import replaced_methods
+
 _FLOAT32 = np.dtype(np.float32)
 _aten = torch.ops.aten
-_originals: dict = {}  # class: the forward that it had itself, or None if it inherited one
 _flags: dict = {}  # Torch's settings of cuDNN before enable()
 
 
@@ -36,7 +37,7 @@ class UnusableTorchError(Exception):
     """Torch cannot compute on the device. The message has Torch's reason."""
 
 
-def enable(device=None) -> list[str]:
+def enable(device=None):
     """Makes Chainer compute by Torch, in this process, until :func:`disable`.
 
     Torch's settings of cuDNN become Chainer's: ``benchmark`` is ``chainer.config.autotune``, and
@@ -48,14 +49,11 @@ def enable(device=None) -> list[str]:
         device (~chainer.backend.Device): Where the model will be; None for the CPU. On a GPU it
             becomes Torch's current device.
 
-    Returns:
-        list of str: The names of the functions that are replaced. A second call changes nothing.
-
     Raises:
         UnusableTorchError: Torch cannot compute on this device.
     """
     _try_on(device)
-    if not _originals:
+    if not _flags:
         ours = {
             'allow_tf32': os.environ.get('NVIDIA_TF32_OVERRIDE') == '1',
             'benchmark': bool(chainer.config.autotune),
@@ -64,22 +62,14 @@ def enable(device=None) -> list[str]:
         for name, value in ours.items():
             _flags[name] = getattr(torch.backends.cudnn, name)
             setattr(torch.backends.cudnn, name, value)
-        for cls, forward in _FORWARD.items():
-            _originals[cls] = vars(cls).get('forward')
-            cls.forward = _or_chainers(forward, cls.forward)
-    return [cls.__name__ for cls in _FORWARD]
+    replaced_methods.put(_METHODS)
 
 
 def disable():
     """Undoes :func:`enable`. Call it between iterations, not between forward and backward."""
-    for cls, forward in _originals.items():
-        if forward is None:
-            del cls.forward
-        else:
-            cls.forward = forward
+    replaced_methods.undo(_METHODS)
     for name, value in _flags.items():
         setattr(torch.backends.cudnn, name, value)
-    _originals.clear()
     _flags.clear()
 
 
@@ -110,23 +100,11 @@ def _try_on(device):
         ) from error
 
 
-def _or_chainers(forward, original):
-    """Returns a method that computes by Torch, or by Chainer where Torch's is NotImplemented."""
-
-    def method(self, inputs):
-        outputs = forward(self, inputs)
-        return original(self, inputs) if outputs is NotImplemented else outputs
-
-    return method
-
-
-def _fits(node, arrays) -> bool:
-    """Whether all arrays are float32, of one library, and in Chainer's own layout."""
+def _fit(arrays) -> bool:
+    """Whether all arrays are float32, and of one library."""
     kind = type(arrays[0])
-    return (
-        kind in (np.ndarray, cuda.ndarray)
-        and all(type(a) is kind and a.dtype == _FLOAT32 for a in arrays)
-        and all(layout is None for layout in node.input_layouts)
+    return kind in (np.ndarray, cuda.ndarray) and all(
+        type(a) is kind and a.dtype == _FLOAT32 for a in arrays
     )
 
 
@@ -161,7 +139,7 @@ def _geometry(node):
 
 
 def _convolution(node, inputs):
-    if node.cover_all or not _fits(node, inputs):
+    if node.cover_all or not _fit(inputs):
         return NotImplemented
     node.retain_inputs((0, 1))
     x, W, *b = map(_tensor, inputs)
@@ -179,7 +157,7 @@ def _convolution_backward(node, gy, x, W, mask):
 
 def _gradient_by_x(node, inputs):
     """Computes a deconvolution, which is the gradient of a convolution by its x."""
-    if not _fits(node, inputs):
+    if not _fit(inputs):
         return NotImplemented
     shape, W_shape = inputs[0].shape, inputs[1].shape
     node._calc_out_size(shape, W_shape)
@@ -197,7 +175,7 @@ def _gradient_by_x(node, inputs):
 
 
 def _gradient_by_W(node, inputs):
-    if node.cover_all or node.W_dtype != _FLOAT32 or not _fits(node, inputs):
+    if node.cover_all or node.W_dtype != _FLOAT32 or not _fit(inputs):
         return NotImplemented
     node.retain_inputs((0, 1))
     x, gy = map(_tensor, inputs)
@@ -258,7 +236,7 @@ def _batch_normalization(node, inputs):
         node._impl_selector is batch_normalization._impl_selector
         and _is_over_channels(node, x, gamma)
         and x.size > gamma.size
-        and _fits(node, [*inputs, *statistics])
+        and _fit([*inputs, *statistics])
         and all(_is_shared(array) for array in statistics)
     ):
         node._impl_selector = lambda *_: _BatchNormalization()
@@ -272,11 +250,7 @@ def _is_shared(array) -> bool:
 
 def _fixed_batch_normalization(node, inputs):
     x, gamma, *_ = inputs
-    if (
-        chainer.config.enable_backprop
-        or not _is_over_channels(node, x, gamma)
-        or not _fits(node, inputs)
-    ):
+    if chainer.config.enable_backprop or not _is_over_channels(node, x, gamma) or not _fit(inputs):
         return NotImplemented
     y, *_ = _aten._batch_norm_impl_index.default(*map(_tensor, inputs), False, 0.0, node.eps, True)
     return (_array(y, x),)
@@ -286,14 +260,14 @@ def _fixed_batch_normalization(node, inputs):
 
 
 def _relu(node, inputs):
-    if not _fits(node, inputs):
+    if not _fit(inputs):
         return NotImplemented
     node.retain_outputs((0,))
     return (_array(_aten.relu.default(_tensor(inputs[0])), inputs[0]),)
 
 
 def _relu_gradient(node, inputs):
-    if not _fits(node, [*inputs, node.b]):
+    if not _fit([*inputs, node.b]):
         return NotImplemented
     gx = _aten.threshold_backward.default(_tensor(inputs[0]), _tensor(node.b), 0)
     return (_array(gx, inputs[0]),)
@@ -305,7 +279,7 @@ def _windows(node):
 
 def _max_pooling(node, inputs):
     torchs = not node.cover_all and all(2 * p <= k for p, k in zip(node.pad, node.ksize))
-    if node.ndim != 2 or node.return_indices or not torchs or not _fits(node, inputs):
+    if node.ndim != 2 or node.return_indices or not torchs or not _fit(inputs):
         return NotImplemented
     node.retain_inputs((0,))
     y, node.torch_indexes = _aten.max_pool2d_with_indices.default(
@@ -333,15 +307,15 @@ def _max_pooling_gradient_of_gradient(node, inputs):
     return (_array(ggy, inputs[0]),)
 
 
-_FORWARD = {
-    convolution_2d.Convolution2DFunction: _convolution,
-    convolution_2d.Convolution2DGradW: _gradient_by_W,
-    deconvolution_2d.Deconvolution2DFunction: _gradient_by_x,
-    batch_normalization.BatchNormalization: _batch_normalization,
-    batch_normalization.FixedBatchNormalization: _fixed_batch_normalization,
-    relu.ReLU: _relu,
-    relu.ReLUGrad2: _relu_gradient,
-    max_pooling_nd.MaxPoolingND: _max_pooling,
-    max_pooling_nd.MaxPoolingNDGrad: _max_pooling_gradient,
-    max_pooling_nd.MaxPoolingNDWithIndexes: _max_pooling_gradient_of_gradient,
+_METHODS = {
+    (convolution_2d.Convolution2DFunction, 'forward'): _convolution,
+    (convolution_2d.Convolution2DGradW, 'forward'): _gradient_by_W,
+    (deconvolution_2d.Deconvolution2DFunction, 'forward'): _gradient_by_x,
+    (batch_normalization.BatchNormalization, 'forward'): _batch_normalization,
+    (batch_normalization.FixedBatchNormalization, 'forward'): _fixed_batch_normalization,
+    (relu.ReLU, 'forward'): _relu,
+    (relu.ReLUGrad2, 'forward'): _relu_gradient,
+    (max_pooling_nd.MaxPoolingND, 'forward'): _max_pooling,
+    (max_pooling_nd.MaxPoolingNDGrad, 'forward'): _max_pooling_gradient,
+    (max_pooling_nd.MaxPoolingNDWithIndexes, 'forward'): _max_pooling_gradient_of_gradient,
 }

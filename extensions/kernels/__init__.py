@@ -140,10 +140,14 @@ compiled: dict = {}
 functions: dict = {}
 _why_not = ''
 try:
-    compiled = _load()
-    functions = _load_functions()
+    compiled, functions = _load(), _load_functions()
 except (OSError, ImportError, AttributeError) as error:
     _why_not = str(error)
+
+
+def why_no_functions() -> str:
+    """Says in one line why ``functions`` is empty."""
+    return _why_not or 'nothing was loaded'
 
 
 def description() -> str:

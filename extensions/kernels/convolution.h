@@ -12,9 +12,10 @@
 #define CHAIN 64
 
 /* c[i] = sum over t, then l, of a[i][t * tap + l] * b[t * len + l], for HEIGHT rows and WIDTH
-   vectors at once. It is a sum of chains of fused multiply-adds from 0, because the error of one
-   long chain is larger. A chain takes pieces of up to 64 products of one t, and ends when it has
-   64 or more. `valid` of the columns exist. */
+   vectors at once: `taps` runs of `len` products each. It is a sum of chains of fused multiply-adds
+   from 0, because the error of one long chain is larger. A run is cut into pieces of up to 64
+   products. A chain takes whole pieces, also of several runs, until it has 64 products or more.
+   `valid` of the columns exist. */
 #undef PRODUCT
 #define PRODUCT(F, HEIGHT, WIDTH)                                                           \
     INLINE void NAME(F)(const float *const *a, int64_t taps, int64_t tap, int64_t len,      \

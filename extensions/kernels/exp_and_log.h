@@ -42,8 +42,8 @@ static inline double exp_of(double x)
 
 /* log(x) = n * log(2) + log(m), where x = 2**n * m and m is in [sqrt(1/2), sqrt(2)). With
    s = (m - 1) / (m + 1), log(m) = 2 * (s + s**3 / 3 + s**5 / 5 + ...), and |s| < 0.172: the series
-   up to s**19 / 19 leaves 1e-17. x is a float32, or a sum of them, and never subnormal as a
-   float64. The error is below 1e-15 of the result, and 1e-16 near 1. */
+   up to s**19 / 19 leaves 1e-17. x is a float32, or a sum of exponentials, and never subnormal
+   as a float64. The error is below 1e-15 of the result, and 1e-16 near 1. */
 static inline double log_of(double x)
 {
     if (!(x > 0))

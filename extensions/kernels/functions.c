@@ -42,8 +42,9 @@ static int64_t round_up(int64_t n, int64_t k)
 
 #include "exp_and_log.h"
 
-/* VL is the number of float32 in a vector. A kernel's accumulators are a tile of vectors in
-   registers: its height, for tiles that are two vectors wide and one vector wide. */
+/* VL is the number of float32 in a vector. The accumulators of a product are a tile of vectors in
+   registers. TILE2 and TILE1 are its height where it is two vectors and one vector wide; GTILE2 and
+   GTILE1 are those of the gradient by the weights. */
 #define NAME(F) NAME_OF(F, SET)
 #define NAME_OF(F, S) JOINED(F, S)
 #define JOINED(F, S) F##_##S

@@ -4,7 +4,7 @@
 #define NOT_BELOW_0(v) ((vf)((vi)(v) & ~((v) <= 0))) /* 0 where v < 0; NaN stays */
 #define IF_ABOVE_0(y, v) ((vf)((vi)(v) & ((y) > 0)))
 
-/* STATEMENT for each vector, then for each single value of n rows of C: o is its place. */
+/* VECTORS for each vector, and SINGLES for each value that is left, of P rows of C: o is its place. */
 #define EACH(VECTORS, SINGLES)                                                              \
     for (int64_t p = 0; p < P; p++) {                                                       \
         int64_t c = 0;                                                                      \

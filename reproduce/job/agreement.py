@@ -151,10 +151,9 @@ def check(mpi_comm, own: dict, images: dict, functions: str):
 
 
 def _processor(functions) -> str:
-    """Describes what a result's last bits depend on.
+    """Describes what a result's last bits depend on, as far as the processor matters.
 
-    Compiled functions have the same bits everywhere. Beside them only OpenCV's reduction of images
-    is left, which depends on the architecture and on FMA.
+    Beside compiled functions that is little: see "Functions on CPUs" in extensions/README.md.
     """
     if functions == 'compiled':
         return platform.machine() + (' with FMA' if kernels.has_fma() else ' without FMA')

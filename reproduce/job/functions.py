@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 from chainer.backends import cuda
 from mpi4py import MPI
 
-from extensions import cpu_functions, kernels
+from extensions import cpu_functions, kernels, replaced_methods
 from extensions.communicator_base import first_few
 from reproduce.settings import InputError
 
@@ -38,12 +39,12 @@ def resolve(name: str, device) -> str:
 
 def _why_not_compiled() -> str:
     if not kernels.functions:
-        return kernels.description()
-    return '' if kernels.has_fma() else 'the processor has no fused multiply-add'
+        return f'{kernels.why_no_functions()}; install gcc or clang, then the project again'
+    return '' if kernels.has_fma() else 'it has no fused multiply-adds for this processor'
 
 
-def agree(mpi_comm, name: str, device) -> str:
-    """Returns the implementation that all ranks compute by. Collective.
+def choose(mpi_comm, name: str, device) -> str:
+    """Makes every rank compute by the implementation, the same on all. Collective.
 
     Args:
         mpi_comm (mpi4py.MPI.Comm): The ranks.
@@ -55,9 +56,11 @@ def agree(mpi_comm, name: str, device) -> str:
 
     Raises:
         InputError: ``'auto'`` is not the same on all ranks. Raised on every rank.
+        InputError: As in :func:`use`. Raised on the ranks that it concerns.
     """
+    host = MPI.Get_processor_name()
     own = resolve(name, device)
-    everyone = mpi_comm.allgather((MPI.Get_processor_name(), own, _why_not_compiled()))
+    everyone = mpi_comm.allgather((host, own, _why_not_compiled()))
     if any(theirs != own for _, theirs, _ in everyone):
         lacking = [
             f'rank {rank} on {host} ({reason})'
@@ -65,9 +68,13 @@ def agree(mpi_comm, name: str, device) -> str:
             if reason
         ]
         raise InputError(
-            f'--functions auto: some ranks have compiled functions, but not {first_few(lacking)}; '
-            'install gcc or clang there, then the project again, or take --functions numpy'
+            '--functions auto: some ranks would compute by the compiled library, but not '
+            f'{first_few(lacking)}; or give --functions numpy'
         )
+    try:
+        use(own, device)
+    except InputError as error:
+        raise InputError(f'rank {mpi_comm.rank} on {host}: {error}') from None
     return own
 
 
@@ -87,8 +94,8 @@ def find(name: str):
         return None
     if name == 'compiled' and not kernels.functions:
         raise InputError(
-            f'--functions compiled: {sys.executable} runs {kernels.description()}; install gcc '
-            'or clang, then the project again, or take --functions numpy'
+            f'--functions compiled: {sys.executable} has no compiled library '
+            f'({_why_not_compiled()}), or take --functions numpy'
         )
     if name in ('compiled', 'numpy'):
         return cpu_functions
@@ -104,7 +111,7 @@ def find(name: str):
 
 
 def use(name: str, device):
-    """Makes this process compute by the implementation, on a device.
+    """Makes this process compute by the implementation, on a device, and by no other.
 
     Args:
         name (str): The setting ``functions``, but not ``'auto'``.
@@ -115,6 +122,8 @@ def use(name: str, device):
     """
     if device.xp is np:
         _keep_freed_memory()
+        _keep_subnormal_numbers()
+    replaced_methods.undo()
     module = find(name)
     if module is None:
         # Chainer's 8 MiB keep cuDNN from its fast algorithms; chainer.config.autotune stays off,
@@ -142,7 +151,7 @@ def use(name: str, device):
 def _keep_freed_memory():
     """Makes glibc keep what is freed. Else each iteration gets its arrays' pages anew from Linux.
 
-    The pages took 8 to 20 % of forward and backward. The peak of the memory stays the same.
+    See "Forward and backward on CPUs" in reproduce/results/README.md.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -154,6 +163,12 @@ def _keep_freed_memory():
     )  # what old ones allow
 
 
+def _keep_subnormal_numbers():
+    """Undoes what libraries compiled with -ffast-math set when they are loaded: they flush to 0."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
+
+
 def description(name: str, device) -> str:
     """Returns the implementation with its version, after :func:`use`."""
     module = find(name)
@@ -163,7 +178,8 @@ def description(name: str, device) -> str:
             f', since {reason}; the bits are not those of compiled C' if reason else ''
         )
     if module is not None:
-        return module.description()
+        slow = name == 'compiled' and not kernels.has_fma()
+        return module.description() + (', slow without fused multiply-adds' if slow else '')
     if device.xp is not cuda.cupy:
         return "Chainer's own"
     products = 'TF32' if os.environ.get('NVIDIA_TF32_OVERRIDE') == '1' else 'float32'

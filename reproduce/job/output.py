@@ -122,8 +122,11 @@ def for_smoke(settings, folder) -> tuple[str, list[str]]:
         if not (path / 'summary.json').exists() and not _is_in_use(path):
             if not found:
                 return out, ['--out', out]
-            if _is_of(found, as_json(settings.identity)):
-                return out, ['--out', out, '--resume', 'auto']
+            theirs, ours = _identity_of(found), as_json(settings.identity)
+            if settings.functions == 'auto':  # and a run goes on by what it has begun with
+                ours['functions'] = theirs.get('functions', 'auto')
+            if not difference({name: theirs.get(name) for name in ours}, ours):
+                return out, ['--out', out, '--resume', 'auto', '--functions', ours['functions']]
         out = f'{settings.out}-{next(numbers)}'
 
 
@@ -133,12 +136,13 @@ def _is_in_use(out) -> bool:
     return False
 
 
-def _is_of(checkpoints, identity) -> bool:
+def _identity_of(checkpoints) -> dict:
+    """Returns the identity of the newest checkpoint that can be read; empty without one."""
     for path in checkpoints:
         found = properties_of(path).get('identity')
         if found:
-            return not difference({name: found.get(name) for name in identity}, identity)
-    return False
+            return found
+    return {}
 
 
 def refuse_other_run(settings):
@@ -178,7 +182,12 @@ def find_checkpoint(settings, identity):
     try:
         found = checkpoint.newest(place, identity)
     except checkpoint.CheckpointError as error:
-        raise InputError(f'{error}: {_LONGER}') if 'epochs' in error.differing else error from None
+        if 'epochs' in error.differing:
+            raise InputError(f'{error}: {_LONGER}') from None
+        if list(error.differing) == ['functions']:
+            own = error.differing['functions'].split()[1]
+            raise InputError(f'{error}; to go on, give --functions {own}') from None
+        raise
     if found is None and not auto:
         raise InputError(f'--resume {settings.resume}: there is no checkpoint; give another path')
     if found is None:

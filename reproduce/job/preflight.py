@@ -100,7 +100,7 @@ class Preflight:
         self._mpi, self._watchdog, self._settings = mpi, watchdog, settings
         self._folders: list = []
         self._n_classes = 1000
-        self._fits = True
+        self._fits = self._has_functions = True
         self._free_disk = None
         self._comm = self._model = self._optimizer = None
         self._start = (_resident(), _available_memory())
@@ -124,7 +124,8 @@ class Preflight:
                 self._check('--loader', self._loader)
                 if not on_gpus:
                     self._check('--functions', self._functions)
-                self._check('a minibatch', self._minibatch)
+                if self._mpi.allreduce(self._has_functions, MPI.LAND):
+                    self._check('a minibatch', self._minibatch)
 
     def _check(self, name, function):
         if self._mpi.rank == 0:
@@ -385,8 +386,9 @@ class Preflight:
         """
         try:
             device = extensions.device_of(self._comm)
-            functions.use(functions.agree(self._mpi, self._settings.functions, device), device)
+            functions.choose(self._mpi, self._settings.functions, device)
         except InputError as error:
+            self._has_functions = False
             self.problems.append(str(error))
 
     def _minibatch(self):

@@ -132,7 +132,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         comm (~chainermn.CommunicatorBase): The processes.
         train, val (ImageFolder): Training and validation images.
         n_parameters (int): Number of the model's parameters.
-        arithmetic (list of str): Result of :func:`arithmetic_of` on each rank.
+        arithmetic (list of tuples): Result of :func:`arithmetic_of` on each rank.
 
     Returns:
         str: A line for each property of the run.
@@ -141,6 +141,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
     device = device_of(comm)
     device_name = 'CPU' if device.xp is np else gpu(device.device.id)
     each = s.workers // comm.size
+    update, computes = ('; '.join(_with_ranks(list(texts))) for texts in zip(*arithmetic))
     rows = {
         'workers': f'{s.workers:,} = {comm.size:,} processes x {each:,}, '
         f'on {comm.inter_size:,} host(s), {device_name}',
@@ -149,9 +150,9 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         'learning rate': f'base {s.lr_base:g}, first {s.lr(0):g}',
         'communicator': f'{type(comm).__name__}; {comm.reason}',
         'all-reduce': all_reduce_of(comm, s),
-        'update': f'RMSpropWarmup, {"; ".join(_with_ranks(arithmetic))}',
+        'update': f'RMSpropWarmup, {update}',
         'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
-        'functions': functions.description(s.functions, device),
+        'functions': computes,
         'training': f'{len(train):,} images in {train.root}',
         'validation': f'{len(val):,} images in {val.root}',
         'classes': f'{len(train.classes):,}',
@@ -178,9 +179,10 @@ def all_reduce_of(comm, settings) -> str:
     return f'{settings.allreduce_grad_dtype}, {sum_}{scale}'
 
 
-def arithmetic_of(device) -> str:
-    """Describes the implementation that updates parameters on a device."""
-    return kernels.description() if device.xp is np else 'CUDA'
+def arithmetic_of(settings, device) -> tuple[str, str]:
+    """Describes what updates parameters on a device, and what computes forward and backward."""
+    update = kernels.description() if device.xp is np else 'CUDA'
+    return update, functions.description(settings.functions, device)
 
 
 def _with_ranks(texts) -> list:

@@ -102,8 +102,7 @@ def choose_functions(mpi, watchdog, settings, comm):
     device = extensions.device_of(comm)
 
     def choose():
-        name = functions.agree(mpi, settings.functions, device)
-        functions.use(name, device)
+        name = functions.choose(mpi, settings.functions, device)
         return dataclasses.replace(settings, functions=name)
 
     return ranks.on_every_rank(mpi, choose, watchdog.part('the functions'))
@@ -150,7 +149,7 @@ def run(mpi, watchdog, comm, settings, argv, trainer, batches):
     time_report, log_report = _extend(settings, comm, trainer, batches)
     identity = {**settings.identity, 'training images': train.digest(), 'validation': val.digest()}
     checkpoint = _find_checkpoint(mpi, watchdog, settings, identity)
-    arithmetic = mpi.gather(report.arithmetic_of(extensions.device_of(comm)))
+    arithmetic = mpi.gather(report.arithmetic_of(settings, extensions.device_of(comm)))
     if comm.rank == 0:
         n_parameters = model.count_params()
         print(report.header(settings, comm, train, val, n_parameters, arithmetic), flush=True)

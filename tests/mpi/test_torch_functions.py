@@ -53,7 +53,7 @@ def test_a_run_goes_on_with_the_same_functions_only(train, tmp_path):
     out = tmp_path / 'other'
     done = train(2, '--functions', 'torch', '--resume', checkpoint, '--out', out)
     assert done.returncode == 2
-    assert f'error: {checkpoint} was made with functions chainer (now torch)\n' in done.stdout
+    assert f'error: {checkpoint} was made with functions chainer (now torch); ' in done.stdout
     assert 'total batch' not in done.stdout
 
 

@@ -296,7 +296,7 @@ def test_an_infinite_gradient_can_be_let_through(mpirun, root, tmp_path):
         ('folder', 'cannot be read by rank 2 on '),
         pytest.param(
             'library',
-            'some ranks have compiled functions, but not rank 2 on ',
+            'some ranks would compute by the compiled library, but not rank 2 on ',
             marks=pytest.mark.skipif(not kernels.functions, reason=kernels.description()),
         ),
     ],

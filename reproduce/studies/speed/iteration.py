@@ -38,7 +38,7 @@ _COLUMNS = (*_PARTS, 'iteration', 'validation')  # of a rank's seconds
 _TITLES = {'compute': 'forward + backward', 'allreduce': 'all-reduce'}
 _SETTINGS = (
     *('width', 'stem', 'image_size', 'local_batch_size'),
-    *('functions', 'allreduce_grad_dtype'),
+    'allreduce_grad_dtype',
 )
 
 
@@ -351,7 +351,10 @@ def main(argv):
         'machine': platform.platform(),
         'python': platform.python_version(),
         'numpy': np.__version__,
-        'settings': {name: getattr(options, name) for name in _SETTINGS},
+        'settings': {
+            **{name: getattr(options, name) for name in _SETTINGS},
+            'functions': results[0]['functions'],
+        },
         'figures': figures,
     }
     out = Path(options.out)

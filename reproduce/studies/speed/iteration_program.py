@@ -136,7 +136,7 @@ class Ours(_System):
         communicator_options = {**settings.communicator_options, 'allreduce_grad_dtype': dtype}
         self.comm = extensions.create_communicator(mpi_comm=mpi, **communicator_options)
         device = extensions.device_of(self.comm)
-        functions.use(functions.agree(mpi, options.functions, device), device)
+        options.functions = functions.choose(mpi, options.functions, device)
         trainer, self.batches = experiment(settings, self.comm, train, val)
         self.updater = trainer.updater
         self.model = self.updater.get_optimizer('main').target
@@ -371,6 +371,7 @@ def measure(options, mpi) -> dict | None:
         'hosts': ours.comm.inter_size,
         'cores_of_a_host': os.cpu_count(),
         'parameters': ours.model.count_params(),
+        'functions': options.functions,
         'seconds': {name: (sums / mpi.size).tolist() for name, sums in means.items()},
     }
 

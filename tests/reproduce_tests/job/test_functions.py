@@ -1,12 +1,16 @@
 """Which implementation --functions auto stands for, and what it does to the process."""
 
 import platform
+import shutil
 import subprocess
 import sys
 import types
 
 import chainer
+import chainer.functions as F
+import numpy as np
 import pytest
+from chainer.functions.activation import relu
 
 from extensions import kernels
 from reproduce.job import functions
@@ -50,6 +54,46 @@ def test_gpus_have_no_functions_of_cpus(processor, name):
     processor('x86_64', ['avx2', 'plain'])
     with pytest.raises(functions.InputError, match=f'{name}: they run on CPUs, not on @cupy:0; '):
         functions.use(name, GPU)
+
+
+def test_one_implementation_at_a_time():
+    x = np.ones((1, 2, 3, 3), np.float32).transpose(0, 1, 3, 2)
+    own = relu.ReLU.forward
+    try:
+        functions.use('numpy', CPU)
+        replaced = relu.ReLU.forward
+        assert replaced is not own and (F.relu(x).array == 1).all()
+        functions.use('numpy', CPU)
+        assert relu.ReLU.forward is replaced or relu.ReLU.forward.__wrapped__ is own
+    finally:
+        functions.use('chainer', CPU)
+    assert relu.ReLU.forward is own
+
+
+FLUSHED = """
+import ctypes, sys
+import extensions
+import chainer, numpy as np
+from reproduce.job import functions
+tiny = np.full(64, 2.0**-130, np.float32)
+ctypes.CDLL(sys.argv[1])
+print((tiny * 1).any())
+functions.use('chainer', chainer.get_device('@numpy'))
+print((tiny * 1).all())
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != 'x86_64' or not shutil.which('gcc'), reason='needs gcc on x86-64'
+)
+def test_subnormal_numbers_are_kept_whatever_was_loaded(root_of_project, tmp_path):
+    library = tmp_path / 'fast.so'
+    subprocess.run(['gcc', '-Ofast', '-shared', '-x', 'c', '/dev/null', '-o', library], check=True)
+    command = [sys.executable, '-c', FLUSHED, library]
+    said = subprocess.check_output(command, cwd=root_of_project, text=True).split()
+    if said[0] == 'True':
+        pytest.skip("this gcc's libraries leave them alone")
+    assert said == ['False', 'True']
 
 
 ITERATIONS = """

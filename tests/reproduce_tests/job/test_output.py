@@ -86,17 +86,19 @@ def test_smoke_goes_on_or_takes_a_fresh_folder(settings, tmp_path):
         return output.for_smoke(settings(*words, out='out'), tmp_path)
 
     assert place() == ('out', ['--out', 'out'])
-    run(settings())
-    assert place() == ('out', ['--out', 'out', '--resume', 'auto'])
+    run(settings('--functions', 'compiled'))  # what auto stands for
+    own = ['--resume', 'auto', '--functions', 'compiled']
+    assert place() == place('--functions', 'compiled') == ('out', ['--out', 'out', *own])
+    assert place('--functions', 'numpy') == ('out-2', ['--out', 'out-2'])
     assert place('--seed', '3') == ('out-2', ['--out', 'out-2'])
     (tmp_path / 'out/summary.json').write_text('{}')
     assert place() == ('out-2', ['--out', 'out-2'])
-    run(settings(out=tmp_path / 'out-2'))
-    assert place() == ('out-2', ['--out', 'out-2', '--resume', 'auto'])
+    run(settings('--functions', 'compiled', out=tmp_path / 'out-2'))
+    assert place() == ('out-2', ['--out', 'out-2', *own])
     with open(tmp_path / 'out-2/.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert place() == ('out-3', ['--out', 'out-3'])
-    assert place() == ('out-2', ['--out', 'out-2', '--resume', 'auto'])
+    assert place() == ('out-2', ['--out', 'out-2', *own])
 
 
 @pytest.mark.parametrize(

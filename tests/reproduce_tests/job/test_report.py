@@ -115,7 +115,7 @@ def test_the_header_of_the_papers_run_on_fewer_processes():
 
     def header(n):
         comm = types.SimpleNamespace(size=n, inter_size=n // 8, reason='')
-        return report.header(PRESETS['paper'](), comm, Folder(), Folder(), 1, ['C'] * n)
+        return report.header(PRESETS['paper'](), comm, Folder(), Folder(), 1, [('C', 'C')] * n)
 
     assert (
         'each process plays 32 workers, one after the other; --workers 32 would be one each, and '

@@ -109,6 +109,7 @@ OLDER = {  # what the libraries take on a processor of 2008
     'OPENBLAS_CORETYPE': 'Prescott',
     'OPENCV_CPU_DISABLE': 'AVX512-SKX,AVX2,FMA3,AVX,FP16',
     'JSIMD_FORCESSE2': '1',
+    'GLIBC_TUNABLES': 'glibc.cpu.hwcaps=-AVX512F,-AVX2,-FMA,-FMA4',
 }
 SETS = list(kernels.functions)
 
