@@ -11,9 +11,9 @@ on NumPy, its BLAS, the processor and the number of threads.
 
 All that these functions do not compute stays Chainer's: GPUs, arrays of other types than float32,
 groups, dilation, ``cover_all``, BN over other axes than (0, 2, 3), fixed BN that is differentiated,
-and double backpropagation. Two gradients differ from Chainer's on the CPU: in C, that of a ReLU is 0
-below 0 for an infinite gradient, too, as on GPUs; and that of a maximum of -inf goes to a pixel of
-the image, never to the padding.
+and double backpropagation. Two gradients differ from Chainer's on the CPU: in C, that of a ReLU
+below 0 is 0 for an infinite gradient, too, as on GPUs; and that of a maximum of -inf goes to a
+pixel of the image, never to the padding.
 """
 
 from __future__ import annotations
