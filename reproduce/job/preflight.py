@@ -160,6 +160,7 @@ class Preflight:
         try:
             functions.find(self._settings.functions)  # its version is compared, too
         except InputError as error:
+            self._has_functions = False
             self.problems.append(str(error))
         own = agreement.of_host()
         for name, first in self._mpi.bcast(own).items():
@@ -384,6 +385,8 @@ class Preflight:
         On CPUs this is not the memory: only that of Chainer's own functions, which need more, can
         be measured.
         """
+        if not self._mpi.allreduce(self._has_functions, MPI.LAND):
+            return
         try:
             device = extensions.device_of(self._comm)
             functions.choose(self._mpi, self._settings.functions, device)

@@ -130,4 +130,4 @@ def test_functions_that_do_not_exist(train, tmp_path):
     done = train(2, '--functions', 'cudnn', '--out', tmp_path)
     assert done.returncode == 2
     assert done.stdout.count('\nerror: ') + done.stdout.startswith('error: ') == 1
-    assert 'cudnn is not one of chainer, compiled, torch' in done.stdout
+    assert 'cudnn is not one of auto, compiled, numpy, chainer, torch; ' in done.stdout
