@@ -104,7 +104,7 @@ class Training:
 
     Attributes:
         iteration (int): Number of completed updates.
-        losses (list): This process's, a float64 tensor [workers] per iteration since the last epoch.
+        losses (list): A float64 tensor of this process's workers per iteration of the epoch.
     """
 
     def __init__(self, settings, model, network, workers, optimizer, batches):
@@ -139,6 +139,7 @@ class Training:
         self.model.train()
         losses = []
         for worker in self.workers:
+            self.optimizer.zero_grad()
             x, t = self.convert(self.batches.train_batch(self.iteration, worker))
             loss = F.cross_entropy(self.network(x), t)
             loss.backward()  # with one worker in each process, this all-reduces
@@ -148,7 +149,6 @@ class Training:
             self.workers.mean_grad()
         self.check_gradients()
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.losses.append(torch.stack(losses))
         self.iteration += 1
 

@@ -1,0 +1,345 @@
+"""Do the training in Chainer and its twin in PyTorch compute the same numbers?
+
+./run_mpi.sh twin compare [--iterations N] [--restart] [options of train.py]
+
+One process trains both, from the same initial values, on the same images. It plays all workers. The
+preset is smoke with 4 workers, unless the options say otherwise.
+
+How far may two right programs be apart? float32 sums in another order round otherwise. A flipped
+rounding to float16 follows, and RMSprop makes the smallest gradients as large as all others. So the
+command trains in Chainer twice: by the compiled functions, and by Chainer's own, which add in
+another order. LIMIT times the distance of these two is the limit for the twin. The distance of a
+and b is || a - b || / || a ||, over all parameters or layers. lr and the alphas must be equal.
+
+The distance grows until nothing is left to compare. With --restart, each iteration starts from the
+parameters, m and Delta of the first training, so that every iteration is a test of its own.
+
+Writes compare.json and compare.png. The status is 1 if they part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from reproduce.job import BLAS_THREADS
+
+if __name__ == '__main__':  # NumPy and PyTorch read these variables when they are imported
+    for variable in BLAS_THREADS:
+        os.environ.setdefault(variable, '1')
+
+import extensions  # isort: skip  (first: makes Chainer importable on NumPy 2)
+import chainer
+import numpy as np
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+
+import reproduce.train
+from extensions import cpu_functions
+from reproduce import dataset
+from reproduce.job import functions
+from reproduce.job.command_line import Parser, reason
+from reproduce.job.plots import plt, save
+from reproduce.listing import DataError
+from reproduce.settings import InputError
+from reproduce.twin import records
+from reproduce.twin import train as twin
+from reproduce.twin.resnet50 import chainer_names
+
+LIMIT = 10  # the two distances are of one kind, but few flips make them, in the first iterations
+ROUNDING = 2.0**-24  # of a float32, relative
+STATE = ('parameters', 'm', 'Delta')
+QUANTITIES = ('gradient', *STATE, 'BN mean', 'BN variance')
+SCHEDULES = ('lr', 'alpha_sgd', 'alpha_rmsprop')
+
+
+class InChainer:
+    """The training of reproduce/train.py, iteration by iteration.
+
+    Args:
+        settings (Settings): Settings of the run.
+        train, val (ImageFolder): Training and validation images.
+        function_set (str): ``'compiled'``, ``'numpy'`` or ``'chainer'``, as --functions.
+    """
+
+    def __init__(self, settings, train, val, function_set):
+        options = {**settings.communicator_options, 'name': 'mpi'}
+        comm = extensions.create_communicator(mpi_comm=MPI.COMM_SELF, **options)
+        self.trainer, self.batches = reproduce.train.experiment(settings, comm, train, val)
+        self._functions = function_set
+        schedules = ['StepLearningRate', 'AlphaSGDSchedule']
+        for name in schedules[: 1 if settings.alpha_form == 'sgd' else 2]:
+            self.trainer.get_extension(name).initialize(self.trainer)
+        self._updater = self.trainer.updater
+        self._updater.losses = []
+        self._optimizer = self._updater.get_optimizer('main')
+        self._params = dict(sorted(self._optimizer.target.namedparams()))
+        self._layers = [
+            link
+            for _, link in sorted(self._optimizer.target.namedlinks())
+            if isinstance(link, chainer.links.BatchNormalization)
+        ]
+
+    def update(self):
+        functions.use(self._functions, chainer.get_device('@numpy'))
+        try:
+            with self.trainer.reporter.scope({}):  # the schedules act in a running trainer only
+                self._updater.update()
+        finally:
+            cpu_functions.disable()
+        self._updater.batch_statistics()
+
+    def arrays(self, quantity) -> list:
+        """Returns the arrays of one of ``QUANTITIES``, in the order of Chainer's names."""
+        params = self._params.values()
+        if quantity == 'gradient':
+            return [param.grad for param in params]
+        if quantity == 'parameters':
+            return [param.array for param in params]
+        if quantity in STATE:
+            return [param.update_rule.state[quantity.lower()] for param in params]
+        kind = 'avg_mean' if quantity == 'BN mean' else 'avg_var'
+        return [getattr(layer, kind) for layer in self._layers]
+
+    def schedules(self) -> dict:
+        return {name: float(getattr(self._optimizer, name)) for name in SCHEDULES}
+
+    def loss(self) -> float:
+        return float(self._updater.losses.pop().astype(np.float64).mean())
+
+
+class InPyTorch:
+    """The twin, iteration by iteration, as :class:`InChainer`."""
+
+    def __init__(self, settings, train, val):
+        self.training, self.batches = twin.experiment(settings, OneProcess(), train, val)
+        model = self.training.model
+        self._names = {theirs: own for own, theirs in sorted(chainer_names(model).items())}
+        self._params = dict(model.named_parameters())
+        self._buffers = dict(model.named_buffers())
+
+    def update(self):
+        self.training.update()
+        self.training.workers.average_statistics()
+
+    def arrays(self, quantity) -> list:
+        of = self._buffers if quantity.startswith('BN') else self._params
+        kind = {'BN mean': 'running_mean', 'BN variance': 'running_var'}.get(quantity, '')
+        tensors = [
+            of[own] for _, own in sorted(self._names.items()) if own in of and own.endswith(kind)
+        ]
+        if quantity == 'gradient':
+            tensors = [param.grad for param in tensors]
+        elif quantity in ('m', 'Delta'):
+            state = self.training.optimizer.state
+            tensors = [state[param][quantity.lower()] for param in tensors]
+        return [tensor.detach().numpy() for tensor in tensors]
+
+    def schedules(self) -> dict:
+        return self.training.hyperparameters
+
+    def loss(self) -> float:
+        return float(self.training.losses.pop().mean())
+
+
+class OneProcess:
+    """A process that plays all workers."""
+
+    rank, size, device = 0, 1, torch.device('cpu')
+
+
+def run(settings, n_iterations, restart, out) -> dict:
+    """Trains both, prints a row per iteration, and writes OUT/compare.json and OUT/compare.png.
+
+    Args:
+        settings (Settings): The numbers of both.
+        n_iterations (int): Number of iterations.
+        restart (bool): Whether each iteration starts from the state of the first training.
+        out (str): The folder, which is made.
+
+    Returns:
+        dict: ``iterations``: a dict for each iteration. ``parted``: None, or the first iteration
+            beyond the limit, the quantity, and its distance and limit.
+    """
+    os.makedirs(out, exist_ok=True)
+    first = functions.resolve('auto', chainer.get_device('@numpy'))
+    with tempfile.TemporaryDirectory() as folder:
+        here = dataclasses.replace(settings, out=folder)
+        train, val = dataset.save(here, dataset.find(here, 1))
+        ours = InChainer(settings, train, val, first)
+        again = InChainer(settings, train, val, 'chainer')
+        theirs = InPyTorch(settings, train, val)
+        check_start(ours, theirs)
+        print(f'Chainer by functions {first}, and by its own; PyTorch {torch.__version__}')
+        print(_HEADS, flush=True)
+        rows: list = []
+        for iteration in range(1, n_iterations + 1):
+            if restart and iteration > 1:
+                for other in (again, theirs):
+                    copy_state(ours, other)
+            for side in (ours, again, theirs):
+                side.update()
+            rows.append({'iteration': iteration, **compared(ours, again, theirs, rows, restart)})
+            print(_row(rows[-1]), flush=True)
+    result = {'settings': settings.identity, 'restart': restart, 'limit': LIMIT}
+    result.update(versions={'torch': str(torch.__version__)}, iterations=rows, parted=parted(rows))
+    Path(out, 'compare.json').write_text(json.dumps(result, indent=2) + '\n')
+    plot(rows, out)
+    return result
+
+
+def check_start(ours, theirs):
+    """Raises ValueError if the initial values differ, or if the table pairs different shapes."""
+    for one, other in zip(ours.arrays('parameters'), theirs.arrays('parameters')):
+        if not np.array_equal(one, other):
+            raise ValueError('the initial values of Chainer and of PyTorch differ')
+
+
+def copy_state(source, target):
+    for quantity in STATE:
+        for one, other in zip(source.arrays(quantity), target.arrays(quantity)):
+            other[...] = one
+
+
+def compared(ours, again, theirs, rows, restart) -> dict:
+    """Returns what is compared after one iteration."""
+    loss = ours.loss()
+    found = {
+        'loss': loss,
+        'twin loss': theirs.loss(),
+        'gradient': float(np.linalg.norm(_flat(ours.arrays('gradient')))),
+        **ours.schedules(),
+        'equal schedules': ours.schedules() == theirs.schedules(),
+        'distance': {'loss': 0.0},
+        'rounding': {'loss': abs(again.loss() - loss) / abs(loss)},
+        'largest': {},
+        'limit': {},
+    }
+    found['distance']['loss'] = abs(found['twin loss'] - loss) / abs(loss)
+    for quantity in QUANTITIES:
+        reference = _flat(ours.arrays(quantity))
+        difference = _flat(theirs.arrays(quantity)) - reference
+        norm = np.linalg.norm(reference)
+        found['distance'][quantity] = float(np.linalg.norm(difference) / norm)
+        found['largest'][quantity] = float(abs(difference).max() / abs(reference).max())
+        rounded = _flat(again.arrays(quantity)) - reference
+        found['rounding'][quantity] = float(np.linalg.norm(rounded) / norm)
+    for quantity, rounding in found['rounding'].items():
+        # A distance may fall by chance, but what it has been is possible.
+        before = [row['rounding'][quantity] for row in rows]
+        found['limit'][quantity] = LIMIT * max(ROUNDING, rounding, *before)
+    return found
+
+
+def _flat(arrays):
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float64)
+
+
+def parted(rows):
+    """Returns where the twin is first beyond the limit: iteration, quantity, distance, limit."""
+    for row in rows:
+        if not row['equal schedules']:
+            return {'iteration': row['iteration'], 'quantity': 'lr or alpha'}
+        for quantity, distance in row['distance'].items():
+            if not distance <= row['limit'][quantity]:
+                return {
+                    'iteration': row['iteration'],
+                    'quantity': quantity,
+                    'distance': distance,
+                    'limit': row['limit'][quantity],
+                }
+    return None
+
+
+_HEADS = (
+    f'{"":>5}{"":>10}{"":>10}{"":>9}{"":>9}{"":>10}  of the twin, and of another order of sums\n'
+    f'{"it.":>5}{"loss":>10}{"lr":>10}{"alpha_sgd":>10}{"|g|":>9}'
+    + ''.join(f'{name:>18}' for name in ('loss', *QUANTITIES))
+)
+
+
+def _row(row) -> str:
+    pairs = [(row['distance'][name], row['rounding'][name]) for name in row['distance']]
+    cells = ''.join(f'{own:10.1e}{other:8.0e}' for own, other in pairs)
+    numbers = f'{row["loss"]:10.6f}{row["lr"]:10.5f}{row["alpha_sgd"]:10.5f}{row["gradient"]:9.3f}'
+    return f'{row["iteration"]:5}{numbers}{cells}'
+
+
+def plot(rows, out):
+    """Draws OUT/compare.png: the distance of each quantity by iteration, and its limit."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True, constrained_layout=True)
+    iterations = [row['iteration'] for row in rows]
+    names = ('loss', 'gradient', *STATE, 'BN variance')
+    for axis, name in zip(axes.flat, names):
+        for key, style, label in (
+            ('distance', 'k-', 'PyTorch'),
+            ('rounding', 'k--', 'Chainer, another order of sums'),
+            ('limit', 'k:', f'limit, {LIMIT} times its maximum'),
+        ):
+            values = [max(row[key][name], ROUNDING / 10) for row in rows]
+            axis.semilogy(iterations, values, style, lw=1, label=label)
+        axis.axhline(ROUNDING, color='k', alpha=0.3, lw=0.8)
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize='small')
+    axes[0, 0].set_ylabel('relative distance to Chainer')
+    for axis in axes[1]:
+        axis.set_xlabel('iteration')
+    save(figure, os.path.join(out, 'compare.png'))
+
+
+def verdict(result) -> str:
+    """Returns the result in words."""
+    found, rows = result['parted'], result['iterations']
+    if found is None:
+        ratios = [
+            row['distance'][q] / (row['limit'][q] / LIMIT) for row in rows for q in row['distance']
+        ]
+        return (
+            f'they do not part within {len(rows)} iterations: the twin is at most '
+            f'{max(ratios):.1f} times as far from Chainer as another order of sums is; the limit '
+            f'is {LIMIT}'
+        )
+    if 'distance' not in found:
+        return f'they part in iteration {found["iteration"]}: {found["quantity"]} differ'
+    return (
+        f'they part in iteration {found["iteration"]}: {found["quantity"]}, distance '
+        f'{found["distance"]:.1e} = {found["distance"] / ROUNDING:.1e} roundings of float32, limit '
+        f'{found["limit"]:.1e}'
+    )
+
+
+def main(argv):
+    parser = Parser(prog='./run_mpi.sh twin compare', description=__doc__)
+    add = parser.add_argument
+    add('--iterations', type=int, default=50, metavar='N', help='train so long [%(default)s]')
+    add('--restart', action='store_true', help='start each iteration from the same numbers')
+    add('--out', default='results/twin', metavar='FOLDER', help='write there [%(default)s]')
+    own, words = parser.parse_known_args(argv)
+    if own.iterations < 1:
+        parser.refuse(f'--iterations must be at least 1, not {own.iterations}')
+    given = {word.partition('=')[0] for word in words}
+    if '--preset' not in given:
+        words = ['--preset', 'smoke', *words]
+    if '--workers' not in given:
+        words += ['--workers', '4']
+    if '--loader' not in given:
+        words += ['--loader', 'serial']
+    store = dist.HashStore()
+    dist.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        settings = records.parse(words, 1)
+        result = run(settings, own.iterations, own.restart, own.out)
+    except (InputError, DataError, OSError) as error:
+        parser.refuse(reason(error))
+    print(f'{verdict(result)}; results in {own.out}')
+    return 1 if result['parted'] else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
