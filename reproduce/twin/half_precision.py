@@ -29,7 +29,7 @@ def cast_sum_divide(dtype, bucket):
 
 
 def divide_first(dtype, bucket):
-    """Cast, divide, sum: as PyTorch's own ``fp16_compress_hook``. It makes more values zero."""
+    """Cast, divide, sum: as PyTorch's own ``fp16_compress_hook``. Below 2**-25 n it sends zero."""
     n = dist.get_world_size()
     return _all_reduced(bucket, bucket.buffer().to(dtype).div_(n), lambda total: total)
 

@@ -139,7 +139,6 @@ class Training:
         self.model.train()
         losses = []
         for worker in self.workers:
-            self.optimizer.zero_grad()
             x, t = self.convert(self.batches.train_batch(self.iteration, worker))
             loss = F.cross_entropy(self.network(x), t)
             loss.backward()  # with one worker in each process, this all-reduces

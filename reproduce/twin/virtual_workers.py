@@ -63,6 +63,9 @@ class VirtualWorkers:
         self._n_added = 0
 
     def __iter__(self):
+        """Begins an iteration: discards gradients, and what an iteration that failed has left."""
+        for param in self._params:
+            param.grad = None
         self._n_added = 0
         self.batch_statistics.clear()
         return iter(self.workers)
