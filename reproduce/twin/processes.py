@@ -8,6 +8,7 @@ import importlib.util
 import os
 import socket
 import sys
+import time
 import traceback
 
 from reproduce.job import janitor, start
@@ -38,6 +39,10 @@ def before_mpi():
     from reproduce import loader
 
     loader.start_forkserver(janitor.remove_after_end)
+
+
+class TogetherError(Exception):
+    """An error that all processes find at the same place."""
 
 
 class Processes:
@@ -135,16 +140,25 @@ def run(main):
         if not getattr(error, 'agreed', False):
             _fail(error)
         raise
+    except TogetherError as error:
+        if _rank() == '0':
+            print(f'error: {error}', file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # the launcher ends all when one has ended
+        os._exit(1)
     except BaseException as error:  # noqa: BLE001  (the others must not wait)
         _fail(error)
 
 
+def _rank() -> str:
+    return os.environ.get('RANK') or os.environ.get('OMPI_COMM_WORLD_RANK', '0')
+
+
 def _fail(error):
-    rank = os.environ.get('RANK') or os.environ.get('OMPI_COMM_WORLD_RANK', '?')
     lines = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
     with contextlib.suppress(OSError):
         print(
-            f'{lines}error: rank {rank} on {socket.gethostname()} failed: {error!r}',
+            f'{lines}error: rank {_rank()} on {socket.gethostname()} failed: {error!r}',
             file=sys.stderr,
             flush=True,
         )

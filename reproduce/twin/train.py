@@ -182,7 +182,10 @@ class Training:
         """Ends the run on every process if the mean gradient is infinite or NaN."""
         gradients = [param.grad for param in self.model.parameters()]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise FloatingPointError(f'iteration {self.iteration + 1}: a gradient is inf or NaN')
+            raise job.TogetherError(
+                f'iteration {self.iteration + 1}: the mean gradient is infinite or NaN; lower the '
+                'learning rate, or look for broken images'
+            )
 
     @torch.no_grad()
     def validate(self) -> dict:

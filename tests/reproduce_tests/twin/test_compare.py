@@ -45,7 +45,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture
 def compared(tmp_path, digits):
-    def run(words='', n_iterations=2, restart=True):
+    def run(words='', n_iterations=3, restart=True):
         settings = records.parse(f'{SMALL} {digits} {words}'.split(), 1)
         return compare.run(settings, n_iterations, restart, tmp_path / 'out')
 
@@ -56,20 +56,21 @@ def compared(tmp_path, digits):
 @pytest.mark.parametrize('form', ['printed', 'continuous'])
 @pytest.mark.parametrize('dtype', ['float16', 'float32'])
 def test_fifty_iterations_agree_one_by_one(small, compared, form, dtype):
-    """Through the whole transition: its end is iteration 32 of 50."""
+    """Through the whole transition. Beside single ReLUs, which make the limits fluctuate, the
+    twin is as far from Chainer as Chainer's own functions are."""
     words = f'--alpha-form {form} --allreduce-grad-dtype {dtype} --epochs 6'
     result = compared(words, 50)
     rows = result['iterations']
     assert result['parted'] is None, compare.verdict(result)
     alphas = [row['alpha_sgd'] for row in rows]
-    assert alphas[0] < 0.01 and 0.5 < alphas[-2] < 1.5 and len(set(alphas)) > 40
-    # What the limits are: far below what any mistake changes.
-    median = {
-        name: float(np.median([row['distance'][name] for row in rows]))
-        for name in rows[0]['distance']
-    }
-    assert median['losses'] < 1e-6 and median['BN mean'] < 1e-5 and median['gradient'] < 1e-3
-    assert all(row['limit']['BN variance'] < 1e-3 for row in rows)
+    assert alphas[0] < 0.01 and alphas[-1] == 1 and len(set(alphas)) > 35
+    for name in rows[0]['distance']:
+        distances = [row['distance'][name] for row in rows]
+        ratios = [compare.LIMIT * row['distance'][name] / row['limit'][name] for row in rows]
+        assert np.median(ratios) < 2, name
+        # Far below what any mistake changes.
+        most = {'losses': 1e-6, 'BN mean': 1e-5, 'BN variance': 1e-5}.get(name, 1e-2)
+        assert np.median(distances) < most, name
 
 
 @pytest.mark.slow
@@ -156,7 +157,7 @@ def put_rule(step, side, monkeypatch):
 @pytest.mark.parametrize('side', ['Chainer', 'PyTorch'])
 def test_the_rule_put_in_without_a_mistake_agrees(small, compared, monkeypatch, side):
     put_rule(right, side, monkeypatch)
-    assert compared()['parted'] is None
+    assert compared(n_iterations=8)['parted'] is None
 
 
 @pytest.mark.parametrize('mistake', RULES)
@@ -164,7 +165,7 @@ def test_the_rule_put_in_without_a_mistake_agrees(small, compared, monkeypatch, 
 def test_a_mistake_in_the_rule_is_seen(small, compared, monkeypatch, side, mistake):
     put_rule(RULES[mistake], side, monkeypatch)
     parted = compared()['parted']
-    # mu1 counts from the second iteration on; in the first one, Chainer's rule runs in a loop.
+    # In the first iteration Chainer's rule runs parameter by parameter, without the mistake.
     assert parted['iteration'] <= 2 and parted['quantity'] in ('parameters', 'm', 'Delta'), parted
 
 
@@ -174,7 +175,7 @@ def test_the_missing_half_of_alpha_is_seen(small, compared, monkeypatch, side):
     alpha_sgd = schedules.alpha_sgd
     monkeypatch.setattr(module, 'alpha_sgd', lambda *words: 2 * alpha_sgd(*words))
     parted = compared()['parted']
-    assert parted == {'iteration': 1, 'quantity': 'lr or alpha'}
+    assert parted == {'iteration': 1, 'quantity': 'lr or alpha', 'beyond': 3}
 
 
 @pytest.mark.parametrize('side', ['Chainer', 'PyTorch'])
@@ -233,9 +234,9 @@ def test_a_division_before_the_sum_is_seen(small, compared, monkeypatch, side):
 
         monkeypatch.setattr(twin, 'VirtualWorkers', Early)
     result = compared()
-    row = result['iterations'][1]
     assert result['parted'] is not None
-    assert row['distance']['elements'] > 3 * row['limit']['elements']
+    for row in result['iterations'][1:]:
+        assert row['distance']['elements'] > 3 * row['limit']['elements']
 
 
 # ---------------------------------------------------------------- the limits, and the command
@@ -258,18 +259,24 @@ def found(rows, restart):
 
 def test_limits():
     level = compare.ROUNDING
-    assert found([row_of(9 * level, 0), row_of(9 * level, 0)], True) is None
+    near, far = row_of(9e-5, 1e-5), row_of(11e-5, 1e-5)
+    assert found([row_of(9 * level, 0)], True) is None
     assert found([row_of(11 * level, 0)], True)['iteration'] == 1
-    # With restarts, the largest of all iterations counts.
-    assert found([row_of(9e-3, 1e-6), row_of(1e-6, 1e-3)], True) is None
-    assert found([row_of(1e-6, 1e-6), row_of(2e-2, 1e-3)], True)['iteration'] == 2
+    # With restarts, the same iteration counts, and a quarter may be beyond.
+    assert found([near, row_of(9e-3, 1e-3)], True) is None
+    assert found([row_of(1e-3, 1e-3), far], True)['iteration'] == 2
+    assert found([near, far, near, near], True) is None
+    parted = found([near, far, near, near, far], True)
+    assert (parted['iteration'], parted['beyond']) == (2, 2)
+    assert (parted['distance'], parted['limit']) == (11e-5, pytest.approx(1e-4))
+    assert found([row_of(float('nan'), 1e-5)], True)['iteration'] == 1
     # Without, the twin may be twice as fast, and nothing is judged after Chainer has parted.
-    rows = [row_of(1e-6, 1e-6), row_of(9e-3, 1e-5), row_of(0.9, 1e-3), row_of(2, 0.2)]
-    assert found([*rows[:2], row_of(0.1, 1e-3), *rows[3:]], False) is None
-    assert found([row_of(2e-5, 1e-6), *rows[1:]], False)['iteration'] == 1
+    rows = [row_of(1e-6, 1e-6), row_of(9e-3, 1e-5), row_of(5e-3, 1e-3), row_of(2, 0.2)]
+    assert found(rows, False) is None
     assert found([rows[0], row_of(2e-2, 1e-5), *rows[2:]], False)['iteration'] == 2
-    assert found([rows[0], row_of(float('nan'), 1e-5)], True)['iteration'] == 2
-    assert found([rows[0], row_of(0, 0, alpha=False)], False)['quantity'] == 'lr or alpha'
+    assert found([row_of(2e-5, 1e-6), *rows[1:]], False)['iteration'] == 1
+    # lr and the alphas are equal in each iteration, whether it is judged or not.
+    assert found([*rows, row_of(2, 0.2, alpha=False)], False)['quantity'] == 'lr or alpha'
 
 
 def test_other_initial_values_are_an_error(small, compared, monkeypatch):
