@@ -9,6 +9,8 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+# PyTorch needs setuptools 77, which constraints.txt has from Python 3.12 on.
+TORCH = ["torch; python_version >= '3.12'"]
 # CUDA 12, for compute capability 6.0 to 9.0, with CuPy 13, the last that binds cuDNN (CuPy 14
 # removed it), and with cuDNN 8.9, the last that CuPy 13 binds. The CUDA libraries are wheels, too:
 # the machine needs only NVIDIA's driver.
@@ -39,9 +41,6 @@ GPU13 = [
     'nvidia-cusparse==12.*',
     'nvidia-nvjitlink==13.*',
 ]
-
-# PyTorch needs setuptools 77, which constraints.txt has from Python 3.12 on.
-TORCH = ["torch; python_version >= '3.12'"]
 
 # The CPU's inner loops are optional: without a compiler, NumPy gives the same bits more slowly.
 KERNELS = Extension(
