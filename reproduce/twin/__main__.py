@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from reproduce.job import BLAS_THREADS, command_line
+from reproduce.job import command_line
 
 NAMES = ('train', 'compare')
 
@@ -58,6 +58,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    for variable in BLAS_THREADS:  # NumPy and PyTorch read these when they are imported
-        os.environ.setdefault(variable, '1')
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # before NumPy and PyTorch are imported
     main(sys.argv[1:])

@@ -19,6 +19,8 @@ _NEVER = 365 * 86400  # seconds; torch.distributed needs some limit
 def before_mpi():
     """Starts the server that forks image loaders; then, unless torchrun started this, MPI.
 
+    Limits PyTorch to one thread, unless the environment says otherwise.
+
     Call it before anything imports ``mpi4py.MPI`` or PyTorch.
 
     Raises:
@@ -29,6 +31,8 @@ def before_mpi():
             f'error: {sys.executable} has no package torch: start with EXTRAS=twin ./run_mpi.sh, '
             'or install it by hand (hostfiles/README.md)'
         )
+    # Another number would change the bits. MKL_NUM_THREADS would count more than a number set here.
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
     if not _by_torchrun():
         start.before_mpi()
         return

@@ -159,6 +159,22 @@ def test_the_verb_starts_torchrun(monkeypatch, train_py):
     assert words[5:] == ['3', str(train_py), *'--preset smoke --seed 2'.split()]
 
 
+@pytest.mark.parametrize('number', [None, '3'])
+def test_one_thread_unless_said(root_of_project, job_environment, number):
+    environment = {**job_environment, 'PYTHONPATH': str(root_of_project)}
+    del environment['OMP_NUM_THREADS']
+    if number:
+        environment['OMP_NUM_THREADS'] = number
+    program = (
+        'from reproduce.twin import processes; processes.before_mpi(); '
+        'import torch; print(torch.get_num_threads())'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [number or '1']
+
+
 def test_without_torch_it_says_what_to_do(root_of_project, tmp_path):
     """By a Python that has everything but PyTorch."""
     hide = (
