@@ -167,12 +167,13 @@ def test_one_thread_unless_said(root_of_project, job_environment, number):
         environment['OMP_NUM_THREADS'] = number
     program = (
         'from reproduce.twin import processes; processes.before_mpi(); '
-        'import torch; print(torch.get_num_threads())'
+        "import os, torch; print(os.environ['OMP_NUM_THREADS'], torch.get_num_threads())"
     )
     done = subprocess.run(
         [sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [number or '1']
+    said, threads = done.stdout.split()
+    assert said == (number or '1') and (number or threads == '1')
 
 
 def test_without_torch_it_says_what_to_do(root_of_project, tmp_path):
