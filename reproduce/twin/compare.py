@@ -8,14 +8,14 @@ preset is smoke with 4 workers, unless the options say otherwise.
 How far apart may two right programs be? Sums of float32 in another order are rounded otherwise. At
 a ReLU, that can change a gradient as a whole, and RMSprop makes the smallest gradients as large as
 all others. So Chainer trains twice: by the compiled functions, and by its own, which add in another
-order. LIMIT times the distance of these two is the limit for the twin. As single ReLUs do more on
+order. Ten times the distance of these two is the limit for the twin. As single ReLUs do more on
 either side, up to a quarter of the iterations may be beyond. The distance of a and b is
 || a - b || / || a ||, over all parameters, layers or workers; for "elements", it is the share of
 the gradient's elements that differ by more than 1 %. lr and the alphas must be equal.
 
 With --restart, each iteration starts from the parameters, m and Delta of the first training: every
 iteration is a test of its own. Without, differences grow, at any rate up to twice that of Chainer's
-own. Iterations after Chainer's two gradients are PARTED from each other are shown, but not judged.
+own. Iterations after Chainer's two gradients are a tenth apart are shown, but not judged.
 
 Writes compare.json and compare.png. The status is 1 if they part.
 """
@@ -162,8 +162,7 @@ def run(settings, n_iterations, restart, out) -> dict:
         out (str): The folder, which is made.
 
     Returns:
-        dict: ``iterations``: a dict for each iteration. ``parted``: None, or the first iteration
-            beyond the limit, the quantity, and its distance and limit.
+        dict: ``iterations``: results of :func:`compared`; ``parted``: result of :func:`parted`.
     """
     os.makedirs(out, exist_ok=True)
     first = functions.resolve('auto', chainer.get_device('@numpy'))
@@ -245,10 +244,14 @@ def _flat(arrays):
 
 
 def add_limits(rows, restart):
-    """Adds ``limit`` to each row: for each quantity, or None in a row that is not judged."""
+    """Adds ``limit`` to each row: for each quantity, or None in a row that is not judged.
+
+    The first row is judged in any case.
+    """
     apart = False
     for k, row in enumerate(rows):
-        apart = not restart and (apart or not row['rounding']['gradient'] < PARTED)
+        close = restart or k == 0 or row['rounding']['gradient'] < PARTED
+        apart = apart or not close
         known = [row] if restart else rows[: 2 * k + 1]
         row['limit'] = {
             quantity: None
@@ -328,7 +331,7 @@ def verdict(result) -> str:
     if found is None:
         medians = {
             name: np.median([LIMIT * r['distance'][name] / r['limit'][name] for r in judged(rows)])
-            for name in (rows[0]['distance'] if n else ())
+            for name in rows[0]['distance']
         }
         numbers = ', '.join(f'{name} {median:.1f}' for name, median in medians.items())
         return (

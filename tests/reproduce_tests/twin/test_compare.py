@@ -275,6 +275,7 @@ def test_limits():
     assert found(rows, False) is None
     assert found([rows[0], row_of(2e-2, 1e-5), *rows[2:]], False)['iteration'] == 2
     assert found([row_of(2e-5, 1e-6), *rows[1:]], False)['iteration'] == 1
+    assert found([row_of(3, 0.2), row_of(2, 0.2)], False)['iteration'] == 1
     # lr and the alphas are equal in each iteration, whether it is judged or not.
     assert found([*rows, row_of(2, 0.2, alpha=False)], False)['quantity'] == 'lr or alpha'
 
