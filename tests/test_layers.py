@@ -1,6 +1,7 @@
-"""Imports lead one way: extensions <- the story <- job <- train.py <- studies. There is no circle.
+"""Imports lead one way: extensions <- the story <- job <- train.py <- twin <- studies.
 
-The story is the experiment's own modules. train.py alone joins it to the job.
+There is no circle. The story is the experiment's own modules. train.py alone joins it to the job.
+The twin has its own arithmetic.
 """
 
 import ast
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ('extensions', 'reproduce', 'reproduce.job', 'reproduce.train', 'reproduce.studies')
+LAYERS = (
+    *('extensions', 'reproduce', 'reproduce.job', 'reproduce.train', 'reproduce.twin'),
+    'reproduce.studies',
+)
 # Of the story: reproduce/*.py.
 STORY = {
     *('baselines', 'dataset', 'images', 'listing', 'loader', 'order', 'resnet50', 'settings'),
@@ -54,14 +58,15 @@ def layer(name):
 def test_every_module_has_its_layer():
     assert len(MODULES) > 50
     story = {name.partition('.')[2] for name in MODULES if name.count('.') == 1}
-    packages = {'job', 'studies'}
+    packages = {'job', 'studies', 'twin'}
     assert {n for n in story if f'reproduce.{n}' in MODULES} - packages == STORY
     assert (layer('extensions.kernels'), layer('reproduce.images')) == (0, 1)
     assert [layer(f'reproduce.{n}') for n in ('job.ranks', 'train', 'studies.speed.update')] == [
         2,
         3,
-        4,
+        5,
     ]
+    assert layer('reproduce.twin.train') == 4
 
 
 @pytest.mark.parametrize('name', sorted(MODULES))
@@ -83,6 +88,25 @@ def test_extensions_do_not_import_their_own_package():
     for name in MODULES:
         if layer(name) == 0:
             assert 'extensions' not in imported(name), name
+
+
+def test_the_twin_shares_the_numbers_and_nothing_that_computes():
+    arithmetic = {'rmsprop_warmup', 'resnet50', 'half_precision', 'virtual_workers'}
+    twin = {name for name in MODULES if name.startswith('reproduce.twin.')}
+    assert {f'reproduce.twin.{name}' for name in arithmetic} < twin
+    for name in arithmetic:
+        assert imported(f'reproduce.twin.{name}') <= twin, name
+    assert not imported('reproduce.twin.virtual_workers')  # others may take this file
+    numbers = {f'reproduce.{n}' for n in ('settings', 'images', 'loader', 'order', 'job.supervise')}
+    shared = imported('reproduce.twin.train') - twin
+    assert shared <= numbers | {'reproduce.twin', 'extensions', 'extensions.schedules'}
+    assert all('import_module' not in MODULES[name].read_text() for name in twin)
+
+
+def test_nothing_but_studies_uses_the_twin():
+    for name in MODULES:
+        if any(other.startswith('reproduce.twin') for other in imported(name)):
+            assert name.startswith(('reproduce.twin', 'reproduce.studies')), name
 
 
 def test_the_experiment_names_nothing_of_the_job():

@@ -32,6 +32,7 @@ PYTHONS = ('3.9', '3.10', '3.11', '3.12', '3.13')
 THIS_PYTHON = '{}.{}'.format(*sys.version_info)
 NOTE = 'bundle.json'  # says what a bundle is for
 TORCH = 'torch'  # an extra whose CUDA libraries PyTorch chooses, so that they are not pinned
+WITH_TORCH = (TORCH, 'twin')
 # Not left out even where a machine has them. For an MPI of its own, mpi4py is built anew.
 NEEDED = {*OWN, 'cython', 'mpi4py', 'pip'}
 # The names of manylinux tags from before they told N of glibc 2.N.
@@ -223,9 +224,9 @@ def main(arguments=None) -> None:
     parser.add_argument('--installed', type=Path, metavar='FILE', help=listed)
     given = parser.parse_args(arguments)
     extras = os.environ.get('BUNDLE_EXTRAS', '').replace(',', ' ').split()
-    if TORCH in extras:
+    for extra in set(extras).intersection(WITH_TORCH):
         parser.refuse(
-            f'EXTRAS={TORCH} cannot be bundled, as PyTorch chooses its CUDA libraries: bundle '
+            f'EXTRAS={extra} cannot be bundled, as PyTorch chooses its CUDA libraries: bundle '
             'without it; SYSTEM_PACKAGES=1 uses the PyTorch of the machine'
         )
     if 'gpu13' in extras and given.python in PYTHONS[:3]:

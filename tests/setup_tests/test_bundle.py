@@ -35,12 +35,15 @@ os.execvp(sys.argv[1], sys.argv[1:])
         ({'EXTRAS': 'gpu13,gpu'}, 'an environment has one CUDA: choose gpu or gpu13'),
         ({'EXTRAS': 'gpu13'}, 'is not a Python 3.12 or 3.13, which EXTRAS=gpu13 needs'),
         ({'EXTRAS': 'gpu,torch'}, 'is not a Python 3.12 or 3.13, which EXTRAS=torch needs'),
+        ({'EXTRAS': 'twin'}, 'is not a Python 3.12 or 3.13, which EXTRAS=twin needs'),
+        ({'EXTRAS': 'twins'}, 'EXTRAS=twins: there is no "twins". Did you mean "twin"?'),
         ({'EXTRAS': 'gpu gpu13'}, 'an environment has one CUDA: choose gpu or gpu13'),
         ({'SYSTEM_PACKAGES': 'yes'}, 'SYSTEM_PACKAGES=yes: it can only be 1, or empty'),
     ],
 )
 def test_what_cannot_be_installed(tree, variables, says):
-    real = {'PYTHON': sys.executable} if 'gpu12' in variables.values() else {}
+    unknown = {'gpu12', 'twins'} & set(variables.values())
+    real = {'PYTHON': sys.executable} if unknown else {}
     assert says in only_error(tree.run('smoke', **variables, **real))
     assert not tree.calls() and not (tree.path / '.venv').exists()
 
@@ -242,6 +245,7 @@ def test_a_bundle_is_made_again(tmp_path, monkeypatch):
         (['--python', '3.14'], '', '3.14 is not one of 3.9, 3.10'),
         (['--python', '3.11'], 'gpu13', 'EXTRAS=gpu13 needs Python 3.12 or 3.13: add --python'),
         ([], 'gpu13,torch', 'EXTRAS=torch cannot be bundled'),
+        ([], 'twin', 'EXTRAS=twin cannot be bundled'),
         (['--installed', '/nowhere'], '', '/nowhere: No such file'),
     ],
 )

@@ -208,6 +208,8 @@ PROGRAMS = {
     'images check DIR': ['-I -m reproduce.studies.image_commands check DIR'],
     'invariance': ['-I -m reproduce.studies.invariance'],
     'gpu-check --seconds 60': ['-I -m reproduce.studies.gpu_check --seconds 60'],
+    'twin train --preset smoke': ['-I -m reproduce.twin train --preset smoke'],
+    'twin compare --restart': ['-I -m reproduce.twin compare --restart'],
     'bundle DIR --python 3.12': ['-I -m reproduce.job.bundle DIR --python 3.12'],
     'python -c 1': ['-c 1'],
     # Their own help, not that of run_mpi.sh.
@@ -219,6 +221,8 @@ PROGRAMS = {
     'images --help': ['-I -m reproduce.studies.image_commands --help'],
     'images check --help': ['-I -m reproduce.studies.image_commands check --help'],
     'invariance --help': ['-I -m reproduce.studies.invariance --help'],
+    'twin --help': ['-I -m reproduce.twin --help'],
+    'twin train --help': ['-I -m reproduce.twin train --help'],
     'gpu-check --help': ['-I -m reproduce.studies.gpu_check --help'],
     'bundle --help': ['-I -m reproduce.job.bundle --help'],
     'python --help': ['--help'],
@@ -321,7 +325,10 @@ def test_names_are_those_of_the_modules(root):
     )
     images = [call.args[0].value for call in calls_in(sources['image_commands.py'], 'add_parser')]
     names = {verb: words.split() for verb, words in table(root, 'names').items()}
-    assert names == {'benchmark': benchmarks, 'figures': [*figures], 'images': images}
+    text = (root / 'reproduce' / 'twin' / '__main__.py').read_text()
+    twin = re.search(r'^NAMES = (.*)$', text, re.MULTILINE).group(1)
+    expected = {'benchmark': benchmarks, 'figures': [*figures], 'images': images}
+    assert names == {**expected, 'twin': [*ast.literal_eval(twin)]}
 
 
 # What is typed, and what the one line says. {here} is a folder.
@@ -377,6 +384,7 @@ WRONG = {
     'figures': 'figures needs a name first.*: schedules comparison runs$',
     'figures run A': 'has no "run". Did you mean "runs"?.*: schedules comparison runs$',
     'images': 'images needs a name first.*: check arrange$',
+    'twin': 'twin needs a name first.*: train compare$',
     'images xyz': 'images has no "xyz". ./run_mpi.sh images NAME.*: check arrange$',
     # Verbs.
     'smok': 'no verb "smok". Did you mean "smoke"\\? ./run_mpi.sh --help lists all verbs$',
