@@ -84,7 +84,7 @@ def missing(names, namespace):
 
 @pytest.mark.parametrize('name', modules())
 def test_every_attribute_of_cupy_that_is_named_exists(name):
-    if name == 'extensions.torch_functions':
+    if name == 'extensions.torch_functions' or name.startswith('reproduce.twin.'):
         pytest.importorskip('torch')
     module = importlib.import_module(name)
     names = named_attributes(Path(module.__file__).read_text())
