@@ -304,7 +304,8 @@ def header(copy):
     """What the header of a training says of the update."""
     program = (
         'import extensions, chainer; from reproduce.job import report; '
-        'print(report.arithmetic_of(chainer.get_device("@numpy")))'
+        'from reproduce.settings import smoke; '
+        'print(report.arithmetic_of(smoke(), chainer.get_device("@numpy"))[0])'
     )
     done = subprocess.run(
         [sys.executable, '-c', program], cwd=copy, capture_output=True, text=True, check=False
@@ -391,7 +392,7 @@ def test_the_header_tells_of_every_rank(copy, root, mpiexec, job_environment, tm
     for top, epochs in (root, 1), (copy, 2):
         command += ['-n', '1', 'env', f'PYTHONPATH={top}', sys.executable]
         command += [top / 'reproduce/train.py', '--preset', 'smoke', '--epochs', f'{epochs}']
-        command += ['--out', tmp_path / 'out', ':']
+        command += ['--functions', 'chainer', '--out', tmp_path / 'out', ':']
     done = subprocess.run(
         command[:-1],
         env=job_environment,
