@@ -31,8 +31,8 @@ from extensions import kernels, replaced_methods
 from extensions.kernels import numpy_functions
 
 _FLOAT32 = np.dtype(np.float32)
-_functions: dict = {}  # of the implementation in use
-_implementation = ''
+_implementation = ''  # in use: 'numpy', or a key of kernels.functions
+_functions: dict = {}  # of the implementation, by name
 
 
 class NotCompiledError(Exception):
@@ -51,26 +51,24 @@ def enable(implementation: str = 'compiled'):
         NotCompiledError: There is no compiled library.
         ValueError: There is no such implementation, or the processor lacks the instruction set.
     """
-    global _implementation
+    global _implementation, _functions
     found = {**kernels.functions, 'numpy': numpy_functions.FUNCTIONS}
     if implementation == 'compiled':
         if not kernels.functions:
-            raise NotCompiledError(kernels.description())
+            raise NotCompiledError(kernels.why_not)
         implementation = next(iter(found))
     if implementation not in found:
         names = ', '.join(['compiled', *found])
         raise ValueError(f'implementation {implementation!r} is none of {names}')
-    _implementation = implementation
-    _functions.update(found[implementation])
+    _implementation, _functions = implementation, found[implementation]
     replaced_methods.put(_METHODS)
 
 
 def disable():
     """Undoes :func:`enable`. Call it between iterations, not between forward and backward."""
-    global _implementation
-    _implementation = ''
+    global _implementation, _functions
+    _implementation, _functions = '', {}
     replaced_methods.undo(_METHODS)
-    _functions.clear()
 
 
 def description() -> str:

@@ -50,13 +50,8 @@ def _why_absent(path) -> str:
     return f'{failure}; see {log}' if failure else f'there is no {path}: install again'
 
 
-def _load() -> dict:
-    """Returns the compiled functions by their names in ``kernels.c``.
-
-    Raises:
-        OSError, ImportError, AttributeError: The library cannot be used. The text says why.
-    """
-    library = _open()
+def _load(library) -> dict:
+    """Returns the compiled functions by their names in ``kernels.c``."""
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     pack = unpack = [size, pointer, pointer, ctypes.c_float, pointer, pointer]
     mean = [size, size, size, pointer, size, pointer, ctypes.c_double, pointer]
@@ -119,12 +114,11 @@ def _check_memory(result, function, _arguments):
         raise MemoryError(f'no memory for {function.__name__}')
 
 
-def _load_functions() -> dict:
+def _load_functions(library) -> dict:
     """Returns the functions in ``functions.c``, by their names, by the name of an instruction set.
 
     The sets are the processor's, the fastest first.
     """
-    library = _open()
     library.instruction_sets.restype = ctypes.c_char_p
     sets: dict = {name: {} for name in library.instruction_sets().decode().split()}
     for name, types in _arguments().items():
@@ -138,22 +132,18 @@ def _load_functions() -> dict:
 
 compiled: dict = {}
 functions: dict = {}
-_why_not = ''
+why_not = ''  # Why both are empty. AttributeError: the library lacks a function.
 try:
-    compiled, functions = _load(), _load_functions()
+    _library = _open()
+    compiled, functions = _load(_library), _load_functions(_library)
 except (OSError, ImportError, AttributeError) as error:
-    _why_not = str(error)
-
-
-def why_no_functions() -> str:
-    """Says in one line why ``functions`` is empty."""
-    return _why_not or 'nothing was loaded'
+    why_not = str(error)
 
 
 def description() -> str:
     """Says in one line what runs the loops; without the library, also why."""
     if not compiled:
-        return f'NumPy ({_why_not})' if _why_not else 'NumPy'
+        return f'NumPy ({why_not})' if why_not else 'NumPy'
     if 'pack_float32_float16' not in compiled:
         return 'compiled C, float16 in NumPy (the processor lacks AVX2 or F16C)'
     return 'compiled C'

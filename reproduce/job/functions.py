@@ -39,7 +39,7 @@ def resolve(name: str, device) -> str:
 
 def _why_not_compiled() -> str:
     if not kernels.functions:
-        return f'{kernels.why_no_functions()}; install gcc or clang, then the project again'
+        return f'{kernels.why_not}; install gcc or clang, then the project again'
     return '' if kernels.has_fma() else 'it has no fused multiply-adds for this processor'
 
 

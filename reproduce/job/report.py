@@ -337,6 +337,30 @@ def duration(seconds: float) -> str:
     return f'{seconds // 3600} h {seconds % 3600 // 60:02d} min'
 
 
+class Countdown:
+    """Prints a line with the time left, every ten seconds. It is called after each of ``total``.
+
+    Args:
+        what (str): What is counted, in the plural.
+        total (int): Their number.
+    """
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done = what, total, 0
+        self._start = self._last = time.monotonic()
+
+    def __call__(self):
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last < 10:
+            return
+        self._last = now
+        left = (now - self._start) / self._done * (self._total - self._done)
+        print(
+            f'  {self._done:,} of {self._total:,} {self._what}, {duration(left)} left', flush=True
+        )
+
+
 def write_settings(settings, out: str):
     """Writes ``settings.json`` into the folder ``out``."""
     _write_json(dataclasses.asdict(settings), os.path.join(out, 'settings.json'))

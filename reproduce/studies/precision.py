@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
@@ -100,7 +99,7 @@ def run(study: Study, out: str) -> dict:
         gradient_of = Gradients(study, listing)
         os.makedirs(out, exist_ok=True)
         gradient_of.train()
-        progress = _Progress(sum(study.workers))
+        progress = report.Countdown('gradients', sum(study.workers))
         result: dict = {'study': dataclasses.asdict(study), 'images': len(listing.labels)}
         result['errors'], result['cast'] = {}, {}
         for n in study.workers:
@@ -319,26 +318,6 @@ def plot(errors: dict, out: str):
     axes[0].set_ylabel('relative error of the mean')
     axes[0].legend()
     save(figure, os.path.join(out, 'precision.png'))
-
-
-class _Progress:
-    """Prints a line with the time left, every ten seconds."""
-
-    def __init__(self, total):
-        self._total, self._done = total, 0
-        self._start = self._last = time.monotonic()
-
-    def __call__(self):
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last < 10:
-            return
-        self._last = now
-        left = (now - self._start) / self._done * (self._total - self._done)
-        print(
-            f'  gradient {self._done:,} of {self._total:,}, {report.duration(left)} left',
-            flush=True,
-        )
 
 
 def main(argv):

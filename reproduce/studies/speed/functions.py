@@ -51,7 +51,7 @@ import numpy as np
 from extensions import cpu_functions, kernels
 from reproduce.job import functions
 from reproduce.job.command_line import Parser, reason
-from reproduce.job.report import duration
+from reproduce.job.report import Countdown
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError
 from reproduce.studies.speed.side_by_side import side_by_side
@@ -413,7 +413,11 @@ def _seconds(processes, twins, repeat) -> dict:
     candidates.update(processes)
     for name, twin in twins.items():
         candidates[f'two {name}'] = functools.partial(_both, processes[name], twin)
-    return side_by_side(candidates, repeat, _Progress(len(candidates) * (repeat + 1)))
+    return side_by_side(candidates, repeat, _countdown(candidates, repeat))
+
+
+def _countdown(candidates, repeat) -> Countdown:
+    return Countdown('measurements', len(candidates) * (repeat + 1))
 
 
 def _both(process, twin):
@@ -421,23 +425,6 @@ def _both(process, twin):
         each.send('iteration')
     for each in (process, twin):
         each.receive()
-
-
-class _Progress:
-    """Prints a line with the time left, every ten seconds. It is called before a measurement."""
-
-    def __init__(self, total):
-        self._total, self._done = total, -1
-        self._start = self._last = time.monotonic()
-
-    def __call__(self):
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last < 10:
-            return
-        self._last = now
-        left = (now - self._start) / self._done * (self._total - self._done)
-        print(f'  {self._done} of {self._total} measurements, {duration(left)} left', flush=True)
 
 
 def _speed(seconds, name, batch_size, flop) -> dict:
@@ -480,7 +467,7 @@ def print_table(result, repeat):
 def _layers(processes, repeat) -> dict:
     """Returns {implementation: {layer: {count, forward, backward, flop}}}, medians in seconds."""
     rounds: dict = {name: [] for name in processes}
-    progress = _Progress(len(processes) * (repeat + 1))
+    progress = _countdown(processes, repeat)
     for round_ in range(repeat + 1):
         for name, process in processes.items():
             progress()

@@ -38,7 +38,7 @@ _COLUMNS = (*_PARTS, 'iteration', 'validation')  # of a rank's seconds
 _TITLES = {'compute': 'forward + backward', 'allreduce': 'all-reduce'}
 _SETTINGS = (
     *('width', 'stem', 'image_size', 'local_batch_size'),
-    'allreduce_grad_dtype',
+    *('functions', 'allreduce_grad_dtype'),
 )
 
 
@@ -334,6 +334,7 @@ def compare_with_peer(result) -> dict:
 def main(argv):
     options = parse(argv)
     results = [measure(options, n) for n in options.workers]
+    options.functions = results[0]['functions']  # what auto stands for
     names = list(results[0]['seconds'])
     runs = {name: runs_of(results, i, options) for i, name in enumerate(names)}
     print(
@@ -351,10 +352,7 @@ def main(argv):
         'machine': platform.platform(),
         'python': platform.python_version(),
         'numpy': np.__version__,
-        'settings': {
-            **{name: getattr(options, name) for name in _SETTINGS},
-            'functions': results[0]['functions'],
-        },
+        'settings': {name: getattr(options, name) for name in _SETTINGS},
         'figures': figures,
     }
     out = Path(options.out)

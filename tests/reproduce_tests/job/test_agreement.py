@@ -5,6 +5,7 @@ import pytest
 
 import extensions
 import reproduce
+from extensions import kernels
 from reproduce.job import BLAS_THREADS, agreement
 from reproduce.settings import Settings
 
@@ -45,6 +46,24 @@ def test_each_thing_that_ranks_must_share_is_compared_under_its_name(monkeypatch
         ('images', items(size=11)),
     ):
         assert {key for key in first if first[key] != other[key]} == {name}
+
+
+def test_which_processors_matter_to_which_functions(monkeypatch):
+    """Compiled functions have the same bits on all; images that OpenCV shrinks need FMA for it."""
+
+    def kinds(functions, fma=True):
+        monkeypatch.setattr(kernels, 'has_fma', lambda: fma)
+        found = set()
+        for model in ('A', 'B'):
+            text = f'processor : 0\nmodel name : {model}\n'
+            monkeypatch.setattr(Path, 'read_text', lambda self, text=text: text)
+            found.add(agreement._processor(functions))
+        return found
+
+    for functions in ('chainer', 'numpy', 'torch'):
+        assert kinds(functions) == {'A', 'B'}
+    (with_fma,), (without,) = kinds('compiled'), kinds('compiled', fma=False)
+    assert with_fma != without
 
 
 @pytest.mark.parametrize('name', BLAS_THREADS)

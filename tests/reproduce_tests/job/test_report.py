@@ -124,6 +124,30 @@ def test_the_header_of_the_papers_run_on_fewer_processes():
     assert 'one after the other' not in header(1024)
 
 
+def test_the_header_tells_what_each_rank_computes_by():
+    class Folder(list):
+        root, classes = '', ()
+
+    comm = types.SimpleNamespace(size=3, inter_size=1, reason='')
+    arithmetic = [('C', 'avx512'), ('NumPy', 'avx512'), ('C', 'avx2')]
+    settings = dataclasses.replace(PRESETS['smoke'](), workers=3)
+    header = report.header(settings, comm, Folder(), Folder(), 1, arithmetic)
+    assert '\nupdate        RMSpropWarmup, C on 2 of 3 ranks; NumPy on 1 of 3 ranks\n' in header
+    assert '\nfunctions     avx512 on 2 of 3 ranks; avx2 on 1 of 3 ranks\n' in header
+
+
+def test_a_countdown_tells_the_time_left_every_ten_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(report.time, 'monotonic', lambda: now[0])
+    countdown = report.Countdown('gradients', 2000)
+    for now[0] in (4.0, 8.0, 12.0, 21.0, 23.0):
+        countdown()
+    assert capsys.readouterr().out.splitlines() == [
+        '  3 of 2,000 gradients, 2 h 13 min left',
+        '  5 of 2,000 gradients, 2 h 32 min left',
+    ]
+
+
 def test_plan_stretches_to_the_epochs_of_the_run():
     settings = dataclasses.replace(PRESETS['cifar10'](), epochs=30, workers=8)
     rows = [row.split() for row in report.plan(settings, 50_000).splitlines() if row.strip()]

@@ -10,7 +10,9 @@ import pytest
 from mpi4py import MPI
 from PIL import Image
 
+from extensions import kernels
 from reproduce import listing
+from reproduce.settings import FUNCTIONS
 from reproduce.studies.speed import iteration, iteration_program
 from reproduce.train import experiment
 
@@ -137,6 +139,8 @@ def test_runs_table_plot_and_numbers_that_add_up(root, tmp_path):
     assert '2 workers: round 0 of 4' in printed and 'sum to the iteration within' in printed
     assert f'{ratios["all but forward + backward"]:.2f}, ' in printed
     assert Image.open(out / 'iteration.png').size == (1350, 600)
+    own = 'compiled' if kernels.functions and kernels.has_fma() else 'numpy'
+    assert content['settings']['functions'] == own  # auto
 
     rng = np.random.RandomState(0)
     for name in ('cat', 'dog'):
@@ -146,8 +150,10 @@ def test_runs_table_plot_and_numbers_that_add_up(root, tmp_path):
             Image.fromarray(pixels).save(tmp_path / 'images' / name / f'{i}.png')
     second = tmp_path / 'second'
     options = ('--image-root', tmp_path / 'images', '--compare', out / 'iteration.json')
-    printed = run('--workers', '2', '--stem', 'cifar', *options, '--out', second)
+    words = '--workers 2 --stem cifar --functions chainer --out'.split()
+    printed = run(*words, second, *options)
     assert 'has stem imagenet, this call has cifar' in printed
+    assert f'has functions {own}, this call has chainer' in printed
     (run_,) = json.loads((second / 'iteration.json').read_text())['figures']['runs']
     assert run_['efficiency_one_worker'] is None and run_['efficiency_one_host'] == 1
     done = subprocess.run(
@@ -159,6 +165,11 @@ def test_runs_table_plot_and_numbers_that_add_up(root, tmp_path):
     )
     assert done.returncode == 2
     assert '4 workers x 16 images = 64 are more than the 4 in' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_it_takes_every_implementation_that_a_training_takes(name):
+    assert iteration.parse(['iteration', '--functions', name]).functions == name
 
 
 def test_ours_trains_the_experiment(shallow, tmp_path):
