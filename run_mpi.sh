@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P)
 
 # The verbs. Jobs start mpiexec. The others run one program, most of them a module of this project.
 jobs=(smoke train preflight)
-programs=(test lint benchmark figures cluster miniature images invariance gpu-check twin bundle python)
+programs=(test lint benchmark figures cluster miniature images invariance gpu-check twin bundle companion python)
 declare -A module=(
     [benchmark]=reproduce.studies.speed
     [figures]=reproduce.studies.figures
@@ -21,6 +21,7 @@ declare -A module=(
     [gpu-check]=reproduce.studies.gpu_check
     [twin]=reproduce.twin
     [bundle]=reproduce.job.bundle
+    [companion]=reproduce.companion
 )
 # The names that a verb needs after it. The modules have them too; a test compares the two.
 declare -A names=(
@@ -57,6 +58,7 @@ Set up:
 Develop:
   test        run the tests; options are pytest's
   lint        check style and types
+  companion   renew the code in the texts, and make one page of them to read beside the paper
   python      start the environment's Python, on one process
   help        print this text
 

