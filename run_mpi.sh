@@ -58,7 +58,7 @@ Set up:
 Develop:
   test        run the tests; options are pytest's
   lint        check style and types
-  companion   renew the code in the texts, and make one page of them to read beside the paper
+  companion   renew the code in the texts, and make a page to read beside the paper
   python      start the environment's Python, on one process
   help        print this text
 
