@@ -10,10 +10,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, reason
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ('extensions/README.md', 'reproduce/README.md')
+OUT = ROOT / 'results' / 'companion.html'
 PACKAGES = ('cogapp', 'latex2mathml', 'markdown_it', 'mdit_py_plugins', 'pygments')
 
 
@@ -27,22 +28,24 @@ def main(argv):
             f'{sys.executable} has no package {lacking[0]}: install the extra, as by pip install '
             f'-c constraints.txt -e ".[companion]" in {ROOT}'
         )
+    from reproduce.companion import page
     from reproduce.companion.markdown import TextError, renewed
 
-    stale = []
     try:
-        for page in PAGES:
-            text = renewed(ROOT / page, ROOT)
-            if text != (ROOT / page).read_text('utf-8'):
-                stale.append(page)
-                if not args.check:
-                    (ROOT / page).write_text(text, 'utf-8')
-    except TextError as error:
-        parser.refuse(error)
-    if args.check and stale:
-        sys.exit(f'error: {" and ".join(stale)} not up to date: run ./run_mpi.sh companion')
-    for page in stale:
-        print(f'{page} renewed')
+        texts = {name: renewed(ROOT / name, ROOT) for name in PAGES}
+        stale = [name for name in PAGES if texts[name] != (ROOT / name).read_text('utf-8')]
+        if args.check and stale:
+            sys.exit(f'error: not up to date: {", ".join(stale)}. Run ./run_mpi.sh companion')
+        if args.check:
+            return
+        for name in stale:
+            (ROOT / name).write_text(texts[name], 'utf-8')
+            print(f'{name} renewed')
+        OUT.parent.mkdir(exist_ok=True)
+        OUT.write_text(page.make(ROOT, PAGES, OUT), 'utf-8')
+    except (TextError, OSError) as error:
+        parser.refuse(reason(error))
+    print(f'{OUT.relative_to(ROOT)} written')
 
 
 if __name__ == '__main__':
