@@ -244,7 +244,7 @@ def test_options_exist():
     others |= {'--report-bindings', *SLURM.split()}
     pip = set('--no-deps --no-binary --no-build-isolation'.split())
     for name, text in TEXTS.items():
-        for option in re.findall(r'(?<![\w-])--[a-z][a-z-]*', text):
+        for option in re.findall(r'(?<![\w-])--[a-z][a-z0-9-]*', text):
             known = option in own | others | pip or f"'{option}'" in code
             assert known or option.replace('--no-', '--', 1) in own, (name, option)
 
@@ -351,3 +351,16 @@ def test_the_program_trains(tmp_path, monkeypatch):
     for name, param in model.namedparams():
         assert not np.array_equal(param.array, before[name]), name
     assert float(model(program['x'], program['t']).array) < loss / 2
+
+
+# ---------------------------------------------------------------- the companion
+
+
+def test_the_first_program_of_the_companion_runs(capsys):
+    (code,) = re.findall(
+        r'^```python\n(import.*?)^```$', TEXTS['extensions/README.md'], re.DOTALL | re.MULTILINE
+    )
+    exec(code, {})  # noqa: S102  (README's own)
+    epochs, losses = zip(*(line.split() for line in capsys.readouterr().out.splitlines()))
+    assert epochs == ('1', '2', '3')
+    assert all(float(loss) < np.log(2) + 0.5 for loss in losses)
