@@ -1,14 +1,24 @@
-"""Draws the schedules, published results, or the curves of several runs.
+"""Draws what the method does, the schedules, published results, or the curves of several runs.
 
 ./run_mpi.sh figures schedules       draws both forms of alpha_SGD, and the learning rates
 ./run_mpi.sh figures comparison      draws published results: training time against top-1
 ./run_mpi.sh figures runs RUN ...    draws loss and top-1 of runs of train.py, by epoch
 
+./run_mpi.sh figures updates         why a large batch is hard: updates and epochs by batch
+./run_mpi.sh figures start           the loss in the first updates, with and without a warm-up
+./run_mpi.sh figures step            the step of each layer in the first updates
+./run_mpi.sh figures statistics      BN statistics: moving averages and the last minibatch's
+./run_mpi.sh figures rounding        what float16 costs a sum of gradients
+./run_mpi.sh figures mn1             MN-1 as a drawing, with the ring of the all-reduce
+./run_mpi.sh figures iteration       where an iteration spends its time
+
+The data of start, step and statistics are in reproduce/results/figures; --measure makes them anew.
 A training draws its own curves, and a study draws its own plot.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -19,9 +29,18 @@ from extensions import schedules
 from reproduce.baselines import LR_SCHEDULES
 from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
+from reproduce.studies.pictures import style
 
 _STYLES = ('k-', 'k--', 'k:', 'k-.')
 _MARKERS = 'os^Dvx+*'
+RESULTS = Path(__file__).parents[1] / 'results'
+SCHEDULES_ALT = (
+    'Three panels over the epochs of 90. alpha_SGD rises from 0.01 to 1/2 at epoch 10; the printed '
+    'form goes on to 1.5 at epoch 12.5 and drops to 1; the continuous one reaches 1 with no jump. '
+    'alpha_RMSprop falls from 4.6e-5 to 0 meanwhile. The learning rate of the slow start is 6.4 '
+    'until epoch 40, then 0.96, 0.128, 0.0128; that of Goyal et al. rises to 12.8 in 5 epochs and '
+    'falls tenfold at epochs 30, 60 and 80.'
+)
 
 # Team, total batch, hardware, hours, top-1 in per cent, and the letter of the source.
 PUBLISHED = (
@@ -31,6 +50,10 @@ PUBLISHED = (
     ('You et al.', 16000, 'Xeon 8160 x 1,600', 31 / 60, 75.3, 'T'),
     ('Akiba et al.', 32768, 'P100 x 1,024', 15 / 60, 74.9, 'A'),
 )
+
+
+class DataError(Exception):
+    """A picture cannot be drawn, for want of data. The message is one line."""
 
 
 def runs(logs: dict, out: str):
@@ -74,32 +97,52 @@ def paper_schedules(out: str):
     Args:
         out (str): The folder. The file is replaced as a whole.
     """
-    batch = 32768
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), constrained_layout=True)
+    style.save(_schedules(32768), os.path.join(out, 'schedules.png'), SCHEDULES_ALT)
+
+
+@style.styled
+def _schedules(batch):
+    figure, axes = plt.subplot_mosaic('ac;bc', figsize=(style.WIDTH, 5.2))
     early = np.linspace(0, 15, 3001)
-    for form, style in (('printed', 'k-'), ('continuous', 'k--')):
+    for form, line, color in (('continuous', '--', style.BLUE), ('printed', '-', style.BLACK)):
         alpha = schedules.alpha_sgd(early, form=form)
-        axes[0].plot(early, alpha, style, lw=1.2, label=form)
         lr = schedules.learning_rate(early, batch)
-        axes[1].plot(early, 1e5 * schedules.alpha_rmsprop(alpha, lr), style, lw=1.2, label=form)
-    epochs = np.linspace(0, 90, 9001)
-    titles = {
-        'slow_start': 'slow start (Akiba et al.)',
-        'gradual_warmup': 'gradual warm-up (Goyal et al.)',
-        'steps': 'the same without warm-up',
-    }
-    for (name, title), style in zip(titles.items(), ('k-', 'k--', 'k:')):
-        axes[2].plot(epochs, LR_SCHEDULES[name](epochs, batch), style, label=title)
-    axes[2].set_yscale('log')
+        for axis, y in ((axes['a'], alpha), (axes['b'], 1e5 * schedules.alpha_rmsprop(alpha, lr))):
+            axis.plot(early, y, line, color=color, label=form)
+    style.label(axes['a'], 11.6, 1.2, 'printed: jumps', ha='right')
+    style.label(axes['a'], 11.4, 0.72, 'continuous', style.BLUE, va='top', offset=(4, 0))
+    style.label(axes['b'], 10.9, 0.5, 'printed', ha='right')
+    style.label(axes['b'], 11.3, 1.3, 'continuous', style.BLUE, va='bottom', offset=(2, 0))
+    _learning_rates(axes['c'], batch)
     for axis, title in zip(
-        axes,
-        ('alpha_SGD', 'alpha_RMSprop (1e-5)', f'learning rate eta, total batch {batch:,}'),
+        (axes['a'], axes['b'], axes['c']),
+        (
+            r'$\alpha_\mathrm{SGD}$: weight of SGD',
+            r'$10^5\,\alpha_\mathrm{RMSprop}$: weight of RMSprop',
+            rf'$\eta$: learning rate, batch {batch:,}',
+        ),
     ):
         axis.set_title(title)
-        axis.set_xlabel('epoch of 90')
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize='small')
-    save(figure, os.path.join(out, 'schedules.png'))
+    axes['a'].set_yticks([0, 0.5, 1, 1.5])
+    axes['a'].tick_params(labelbottom=False)
+    for name in 'bc':
+        axes[name].set_xlabel('epoch of 90')
+    return figure
+
+
+def _learning_rates(axis, batch):
+    epochs = np.linspace(0, 90, 9001)
+    for name, title, line, color in (
+        ('steps', 'the same without warm-up', ':', style.VERMILION),
+        ('gradual_warmup', 'gradual warm-up (Goyal et al.)', '--', style.BLUE),
+        ('slow_start', 'slow start (Akiba et al.)', '-', style.BLACK),
+    ):
+        axis.plot(epochs, LR_SCHEDULES[name](epochs, batch), line, color=color, label=title)
+    axis.set_yscale('log')
+    axis.set_ylim(8e-3, 60)
+    style.label(axis, 0, 17, 'Goyal et al. without warm-up (dotted)', style.VERMILION, va='bottom')
+    style.label(axis, 3, 0.25, 'gradual\nwarm-up\n(Goyal\net al.)', style.BLUE)
+    style.label(axis, 40, 6.4, 'slow start\n(Akiba et al.)', offset=(6, 0))
 
 
 def comparison(out: str):
@@ -161,13 +204,49 @@ def read_log(run: Path) -> list:
     return log
 
 
+def picture(name: str, measure: bool, out: str):
+    """Draws OUT/NAME.png, a picture of reproduce/studies/pictures.
+
+    Args:
+        name (str): Name of the module.
+        measure (bool): Whether to make the data anew, and to write them to OUT, too.
+        out (str): The folder. The files are replaced as a whole.
+
+    Raises:
+        DataError: There are no data, or no command that makes them.
+    """
+    module = importlib.import_module(f'reproduce.studies.pictures.{name}')
+    path = RESULTS / (module.DATA or '')
+    if measure:
+        if not hasattr(module, 'measure'):
+            raise DataError(f'--measure: {name} has no data of its own: leave it out')
+        path = Path(out) / path.name
+        path.write_text(json.dumps(module.measure()) + '\n')
+    try:
+        content = [json.loads(path.read_text())] if module.DATA else []
+    except OSError as error:
+        raise DataError(f'no data: {reason(error)}; run from a checkout of the project') from error
+    style.save(module.draw(*content), os.path.join(out, f'{name}.png'), module.ALT)
+
+
 def main():
     parser = Parser(prog='./run_mpi.sh figures', description=__doc__)
     parser.add_argument(
         'name',
-        choices=('schedules', 'comparison', 'runs'),
+        choices=(
+            'schedules',
+            'comparison',
+            'runs',
+            'updates',
+            'start',
+            'step',
+            'statistics',
+            'rounding',
+            'mn1',
+            'iteration',
+        ),
         metavar='NAME',
-        help='plot to draw: schedules, comparison or runs',
+        help='plot to draw, as listed above',
     )
     parser.add_argument(
         'runs',
@@ -176,6 +255,12 @@ def main():
         type=Path,
         metavar='RUN',
         help='for runs: the --out folder of a run',
+    )
+    parser.add_argument(
+        '--measure',
+        action='store_true',
+        help='for start, step and statistics: train for the data, some minutes, and write them to '
+        'FOLDER [take those in reproduce/results/figures]',
     )
     parser.add_argument(
         '--out',
@@ -200,8 +285,12 @@ def main():
         os.makedirs(options.out, exist_ok=True)
         if options.name == 'runs':
             runs(logs, options.out)
-        else:
+        elif options.name in ('schedules', 'comparison'):
             {'schedules': paper_schedules, 'comparison': comparison}[options.name](options.out)
+        else:
+            picture(options.name, options.measure, options.out)
+    except DataError as error:
+        parser.refuse(error)
     except OSError as error:
         parser.refuse(f'--out {reason(error)}')
     print(Path(options.out) / f'{options.name}.png')
