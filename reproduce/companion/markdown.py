@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import io
 import os
 import re
@@ -97,7 +98,17 @@ def legend(root, page) -> str:
     return _table([('letter', 'source'), *SOURCES.items()])
 
 
-WRITERS = (excerpt, tested, mistake, settings, legend)
+def picture(root, page, name) -> str:
+    """A picture of reproduce/studies/pictures, with its caption and the command that draws it."""
+    try:
+        module = importlib.import_module(f'reproduce.studies.pictures.{name}')
+    except ModuleNotFoundError as error:
+        raise NotFound(f'reproduce/studies/pictures has no {name}') from error
+    target = os.path.relpath(root / f'reproduce/results/figures/{name}.png', page.parent)
+    return f'![{module.ALT}]({target})\n\n*{module.CAPTION}* `./run_mpi.sh figures {name}`\n'
+
+
+WRITERS = (excerpt, tested, mistake, settings, legend, picture)
 _LETTERS = re.compile(r'\(([A-Z])\)')
 
 
