@@ -178,7 +178,8 @@ class _Part:
         text = self._plain(block)
         if first.type == 'table_open':
             return f'<div class="table">\n{text}</div>\n'
-        return re.sub(r'^<p>(<img [^>]*>)</p>', r'<p class="picture">\1</p>', text)
+        text = re.sub(r'^<p>(<img [^>]*>)</p>', r'<p class="picture">\1</p>', text)
+        return re.sub(r'^<p><em>((?:(?!</em>).)*)</em></p>', r'<p class="caption">\1</p>', text)
 
     def _plain(self, tokens) -> str:
         text = self.parser.renderer.render(tokens, self.parser.options, {})

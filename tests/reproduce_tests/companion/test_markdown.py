@@ -1,5 +1,6 @@
 """Excerpts, tests and tables in the Markdown: what they have, and that they are up to date."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reproduce.companion.__main__ import PAGES
+from reproduce.companion.__main__ import PAGES, main
 from reproduce.companion.excerpts import find
 from reproduce.companion.markdown import TextError, renewed
 from reproduce.settings import Settings
@@ -91,6 +92,17 @@ def test_what_is_generated_is_up_to_date(name):
     assert renewed(ROOT / name, ROOT) == text, 'run ./run_mpi.sh companion'
 
 
+def test_a_missing_package_is_one_line_with_the_remedy(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    lacking = lambda name, *args: None if name == 'cogapp' else find_spec(name, *args)
+    monkeypatch.setattr(importlib.util, 'find_spec', lacking)
+    with pytest.raises(SystemExit) as ended:
+        main(['--check'])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count('\n') == 1
+    assert ' has no package cogapp: ' in error and '".[companion]"' in error
+
+
 def companion(copy, *words):
     return subprocess.run(
         [sys.executable, '-m', 'reproduce.companion', *words],
@@ -116,7 +128,8 @@ def test_a_changed_line_of_the_update_rule_is_noticed_until_the_page_is_renewed(
     page.write_text(f'{page.read_text()}\n{marker}')
     stale = companion(tmp_path, '--check')
     assert stale.returncode == 1
-    assert stale.stderr == f'error: not up to date: {PAGES[0]}. Run ./run_mpi.sh companion\n'
+    line = len(page.read_text().splitlines())
+    assert stale.stderr == f'error: not up to date: {PAGES[0]}:{line}. Run ./run_mpi.sh companion\n'
     assert not (tmp_path / 'results').exists()
     done = companion(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -126,7 +139,7 @@ def test_a_changed_line_of_the_update_rule_is_noticed_until_the_page_is_renewed(
     assert text.count('mu1 * delta') == 1
     element.write_text(text.replace('mu1 * delta', 'mu2 * delta'))
     changed = companion(tmp_path, '--check')
-    assert changed.returncode == 1 and changed.stderr == stale.stderr
+    assert changed.returncode == 1 and f'not up to date: {PAGES[0]}:' in changed.stderr
     assert companion(tmp_path).returncode == 0
     assert companion(tmp_path, '--check').returncode == 0
     assert 'mu2 * delta' in page.read_text()
@@ -202,7 +215,8 @@ WRONG = {
     "excerpt('a.py:Class', 'self')": "2 lines of a.py:Class have 'self'; one is needed",
     "excerpt('a.py:function', 'Of the')": "no lines of a.py:function have 'Of the'; one is needed",
     "excerpt('a.py:function', 'return', '[W1]')": "in a.py:function, '[W1]' stands before 'return'",
-    'excerpt()': "excerpt() missing 1 required positional argument: 'place'",
+    'excerpt()': "excerpt: missing a required argument: 'place'",
+    "excerpt('a.py', begin='x')": "excerpt: got an unexpected keyword argument 'begin'",
     "excrept('a.py')": "NameError: name 'excrept' is not defined",
     'excerpt(': "'(' was never closed",
     "tested('W1', 'tests/extensions_tests/test_schedules.py:test_x')": "'W1' is not tags",
@@ -227,7 +241,7 @@ def test_an_error_has_the_file_the_line_and_the_name(project, line):
 
 def test_an_excerpt_that_would_end_the_comment_is_refused(project):
     (project.root / 'b.py').write_text('x = [[[1]]]\n')
-    with pytest.raises(TextError, match=r'texts/README.md:2: b.py has "]]]"'):
+    with pytest.raises(TextError, match=r'texts/README.md:2: excerpt.* has "]]]"'):
         project("excerpt('b.py')")
 
 

@@ -75,6 +75,10 @@ A paragraph.
 
 ![A picture](picture.png)
 
+*What it shows, in $x$.*
+
+Not *a* caption *here*.
+
 ## The end
 """
 
@@ -134,8 +138,10 @@ def test_headings_links_and_formulas(project):
     assert re.findall('href="#([^"]*)"', nav) == re.findall(r'<h\d id="([^"]*)"', text)
     for target in ('#a-the-end', '#b-and-now', '#b', '../code.py#L1-L2', 'https://arxiv.org'):
         assert f'<a href="{target}' in text
-    assert 'for $5 and $6.' in text and text.count('<math ') == 5
+    assert 'for $5 and $6.' in text and text.count('<math ') == 6
     assert '<mtext>SGD</mtext>' in text and '<mi mathvariant="normal">&#x00394;</mi>' in text
+    assert re.search(r'<p class="picture"><img .*></p>\n\n<p class="caption">What it shows', text)
+    assert text.count('class="caption"') == 1
     assert 'cog' not in text and '<wbr>' in text
 
 
