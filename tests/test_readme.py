@@ -244,7 +244,7 @@ def test_options_exist():
     others |= {'--report-bindings', *SLURM.split()}
     pip = set('--no-deps --no-binary --no-build-isolation'.split())
     for name, text in TEXTS.items():
-        for option in re.findall(r'(?<![\w-])--[a-z][a-z-]*', text):
+        for option in re.findall(r'(?<![\w-])--[a-z][a-z0-9-]*', text):
             known = option in own | others | pip or f"'{option}'" in code
             assert known or option.replace('--no-', '--', 1) in own, (name, option)
 

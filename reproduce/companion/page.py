@@ -292,6 +292,8 @@ def mathml(latex, display='inline') -> str:
 
 def _with_breaks(code) -> str:
     """Keeps a short word in one line, and lets a long name break after these characters."""
+    if len(code[1]) > 24 and ' ' in code[1]:
+        return code[0]
     if len(code[1]) <= 24:
         return f'<code class="short">{code[1]}</code>'
     breaks = re.sub(r'(?<=\w[/:._])(?=\w)', '<wbr>', code[1])
