@@ -143,7 +143,7 @@ setup(
     options={'editable_wheel': {'mode': 'compat'}},
     package_data={
         'extensions': ['*.h', '*.cu', 'kernels/*.c', 'kernels/*.h'],
-        'reproduce': ['data/*', 'studies/cluster/*.json'],
+        'reproduce': ['companion/*.css', 'data/*', 'studies/cluster/*.json'],
     },
     install_requires=[
         'chainer==7.8.1',

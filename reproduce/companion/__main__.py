@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ('extensions/README.md', 'reproduce/README.md')
 OUT = ROOT / 'results' / 'companion.html'
 PACKAGES = ('cogapp', 'latex2mathml', 'markdown_it', 'mdit_py_plugins', 'pygments')
+
+
+def first_change(path: Path, new: str) -> int:
+    """The number of the first line of a file that is another in the new text."""
+    lines = itertools.zip_longest(path.read_text('utf-8').splitlines(), new.splitlines())
+    return next(number for number, (old, line) in enumerate(lines, 1) if old != line)
 
 
 def main(argv):
@@ -34,8 +41,9 @@ def main(argv):
     try:
         texts = {name: renewed(ROOT / name, ROOT) for name in PAGES}
         stale = [name for name in PAGES if texts[name] != (ROOT / name).read_text('utf-8')]
+        places = [f'{name}:{first_change(ROOT / name, texts[name])}' for name in stale]
         if args.check and stale:
-            sys.exit(f'error: not up to date: {", ".join(stale)}. Run ./run_mpi.sh companion')
+            sys.exit(f'error: not up to date: {" and ".join(places)}. Run ./run_mpi.sh companion')
         if args.check:
             return
         for name in stale:

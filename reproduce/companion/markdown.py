@@ -2,7 +2,7 @@
 
 The functions in :data:`WRITERS` are called in comments of the Markdown::
 
-    <!-- [[[cog excerpt('extensions/schedules.py:alpha_sgd', 'u = 2', '[W5]') ]]] -->
+    <!-- [[[cog excerpt('extensions/schedules.py:alpha_sgd', start='u = 2', end='[W5]') ]]] -->
     <!-- [[[end]]] -->
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import io
 import os
 import re
@@ -121,13 +122,17 @@ def renewed(page: Path, root: Path) -> str:
     name = page.relative_to(root)
     cog = Cog()
 
-    def writer(function, *args):
+    def writer(function, *args, **options):
         try:
-            text = function(root, page, *args)
-        except (NotFound, TypeError) as error:
+            inspect.signature(function).bind(root, page, *args, **options)
+        except TypeError as error:
+            raise CogError(f'{function.__name__}: {error}') from error
+        try:
+            text = function(root, page, *args, **options)
+        except NotFound as error:
             raise CogError(str(error)) from error
         if ']]]' in text:
-            raise CogError(f'{args[0]} has "]]]", which ends a comment of cogapp')
+            raise CogError(f'{function.__name__}{args} has "]]]", which ends a comment of cogapp')
         cog.cogmodule.out(f'\n{text}\n')
 
     functions = {f.__name__: functools.partial(writer, f) for f in WRITERS}

@@ -1,4 +1,4 @@
-"""One page of HTML from the Markdown: formulas in MathML, pictures inside, no script, no network."""
+"""One page of HTML from the Markdown: MathML, pictures inside, no script, no network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
@@ -122,6 +123,8 @@ class _Part:
             if marker:
                 writer = marker[1]
                 yield f'begin {writer}' if writer else 'end', ''
+            elif token.type == 'html_block' and not token.content.startswith('<!--'):
+                raise TextError(f'{self.page}: only Markdown, not {token.content.splitlines()[0]}')
             elif token.type != 'html_block':
                 yield self._kind(block), self._rendered(block)
             block = []
@@ -152,7 +155,7 @@ class _Part:
         text = ''.join(inside)
         if writer != 'excerpt':
             return f'<div class="{writer}">\n{text}</div>'
-        beside = []
+        beside: list[str] = []
         while done and done[-1][0] == 'equation':
             beside.insert(0, done.pop()[1])
         if not beside and done and done[-1][0] == 'paragraph':
@@ -175,7 +178,8 @@ class _Part:
         text = self._plain(block)
         if first.type == 'table_open':
             return f'<div class="table">\n{text}</div>\n'
-        return re.sub(r'^<p>(<img [^>]*>)</p>', r'<p class="picture">\1</p>', text)
+        text = re.sub(r'^<p>(<img [^>]*>)</p>', r'<p class="picture">\1</p>', text)
+        return re.sub(r'^<p><em>((?:(?!</em>).)*)</em></p>', r'<p class="caption">\1</p>', text)
 
     def _plain(self, tokens) -> str:
         text = self.parser.renderer.render(tokens, self.parser.options, {})
@@ -232,15 +236,10 @@ class _Part:
     def _formula(self, latex, display='inline') -> str:
         latex = latex.strip().strip('`')
         try:
-            text = convert(latex, display=display)
-        except Exception as error:  # of many classes
-            raise TextError(f'{self.page}: the formula {latex}: {error!r}') from error
-        unknown = re.search(r'<m\w+>(\\[^<]*|&)</m\w+>', text)
-        if unknown:
-            raise TextError(f'{self.page}: the formula {latex}: latex2mathml has no {unknown[1]}')
-        # As TeX has them: a name of several letters is one identifier; capital Greek is upright.
-        text = _LETTERS.sub(lambda run: f'<mi>{re.sub("<[^>]*>", "", run[0])}</mi>', text)
-        return _CAPITAL_GREEK.sub(r'<mi mathvariant="normal">\1</mi>', text)
+            return mathml(latex, display)
+        except Exception as error:  # latex2mathml's own are of many classes, without words
+            why = str(error) or type(error).__name__
+            raise TextError(f'{self.page}: the formula {latex}: {why}') from error
 
     def _code(self, token) -> str:
         try:
@@ -255,13 +254,46 @@ class _Part:
         return _TAG_OF_CODE.sub(r'<a class="tag" href="#eq-\1">[\1]</a>', text)
 
 
-_LETTERS = re.compile(r'(?:<mi mathvariant="normal">\w</mi>){2,}')
-_CAPITAL_GREEK = re.compile('<mi>(&#x0039[1-9A-F];|&#x003A[0-9];)</mi>')
 _INLINE = re.compile(r'<span class="math inline">(.*?)</span>', re.DOTALL)
+
+
+# What MathML's elements need; a browser shows nothing of one that lacks a part.
+_TWO = ('mfrac', 'mroot', 'msub', 'msup', 'mover', 'munder')
+_PARTS = {**dict.fromkeys(_TWO, 2), 'msubsup': 3, 'munderover': 3}
+# As TeX has them: capital Greek is upright, these are operators, {,} within a number is none.
+_AS_TEX = (
+    (r'<mi>(&#x0039[1-9A-F];|&#x003A[0-9];)</mi>', r'<mi mathvariant="normal">\1</mi>'),
+    (r'<mi>(&#x000D7;|&#x000B7;|&#x0230[A-B];)</mi>', r'<mo>\1</mo>'),
+    (r'</mn><mrow><mo>&#x0002C;</mo></mrow><mn>', ','),
+)
+
+
+def mathml(latex, display='inline') -> str:
+    """Returns a formula of LaTeX as MathML.
+
+    Raises:
+        Exception: It is wrong, or latex2mathml does not know a command.
+    """
+    words = re.sub(r'\\mathrm\{([A-Za-z0-9]+)\}', r'\\text{\1}', latex)  # upright, and one word
+    text = convert(words, display=display)
+    unknown = re.search(r'<m\w+>(\\[^<]*|[&{}])</m\w+>', text)
+    if unknown:
+        raise ValueError(f'latex2mathml has no {unknown[1]}')
+    for element in ElementTree.fromstring(text).iter():
+        name = element.tag.partition('}')[2]
+        if len(element) != _PARTS.get(name, len(element)):
+            raise ValueError(f'{name} lacks a part')
+    if latex.count('{') != latex.count('}'):
+        raise ValueError('a brace is missing')
+    for found, other in _AS_TEX:
+        text = re.sub(found, other, text)
+    return text
 
 
 def _with_breaks(code) -> str:
     """Keeps a short word in one line, and lets a long name break after these characters."""
+    if len(code[1]) > 24 and ' ' in code[1]:
+        return code[0]
     if len(code[1]) <= 24:
         return f'<code class="short">{code[1]}</code>'
     breaks = re.sub(r'(?<=\w[/:._])(?=\w)', '<wbr>', code[1])
