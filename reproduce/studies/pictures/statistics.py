@@ -81,18 +81,16 @@ class Comparison:
         # As if the averages had begun with the first minibatch, not with Chainer's 0 and 1.
         moving = self._sum / (1 - DECAY**updater.iteration)
         if updater.is_new_epoch:
-            self._add_row(model, batches, updater, {'moving': moving, 'last': last})
+            self._add_row(trainer, model, batches, {'moving': moving, 'last': last})
 
-    def _add_row(self, model, batches, updater, found):
+    def _add_row(self, trainer, model, batches, found):
+        updater = trainer.updater
         true = of_training_set(model, batches, self._local_batch_size, len(updater.workers))
-        row = {'epoch': updater.epoch_detail, 'true': {'top-1': top1(model, batches, true)}}
+        row = {'epoch': updater.epoch_detail, 'true': {'top-1': top1(trainer, model, true)}}
         for name, statistics in found.items():
-            row[name] = {
-                **errors(model, statistics, true),
-                'top-1': top1(model, batches, statistics),
-            }
+            right = top1(trainer, model, statistics)
+            row[name] = {**errors(model, statistics, true), 'top-1': right}
         self.rows.append(row)
-        print(row, flush=True)
 
 
 def links_of(model) -> list:
@@ -144,19 +142,14 @@ def errors(model, found, true) -> dict:
     return dict(zip(('mean', 'variance'), medians))
 
 
-def top1(model, batches, statistics) -> float:
-    """Gives the links these statistics, and returns the share of right validation images."""
+def top1(trainer, model, statistics) -> float:
+    """Gives the links these statistics, and returns the top-1 of the validation."""
     start = 0
     for link in links_of(model):
         stop = start + link.avg_mean.size
         link.avg_mean[...], link.avg_var[...] = statistics[:, start:stop]
         start = stop
-    right = 0
-    with chainer.using_config('train', False), chainer.no_backprop_mode():
-        for pixels, t in batches.validation_batches(0, len(batches.val)):
-            y = model(images.normalize(pixels, images.MEAN, images.STD, np))
-            right += int((y.array.argmax(axis=1) == t).sum())
-    return right / len(batches.val)
+    return trainer.get_extension('validation').evaluate()['main/accuracy']
 
 
 def measure() -> dict:

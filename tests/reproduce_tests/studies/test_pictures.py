@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from extensions import replaced_methods
+from reproduce import images
+from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.studies import figures
 from reproduce.studies.cluster.description import read
@@ -247,13 +249,17 @@ def test_statistics_of_the_training_set_by_numpy():
 
     def watch(trainer, batches):
         model = trainer.updater.get_optimizer('main').target
+        taken, take = [], batches.train_batch
+        batches.train_batch = lambda *which: (taken.append(order(*which)[1]), take(*which))[1]
         with Inputs() as inputs:
             true = statistics.of_training_set(model, batches, 32, 2)
         links = statistics.links_of(model)
-        seen.append((true, [inputs.of[id(link)] for link in links]))
+        seen.append((true, np.concatenate(taken), [inputs.of[id(link)] for link in links]))
 
+    order = ImageOrder(1437, 2, 32, 0)
     short_run.run(statistics.settings(2), 1, watch)
-    [(true, inputs)] = seen
+    [(true, taken, inputs)] = seen
+    assert len(set(taken)) == len(taken) == 1437 // 32 * 32  # each image once
     assert len(inputs) == 53 and all(len(minibatches) == 1437 // 32 for minibatches in inputs)
     expected = [[], []]
     for minibatches in inputs:
@@ -271,7 +277,7 @@ def test_a_row_compares_with_the_training_set(monkeypatch):
     rng = np.random.RandomState(0)
     true = np.stack([rng.randn(3320), 1 + rng.rand(3320)])
     monkeypatch.setattr(statistics, 'of_training_set', lambda *arguments: true)
-    monkeypatch.setattr(statistics, 'top1', lambda model, batches, values: values[0, 0])
+    monkeypatch.setattr(statistics, 'top1', lambda trainer, model, values: values[0, 0])
     last, links = [], []
 
     def watch(trainer, batches):
@@ -298,6 +304,24 @@ def test_a_row_compares_with_the_training_set(monkeypatch):
         assert (row[name]['mean'], row[name]['variance']) == pytest.approx(np.median(each, axis=0))
         assert row[name]['top-1'] == pytest.approx(found[0][0])
     assert row['true']['top-1'] == true[0][0]
+
+
+@pytest.mark.usefixtures('chainers_functions')
+def test_top1_is_by_the_given_statistics():
+    def watch(trainer, batches):
+        model = trainer.updater.get_optimizer('main').target
+        given = np.stack([np.full(3320, 0.5), np.full(3320, 2.0)])
+        found = statistics.top1(trainer, model, given)
+        links = statistics.links_of(model)
+        assert all((link.avg_mean == 0.5).all() and (link.avg_var == 2).all() for link in links)
+        right = 0
+        with chainer.using_config('train', False):
+            for pixels, t in batches.validation_batches(0, 360):
+                y = model(images.normalize(pixels, images.MEAN, images.STD, np))
+                right += np.sum(np.argmax(y.array, axis=1) == t)
+        assert found == right / 360
+
+    short_run.run(statistics.settings(2), 1, watch)
 
 
 @pytest.mark.slow
