@@ -16,7 +16,7 @@ from reproduce.job.plots import plt
 
 WIDTH = 1400 / 150  # inches
 _DPI = 150
-_COLORS = 64  # of a PNG; enough for the edges of letters
+_COLORS = 24  # of a PNG; enough for the edges of letters
 
 BLACK, BLUE, VERMILION, ORANGE, GREEN, SKY, PURPLE = (
     *('#000000', '#0072B2', '#D55E00', '#E69F00', '#009E73', '#56B4E9', '#CC79A7'),

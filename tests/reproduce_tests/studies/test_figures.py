@@ -15,10 +15,16 @@ from reproduce.studies import figures
 def drawn(monkeypatch, tmp_path):
     """``drawn(function, *arguments)`` returns the axes; the file is written, too."""
     saved = []
-    save = figures.save
-    monkeypatch.setattr(
-        figures, 'save', lambda figure, path: (saved.append(figure.axes), save(figure, path))
-    )
+
+    def spy(save):
+        def saving(figure, path, *alt):
+            saved.append(figure.axes)
+            save(figure, path, *alt)
+
+        return saving
+
+    monkeypatch.setattr(figures, 'save', spy(figures.save))
+    monkeypatch.setattr(figures.style, 'save', spy(figures.style.save))
 
     def draw(function, *arguments):
         function(*arguments, str(tmp_path))
@@ -35,13 +41,18 @@ def line(axis, label):
 
 
 def test_schedules_of_the_paper(drawn):
-    alpha, alpha_rmsprop, lr = drawn(figures.paper_schedules)
+    axes = {
+        axis.get_title(loc='left').partition(': ')[2]: axis
+        for axis in drawn(figures.paper_schedules)
+    }
+    alpha, alpha_rmsprop = axes['weight of SGD'], axes['weight of RMSprop']
+    lr = axes['learning rate, batch 32,768']
     for form, at_12 in (('printed', 1.3), ('continuous', 0.9)):
         assert line(alpha, form)(10) == pytest.approx(0.5, abs=1e-3)
         assert line(alpha, form)(12) == pytest.approx(at_12, abs=1e-3)
         expected = 1e5 * max(0, 1 - at_12) * 3e-4 / 6.4
         assert line(alpha_rmsprop, form)(12) == pytest.approx(expected, abs=1e-3)
-    ours, goyal, steps = (line(lr, found.get_label()) for found in lr.lines)
+    steps, goyal, ours = (line(lr, found.get_label()) for found in lr.lines)
     np.testing.assert_allclose(ours([1, 41, 71, 86]), [6.4, 0.96, 0.128, 0.0128], rtol=1e-6)
     np.testing.assert_allclose(
         goyal([0, 2.5, 29, 31, 61, 81]), [0.1, 6.45, 12.8, 1.28, 0.128, 0.0128]
