@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import mimetypes
 import os
 import posixpath
@@ -13,6 +12,7 @@ from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -22,7 +22,7 @@ from pygments.util import ClassNotFound
 from reproduce.companion.markdown import TextError
 
 TITLE = 'Extremely Large Minibatch SGD, beside the code that runs it'
-_MARKER = re.compile(r'<!-- \[\[\[(?:cog (\w+)\(|end)')
+_MARKER = re.compile(r'<!-- \[\[\[(?:cog\s+(\w+)\(|end)')
 _TAG_OF_FORMULA = re.compile(r'\\tag\{([A-Z]\d?)\}')
 _TAGGED = re.compile(r'  (?:#|//) \[[A-Z]\d?\]$')
 _TAG_OF_CODE = re.compile(r'<span class="c1">(?:#|//) \[([A-Z]\d?)\]</span>')
@@ -45,7 +45,8 @@ def make(root: Path, pages, out: Path) -> str:
     twice = sorted({id for id in ids if ids.count(id) > 1})
     if twice:
         raise TextError(f'{" and ".join(pages)}: two headings or tagged formulas are {twice[0]}')
-    dead = sorted({name for part in parts for name in part.inner_links} - set(ids))
+    links = {id for part in parts for id in re.findall(r' href="#([^"]*)"', part.html)}
+    dead = sorted(links - set(ids))
     if dead:
         raise TextError(f'{" and ".join(pages)}: there is no heading or tagged formula {dead[0]}')
     contents = ''.join(part.contents() for part in parts)
@@ -98,11 +99,10 @@ class _Part:
     def __init__(self, root, page, pages, out):
         self.root, self.page, self.pages, self.out = root, page, pages, out
         self.headings: list[tuple[int, str, str]] = []  # level, id, HTML
-        self.inner_links: list[str] = []  # ids
         self.parser = MarkdownIt('commonmark').enable('table')
-        self.parser.use(
-            dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False
-        )
+        options = {'allow_labels': False, 'allow_space': False, 'allow_digits': False}
+        self.parser.use(dollarmath_plugin, **options, double_inline=True)
+        self.parser.renderer.rules.update(self._rules())
         text = (root / page).read_text('utf-8')
         self.html = '\n'.join(self._arranged(self._blocks(self.parser.parse(text))))
 
@@ -123,11 +123,30 @@ class _Part:
             if marker:
                 writer = marker[1]
                 yield f'begin {writer}' if writer else 'end', ''
-            elif token.type == 'html_block' and not token.content.startswith('<!--'):
-                raise TextError(f'{self.page}: only Markdown, not {token.content.splitlines()[0]}')
-            elif token.type != 'html_block':
+            elif token.type != 'html_block' or not token.content.startswith('<!--'):
                 yield self._kind(block), self._rendered(block)
             block = []
+
+    def _rules(self) -> dict:
+        """How tokens become HTML, wherever they stand; markdown-it calls (tokens, index, ...)."""
+        makers = {
+            'fence': lambda token: (
+                self._equation(token.content) if token.info == 'math' else self._code(token)
+            ),
+            'code_block': self._code,
+            'code_inline': lambda token: _code_inline(token.content),
+            'math_block': lambda token: self._equation(token.content),
+            'math_inline': lambda token: self._formula(token.content),
+            'math_inline_double': lambda token: self._formula(token.content, 'block'),
+            'html_block': self._html_block,
+        }
+        return {
+            name: lambda tokens, i, *_, maker=maker: maker(tokens[i])
+            for name, maker in makers.items()
+        }
+
+    def _html_block(self, token):
+        raise TextError(f'{self.page}: only Markdown, not {token.content.splitlines()[0]}')
 
     def _kind(self, block) -> str:
         if block[0].type == 'math_block' or block[0].info == 'math':
@@ -166,40 +185,37 @@ class _Part:
         )
 
     def _rendered(self, block) -> str:
-        first = block[0]
-        if self._kind(block) == 'equation':
-            return self._equation(first.content)
-        if first.type == 'fence':
-            return self._code(first)
-        if first.type == 'heading_open':
-            return self._heading(block)
         for token in block:
             self._prepare(token.children or [])
+        if block[0].type == 'heading_open':
+            return self._heading(block)
         text = self._plain(block)
-        if first.type == 'table_open':
+        if block[0].type == 'table_open':
             return f'<div class="table">\n{text}</div>\n'
         text = re.sub(r'^<p>(<img [^>]*>)</p>', r'<p class="picture">\1</p>', text)
         return re.sub(r'^<p><em>((?:(?!</em>).)*)</em></p>', r'<p class="caption">\1</p>', text)
 
     def _plain(self, tokens) -> str:
-        text = self.parser.renderer.render(tokens, self.parser.options, {})
-        text = _INLINE.sub(lambda found: self._formula(html.unescape(found[1])), text)
-        return re.sub(r'<code>([^<]*)</code>', _with_breaks, text)
+        return self.parser.renderer.render(tokens, self.parser.options, {})
 
     def _heading(self, block) -> str:
-        self._prepare(block[1].children)
         text = self._plain(block[1:2])
         id = self._id(self.page, _slug(block[1].content) if self.headings else '')
         self.headings.append((int(block[0].tag[1]), id, re.sub(r'</?a\b[^>]*>', '', text)))
         return f'<{block[0].tag} id="{id}">{text}</{block[0].tag}>\n'
 
     def _prepare(self, tokens):
-        """Makes links and pictures those of the page."""
+        """Makes links and pictures those of the page, and looks for formulas that are none."""
         for token in tokens:
             if token.type == 'link_open':
                 token.attrs['href'] = self._target(token.attrs['href'])
             elif token.type == 'image':
                 token.attrs['src'] = self._picture(token.attrs['src'])
+            elif token.type == 'text' and (found := re.search(r'\$\$|\\[A-Za-z]+', token.content)):
+                raise TextError(
+                    f'{self.page}: no formula of GitHub: {token.content} has {found[0]}. No space '
+                    'stands inside of dollars, no digit beside them'
+                )
 
     def _target(self, href) -> str:
         if re.match(r'https?:', href):
@@ -209,8 +225,7 @@ class _Part:
         if not path:
             target = self.page
         if target in self.pages:
-            self.inner_links.append(self._id(target, anchor))
-            return f'#{self.inner_links[-1]}'
+            return f'#{self._id(target, anchor)}'
         if not (self.root / target).exists():
             raise TextError(f'{self.page}: the link {href} leads nowhere')
         relative = os.path.relpath(self.root / target, self.out.parent)
@@ -254,9 +269,6 @@ class _Part:
         return _TAG_OF_CODE.sub(r'<a class="tag" href="#eq-\1">[\1]</a>', text)
 
 
-_INLINE = re.compile(r'<span class="math inline">(.*?)</span>', re.DOTALL)
-
-
 # What MathML's elements need; a browser shows nothing of one that lacks a part.
 _TWO = ('mfrac', 'mroot', 'msub', 'msup', 'mover', 'munder')
 _PARTS = {**dict.fromkeys(_TWO, 2), 'msubsup': 3, 'munderover': 3}
@@ -290,14 +302,13 @@ def mathml(latex, display='inline') -> str:
     return text
 
 
-def _with_breaks(code) -> str:
-    """Keeps a short word in one line, and lets a long name break after these characters."""
-    if len(code[1]) > 24 and ' ' in code[1]:
-        return code[0]
-    if len(code[1]) <= 24:
-        return f'<code class="short">{code[1]}</code>'
-    breaks = re.sub(r'(?<=\w[/:._])(?=\w)', '<wbr>', code[1])
-    return f'<code>{breaks}</code>'
+def _code_inline(code) -> str:
+    """Keeps a short word in one line, and lets a long name break after / : . and _."""
+    if len(code) <= 24:
+        return f'<code class="short">{escapeHtml(code)}</code>'
+    if ' ' in code:
+        return f'<code>{escapeHtml(code)}</code>'
+    return '<code>' + re.sub(r'(?<=\w[/:._])(?=\w)', '<wbr>', escapeHtml(code)) + '</code>'
 
 
 def _slug(heading) -> str:

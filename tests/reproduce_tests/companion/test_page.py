@@ -129,6 +129,14 @@ def test_equations_stand_beside_the_excerpt_that_follows_them(project):
     assert beside.startswith('\n<p>A paragraph.</p>\n</div>\n</div>\n') and 'hll' not in code
 
 
+def test_a_list_and_a_quotation_have_formulas_and_code(project):
+    text = project(
+        '# A\n\n- b\n\n  $$x$$\n\n  ```python\n  y = 1\n  ```\n\n> $z$ and `w`\n\n    v = 2\n'
+    )
+    assert text.count('<math ') == 2 and text.count('class="highlight"') == 2
+    assert '<div class="equation">' in text and '<code class="short">w</code>' in text
+
+
 def test_headings_links_and_formulas(project):
     text = project()
     assert re.findall(r'<h\d id="([^"]*)"', text) == [
@@ -182,6 +190,11 @@ BROKEN = {
     '# y\n\n## z\n\n## z': 'two headings or tagged formulas are a-z',
     '$$x \\tag{W1}$$\n\n$$y \\tag{W1}$$': 'two headings or tagged formulas are eq-W1',
     '```pyhton\nx\n```': 'a/README.md: Pygments has no language pyhton',
+    '```python\nx = 1  # [W9]\n```': 'there is no heading or tagged formula eq-W9',
+    '$ \\eta $': 'a/README.md: no formula of GitHub: $ \\eta $ has \\eta. ',
+    '$\\eta$2': 'a/README.md: no formula of GitHub: $\\eta$2 has \\eta',
+    '- a\n\n  $$\\foo$$': 'latex2mathml has no \\foo',
+    '- a\n\n  <div>x</div>': 'a/README.md: only Markdown, not <div>x</div>',
     '<details>': 'a/README.md: only Markdown, not <details>',
 }
 
@@ -219,8 +232,9 @@ def test_each_tag_has_its_equation_excerpt_and_test(companion):
 
 def test_a_tag_that_lacks_something_is_found(project):
     assert not lacking(project(), ['W1', 'W2'])
+    lost = project().replace('id="eq-W1"', '')
+    assert lacking(lost, ['W1', 'W2']) == ['W1: equation']
     assert lacking(project(), ['W3']) == ['W3: equation', 'W3: excerpt', 'W3: test']
-    assert lacking(project(SAMPLE.replace(r' \tag{W1}', '')), ['W1', 'W2']) == ['W1: equation']
     assert lacking(project(SAMPLE.replace('= 1  # [W1]', '= 1')), ['W1']) == ['W1: excerpt']
     assert lacking(project(SAMPLE.replace('of [W1] ', 'of ')), ['W1']) == ['W1: test']
 
