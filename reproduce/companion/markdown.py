@@ -106,7 +106,7 @@ def picture(root, page, name) -> str:
     except ModuleNotFoundError as error:
         raise NotFound(f'reproduce/studies/pictures has no {name}') from error
     target = os.path.relpath(root / f'reproduce/results/figures/{name}.png', page.parent)
-    return f'![{module.ALT}]({target})\n\n*{module.CAPTION}* `./run_mpi.sh figures {name}`\n'
+    return f'![{module.ALT}]({target})\n\n*{module.CAPTION} `./run_mpi.sh figures {name}`*\n'
 
 
 WRITERS = (excerpt, tested, mistake, settings, legend, picture)
