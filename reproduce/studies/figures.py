@@ -12,7 +12,7 @@
 ./run_mpi.sh figures mn1             MN-1 as a drawing, with the ring of the all-reduce
 ./run_mpi.sh figures iteration       where an iteration spends its time
 
-The data of start, step and statistics are in reproduce/results/figures; --measure makes them anew.
+The data of start, step, statistics and rounding are in reproduce/results/figures; --measure makes them anew.
 A training draws its own curves, and a study draws its own plot.
 """
 
@@ -259,8 +259,8 @@ def main():
     parser.add_argument(
         '--measure',
         action='store_true',
-        help='for start, step and statistics: train for the data, some minutes, and write them to '
-        'FOLDER [take those in reproduce/results/figures]',
+        help='for start, step, statistics and rounding: train for the data, some minutes, and '
+        'write them to FOLDER, too [take those in reproduce/results/figures]',
     )
     parser.add_argument(
         '--out',

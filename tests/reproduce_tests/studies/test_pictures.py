@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 
-import extensions  # noqa: F401  isort: skip  (makes Chainer importable on NumPy 2)
+import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
 import chainer
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from reproduce.studies.pictures import (
     first_updates,
     iteration,
     mn1,
+    rounding,
     short_run,
     start,
     statistics,
@@ -29,7 +30,7 @@ from reproduce.studies.pictures import (
     updates,
 )
 
-NAMES = ('updates', 'start', 'step', 'statistics', 'mn1', 'iteration')
+NAMES = ('updates', 'start', 'step', 'statistics', 'rounding', 'mn1', 'iteration')
 
 
 def committed(module):
@@ -342,3 +343,73 @@ def test_the_last_minibatch_is_nearer_with_a_large_batch():
             assert any(len(y) == len(rows) and np.allclose(y, expected) for y in drawn)
     for row in content['32']:
         assert row['last']['variance'] < row['moving']['variance']
+
+
+# ---------------------------------------------------------------- rounding
+
+
+@pytest.fixture(scope='module')
+def gradients():
+    """Of 8 workers, with many too small for float16."""
+    rng = np.random.RandomState(0)
+    return (rng.randn(8, 200) * 10.0 ** rng.uniform(-9, -1, 200)).astype(np.float32)
+
+
+def by_communicator(gradients, accumulate):
+    comm = extensions.create_communicator('mpi', accumulate=accumulate)
+    model = chainer.Chain()
+    with model.init_scope():
+        model.g = chainer.Parameter(np.zeros(gradients.shape[1], np.float32))
+    for row in gradients:
+        model.g.grad = row.copy()
+        comm.add_grad(model)
+    comm.mean_grad(model)
+    return model.g.grad
+
+
+def test_exact_and_ring_are_those_of_the_communicator(gradients):
+    for accumulate, order in (('exact', rounding.exact), ('ring', rounding.ring)):
+        np.testing.assert_array_equal(order(gradients), by_communicator(gradients, accumulate))
+
+
+def test_tree_and_divide_first_by_scalars(gradients):
+    half = np.float16
+    for i, column in enumerate(gradients.T):
+        a, b, c, d, e, f, g, h = map(half, column)
+        tree = half(half(half(a + b) + half(c + d)) + half(half(e + f) + half(g + h)))
+        assert rounding.tree(gradients)[i] == half(tree / half(8))
+        total = half(0)
+        for value in column:
+            total = half(total + half(value / np.float32(8)))
+        assert rounding.divide_first(gradients)[i] == total
+
+
+def test_costs_are_relative_to_the_mean_in_float64(gradients):
+    found = rounding.costs(gradients)
+    mean = np.array([sum(float(value) for value in column) / 8 for column in gradients.T])
+    for name, order in rounding.ORDERS.items():
+        error = relative(order(gradients).astype(float), mean, mean)
+        assert found['errors'][name] == pytest.approx(error)
+    for name, n in (('cast', 1), ('divided', 8)):
+        gone = sum(np.float16(value / np.float32(n)) == 0 for value in gradients.ravel())
+        assert found['flushed'][name] == pytest.approx(gone / gradients.size)
+    assert 0.05 < found['flushed']['cast'] < found['flushed']['divided']
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('chainers_functions')
+def test_the_rounding_is_that_of_the_command(monkeypatch):
+    monkeypatch.setattr(rounding, 'WORKERS', (8,))
+    expected = committed(rounding)['8']
+    for key, found in rounding.measure()['8'].items():
+        assert found == pytest.approx(expected[key], rel=1e-9)
+
+
+def test_the_errors_are_drawn():
+    content = committed(rounding)
+    left, right = rounding.draw(content).axes
+    for axis, key in ((left, 'errors'), (right, 'flushed')):
+        for line in axis.lines:
+            expected = [100 * found[key][line.get_label()] for found in content.values()]
+            np.testing.assert_allclose(line.get_ydata(), expected)
+    assert len(left.lines) == 4 and len(right.lines) == 2
