@@ -71,51 +71,20 @@ SYSTEMS = {
     'twin-compiled': 'auto',
     'torchvision': 'auto',
 }
-_SGD = {'rule': 'momentum SGD', 'learning rate': '0.1 n b / 256'}
-_WARMUP = {'rule': 'RMSprop warm-up', 'learning rate': 'half of 0.1 n b / 256'}
-_LAST = {'BN, to validate': "last minibatch's, mean of all"}
-_DECAY = {'weight decay': 'all but gamma, beta'}
-_MOMENTUM = {'momentum': 'lr outside of it'}
-# What differs by design, in the words of the table.
+FAMILIES = ('ours', 'chainermn', 'twin', 'torchvision')
+# What differs by design, with a column for each family.
 DESIGN = {
-    'ours': {
-        **_WARMUP,
-        **_MOMENTUM,
-        **_DECAY,
-        **_LAST,
-        'gradients': 'float16',
-        'mean': 'exact sum (NCCL: sum), then / n',
-        'all-reduce': 'after backward, at once',
-    },
-    'chainermn': {
-        **_SGD,
-        **_MOMENTUM,
-        **_DECAY,
-        **_LAST,
-        'gradients': 'float32 (GPUs: float16)',
-        'mean': 'sum, then / n',
-        'all-reduce': 'after backward, one by one',
-        'first iteration': 'broadcasts, no update',
-    },
-    'twin': {
-        **_WARMUP,
-        **_MOMENTUM,
-        **_DECAY,
-        **_LAST,
-        'gradients': 'float16',
-        'mean': 'exact sum (NCCL: sum), then / n',
-        'all-reduce': 'during backward, in buckets',
-    },
-    'torchvision': {
-        **_SGD,
-        **_MOMENTUM,
-        'weight decay': 'all',
-        'BN, to validate': "rank 0's moving averages",
-        'gradients': 'float32',
-        'mean': '/ n, then sum',
-        'all-reduce': 'during backward, in buckets',
-        'each iteration': 'broadcasts BN, reads top-1 and top-5',
-    },
+    'rule': ('RMSprop warm-up', 'momentum SGD', 'RMSprop warm-up', 'momentum SGD'),
+    'momentum': ('theta += lr Delta', 'theta += lr v', 'theta += lr Delta', 'theta -= lr v'),
+    'learning rate': ('half of 0.1 n b / 256', '0.1 n b / 256') * 2,
+    'weight decay': (*['all but gamma and beta'] * 3, 'all'),
+    'BN, to validate': (*["last minibatch's, mean of all"] * 3, "rank 0's moving averages"),
+    'gradients': ('float16', 'float32 (GPUs: float16)', 'float16', 'float32'),
+    'sent as': ('float16', 'the same', 'float64 (GPUs: float16)', 'float32'),
+    'mean': ('sum, then / n', 'sum, then / n', 'sum, then / n', '/ n, then sum'),
+    'all-reduce': ('after backward, at once', 'after backward, one by one')
+    + ('during backward, in buckets',) * 2,
+    'otherwise': ('', 'broadcast for first update', '', 'BN broadcast; top-1 and top-5'),
 }
 # Of the seconds of a turn.
 _COLUMNS = ('data', 'compute', 'pack', 'allreduce', 'update', 'between', 'iteration', 'validation')
@@ -294,13 +263,18 @@ def figures_of(results, options) -> dict:
             'loss': float(np.mean(losses[options.iterations :])),
             'losses': losses,
             'same_bits': all(result['losses'] == losses for result in turns),
-            'design': DESIGN[family(name)],
+            'design': design_of(name),
         }
     return figures
 
 
 def family(name) -> str:
     return name.partition('-')[0]
+
+
+def design_of(name) -> dict:
+    column = FAMILIES.index(family(name))
+    return {what: cells[column] for what, cells in DESIGN.items()}
 
 
 def _parts(name, seconds) -> dict:
@@ -340,9 +314,10 @@ def table(figures) -> str:
         lines.append(f'{name:20}' + ''.join(f'{c:>{width}}' for c, width in zip(cells, widths)))
     families = list(dict.fromkeys(map(family, figures)))
     lines += ['', f'{"by design":18}' + ''.join(f'{name:34}' for name in families).rstrip()]
-    for what in dict.fromkeys(what for name in families for what in DESIGN[name]):
-        cells = [DESIGN[name].get(what, '') for name in families]
-        lines.append(f'{what:18}' + ''.join(f'{cell:34}' for cell in cells).rstrip())
+    for what in DESIGN:
+        cells = [design_of(name)[what] for name in families]
+        if any(cells):
+            lines.append(f'{what:18}' + ''.join(f'{cell:34}' for cell in cells).rstrip())
     return '\n'.join(lines)
 
 
@@ -397,15 +372,15 @@ def main(argv):
     except KeyboardInterrupt:
         print('stopped: nothing was written', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    turns = next(iter(results.values()))
-    device, hosts = turns[0]['device'], turns[0]['hosts']
+    device, blas = (next(iter(results.values()))[0][key] for key in ('device', 'blas'))
     figures = figures_of(results, options)
-    text = f'{title}\n{device}; load of the machine {load:.1f} before\n\n{table(figures)}\n'
+    here = f'{device}; NumPy by {blas or "another BLAS"}; load of the machine before: {load:.1f}'
+    text = f'{title}\n{here}\n\n{table(figures)}\n'
     content = {
         'benchmark': 'systems',
         'machine': platform.platform(),
         'device': device,
-        'hosts': hosts,
+        'blas': blas,
         'load_before': load,
         'python': platform.python_version(),
         'numpy': np.__version__,

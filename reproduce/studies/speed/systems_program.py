@@ -29,7 +29,7 @@ from reproduce import listing
 from reproduce.dataset import write_digits
 from reproduce.job import functions, ranks, report
 from reproduce.settings import InputError
-from reproduce.studies.speed.functions import memory
+from reproduce.studies.speed.functions import blas, memory
 from reproduce.studies.speed.iteration_program import ChainerMN, Ours, repeated
 
 IN_PYTORCH = ('twin', 'twin-compiled', 'torchvision')
@@ -148,12 +148,12 @@ def measure(options, mpi) -> dict:
         grown = report.device_memory() if system.on_gpu else memory('VmHWM') - before
     return {
         'device': device_name(options, system),
+        'blas': blas(),
         'functions': options.functions,
         'seconds': (mpi.allreduce(seconds) / mpi.size).tolist(),
         'losses': (mpi.allreduce(own) / mpi.size).tolist(),
         'memory': mpi.allreduce(grown, MPI.MAX),
         'peak': mpi.allreduce(memory('VmHWM'), MPI.MAX),
-        'hosts': len(set(mpi.allgather(MPI.Get_processor_name()))),
     }
 
 
