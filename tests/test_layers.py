@@ -137,7 +137,8 @@ def test_a_circle_and_an_arrow_upwards_would_be_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name', ['invariance', 'speed.__main__', 'speed.iteration', 'image_commands']
+    'name',
+    ['invariance', 'speed.__main__', 'speed.iteration', 'speed.systems', 'image_commands'],
 )
 def test_programs_that_start_mpiexec_do_not_start_mpi(name):
     """An mpiexec that is started by a process of MPI joins its job; and it costs a second."""

@@ -25,6 +25,7 @@ from mpi4py import MPI
 from extensions import device_of, kernels, nccl, schedules
 from extensions.timing import PARTS
 from reproduce.job import functions, mpi_library
+from reproduce.job.countdown import duration
 
 _COLUMNS = (  # title, key in the log, format
     ('epoch', 'epoch', '{:>5d}'),
@@ -325,40 +326,6 @@ class Curves(training.Extension):
             self._plots.curves(self._log_report.log, self._settings, trainer.out)
             # A figure takes 9 MB and has reference cycles: Python alone would keep several.
             gc.collect()
-
-
-def duration(seconds: float) -> str:
-    """Formats a time in seconds: 1 h 02 min, 3 min 20 s, 12 s."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f'{seconds} s'
-    if seconds < 3600:
-        return f'{seconds // 60} min {seconds % 60:02d} s'
-    return f'{seconds // 3600} h {seconds % 3600 // 60:02d} min'
-
-
-class Countdown:
-    """Prints a line with the time left, every ten seconds. It is called after each of ``total``.
-
-    Args:
-        what (str): What is counted, in the plural.
-        total (int): Their number.
-    """
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total, self._done = what, total, 0
-        self._start = self._last = time.monotonic()
-
-    def __call__(self):
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last < 10:
-            return
-        self._last = now
-        left = (now - self._start) / self._done * (self._total - self._done)
-        print(
-            f'  {self._done:,} of {self._total:,} {self._what}, {duration(left)} left', flush=True
-        )
 
 
 def write_settings(settings, out: str):

@@ -24,8 +24,8 @@ import numpy as np
 
 from reproduce import images
 from reproduce.dataset import write_digits
-from reproduce.job import report
 from reproduce.job.command_line import Parser, reason
+from reproduce.job.countdown import Countdown
 from reproduce.job.plots import plt, save
 from reproduce.listing import DataError, list_images
 from reproduce.loader import ImageLoader
@@ -99,7 +99,7 @@ def run(study: Study, out: str) -> dict:
         gradient_of = Gradients(study, listing)
         os.makedirs(out, exist_ok=True)
         gradient_of.train()
-        progress = report.Countdown('gradients', sum(study.workers))
+        progress = Countdown('gradients', sum(study.workers))
         result: dict = {'study': dataclasses.asdict(study), 'images': len(listing.labels)}
         result['errors'], result['cast'] = {}, {}
         for n in study.workers:

@@ -12,12 +12,13 @@ loader        decoding and augmentation, against plain Pillow; two loader proces
 listing       a list of 1,281,167 images from its manifest, on 4 ranks
 iteration     an iteration by number of workers, or against ChainerMN's own way
 functions     forward and backward of ResNet-50 on one core, by C, NumPy, PyTorch and Chainer
+systems       ours, ChainerMN's own way and PyTorch, on one platform
 precision     the error that float16 adds to ResNet-50's mean gradient, for 8 to 1,024 workers
 accumulation  8 workers, against gradient accumulation and against one large batch
 
 Quote the ratios. They depend less on the machine than the milliseconds do.
 
-The last four names have their own options: ./run_mpi.sh benchmark iteration --help
+The last five names have their own options: ./run_mpi.sh benchmark iteration --help
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ MODULES = {
 STUDIES = {
     'iteration': 'reproduce.studies.speed.iteration',
     'functions': 'reproduce.studies.speed.functions',
+    'systems': 'reproduce.studies.speed.systems',
     'precision': 'reproduce.studies.precision',
     'accumulation': 'reproduce.studies.precision',
 }

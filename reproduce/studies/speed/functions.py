@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import json
 import multiprocessing
@@ -51,39 +50,15 @@ import numpy as np
 from extensions import cpu_functions, kernels
 from reproduce.job import functions
 from reproduce.job.command_line import Parser, reason
-from reproduce.job.report import Countdown
+from reproduce.job.countdown import Countdown
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError
+from reproduce.studies.speed.networks import NETWORKS, Network
 from reproduce.studies.speed.side_by_side import side_by_side
 
 _SGEMM_ROWS, _SGEMM_TIMES = 1024, 4
 _SGEMM_FLOP = 2 * _SGEMM_TIMES * _SGEMM_ROWS**3
 _LOSS, _GRADIENT, _PARAMETER = 1e-5, 1e-2, 1e-1  # limits of relative differences
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A ResNet-50 and its minibatch."""
-
-    width: int
-    stem: str
-    image_size: int
-    batch_size: int
-    n_classes: int
-
-    def __str__(self):
-        return (
-            f'ResNet-50, width {self.width}, stem {self.stem}; {self.batch_size} images of '
-            f'{self.image_size} x {self.image_size}'
-        )
-
-
-NETWORKS = {
-    'smoke': Network(16, 'imagenet', 32, 32, 10),
-    'cifar': Network(16, 'cifar', 32, 32, 10),
-    '64px': Network(64, 'imagenet', 64, 16, 1000),
-    '224px': Network(64, 'imagenet', 224, 4, 1000),
-}
 
 
 def implementations() -> list[str]:
@@ -142,10 +117,10 @@ class Training:
                 param.array[...] = 0.1
         self._x = rng.standard_normal((n, 3, side, side)).astype(np.float32)
         self._t = rng.randint(network.n_classes, size=n).astype(np.int32)
-        before = _memory('VmRSS')
+        before = memory('VmRSS')
         for _ in range(3):
             self.iteration()
-        self.memory = _memory('VmHWM') - before
+        self.memory = memory('VmHWM') - before
 
     def _forward(self):
         self._model.cleargrads()
@@ -230,7 +205,7 @@ def _layer(function, in_data) -> str:
     return f'convolution {k}x{k}{stride}, {n_in} to {n_out}, side {side}'
 
 
-def _memory(key) -> int:
+def memory(key) -> int:
     """Returns the memory of this process, in bytes: VmRSS is of now, VmHWM is the most."""
     for line in Path('/proc/self/status').read_text().splitlines():
         if line.startswith(f'{key}:'):

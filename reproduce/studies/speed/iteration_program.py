@@ -40,7 +40,7 @@ from extensions.evaluation import shard
 from extensions.timing import PARTS, TimedSteps, Timer, untimed
 from reproduce import images, listing
 from reproduce.job import functions, ranks
-from reproduce.job.report import duration
+from reproduce.job.countdown import duration
 from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
@@ -67,6 +67,20 @@ def settings_of(options, n_workers) -> Settings:
         loader=options.loader,
         validation_batch_size=options.local_batch_size,
         out=options.folder,
+    )
+
+
+def loader_of(settings, train, val, rank) -> ImageLoader:
+    """Returns the images that ours would give to a rank that is one worker."""
+    return ImageLoader(
+        train,
+        val,
+        ImageOrder(len(train), settings.workers, settings.local_batch_size, settings.seed),
+        settings.preprocessing,
+        settings.seed,
+        range(rank, rank + 1),
+        settings.loader,
+        settings.validation_batch_size,
     )
 
 
@@ -98,14 +112,15 @@ class _System:
         """Passes ``timer`` on to the objects that keep a timer of their own."""
         raise NotImplementedError
 
-    def run(self, out) -> np.ndarray:
-        """Runs a round.
+    def run(self, out, n_iterations=None) -> np.ndarray:
+        """Runs a round, or so many iterations.
 
         Returns:
             array: Seconds per iteration of each part, seconds per iteration by the host's clock,
                 and seconds of the round's validation.
         """
-        last = self.updater.iteration + self._n_iterations
+        n_iterations = n_iterations or self._n_iterations
+        last = self.updater.iteration + n_iterations
         trainer = chainer.training.Trainer(
             self.updater, lambda trainer: trainer.updater.iteration >= last, out
         )
@@ -122,7 +137,7 @@ class _System:
         seconds, _ = self.timer.take()
         validation = seconds['validation']
         parts = [seconds[part] for part in PARTS]
-        return np.array([*np.divide([*parts, whole - validation], self._n_iterations), validation])
+        return np.array([*np.divide([*parts, whole - validation], n_iterations), validation])
 
 
 class Ours(_System):
@@ -183,17 +198,7 @@ class ChainerMN(_System):
             self.comm = chainermn.create_communicator('naive', mpi_comm=mpi)
         super().__init__(options.iterations)
         comm = self.comm
-        order = ImageOrder(len(train), comm.size, self.batch_size, settings.seed)
-        self.batches = ImageLoader(
-            train,
-            val,
-            order,
-            settings.preprocessing,
-            settings.seed,
-            range(comm.rank, comm.rank + 1),
-            settings.loader,
-            self.batch_size,
-        )
+        self.batches = loader_of(settings, train, val, comm.rank)
         device = extensions.device_of(comm)
         converter = images.converter_to(device)
         model = ResNet50(len(train.classes), settings.width, settings.stem, settings.seed)

@@ -13,7 +13,7 @@ import numpy as np
 from reproduce.job import BLAS_THREADS
 from reproduce.job.command_line import reason
 
-_NO_MPIEXEC = 'error: mpiexec does not run: {}; set MPIEXEC= to one that does'
+NO_MPIEXEC = 'error: mpiexec does not run: {}; set MPIEXEC= to one that does'
 
 
 def side_by_side(candidates, repeat, synchronize=lambda: None) -> dict:
@@ -105,7 +105,7 @@ def start_ranks(n: int, arguments, module='reproduce.studies.speed', hostfile=No
     try:
         return subprocess.run(command, env=environment, check=False, **options)
     except OSError as error:
-        sys.exit(_NO_MPIEXEC.format(reason(error)))
+        sys.exit(NO_MPIEXEC.format(reason(error)))
 
 
 def job_of(n: int, arguments, module: str, hostfile=None) -> tuple:
@@ -130,6 +130,6 @@ def job_of(n: int, arguments, module: str, hostfile=None) -> tuple:
             names = (*BLAS_THREADS, 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH')
             on_hosts += [word for name in names if name in environment for word in ('-x', name)]
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(_NO_MPIEXEC.format(reason(error)))
+        sys.exit(NO_MPIEXEC.format(reason(error)))
     python = [sys.executable, *['-I'] * sys.flags.isolated]  # as run_mpi.sh started this one
     return [mpiexec, '-n', str(n), *on_hosts, *python, '-m', module, *arguments], environment

@@ -6,7 +6,7 @@ import types
 import pytest
 from mpi4py import MPI
 
-from reproduce.job import mpi_library, report, supervise
+from reproduce.job import countdown, mpi_library, report, supervise
 from reproduce.settings import PRESETS
 
 
@@ -138,10 +138,10 @@ def test_the_header_tells_what_each_rank_computes_by():
 
 def test_a_countdown_tells_the_time_left_every_ten_seconds(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(report.time, 'monotonic', lambda: now[0])
-    countdown = report.Countdown('gradients', 2000)
+    monkeypatch.setattr(countdown.time, 'monotonic', lambda: now[0])
+    done = countdown.Countdown('gradients', 2000)
     for now[0] in (4.0, 8.0, 12.0, 21.0, 23.0):
-        countdown()
+        done()
     assert capsys.readouterr().out.splitlines() == [
         '  3 of 2,000 gradients, 2 h 13 min left',
         '  5 of 2,000 gradients, 2 h 32 min left',
