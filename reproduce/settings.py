@@ -220,8 +220,8 @@ class Settings:
     )
     evaluate: str | None = _setting(
         None,
-        "validate the model in this file, a run's model.npz or checkpoints/best.npz, and stop. Give "
-        "the options of its run. The training images are not needed, and no run's folder changes",
+        "validate the model in this file, a run's model.npz or checkpoints/best.npz, and stop. Add "
+        "this to the options of its run. Training images are not needed, and no run's files change",
     )
     watchdog: float = _setting(
         300.0,

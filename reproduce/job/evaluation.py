@@ -17,7 +17,7 @@ from reproduce.job import agreement, ranks, report
 from reproduce.listing import ImageFolder
 from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
-from reproduce.resnet50 import STEMS, ResNet50
+from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError
 
 _IN_A_CHECKPOINT = 'updater/model:main/'

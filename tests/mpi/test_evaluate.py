@@ -97,7 +97,10 @@ def test_images_of_a_folder_and_another_size(train, image_folders, tmp_path):
 
 
 BAD = {
-    'no file': (['--evaluate', '{top}/none.npz'], '{top}/none.npz: No such file or directory; give'),
+    'no file': (
+        ['--evaluate', '{top}/none.npz'],
+        '{top}/none.npz: No such file or directory; give',
+    ),
     'no images': (['--evaluate', '{top}/model.npz', '--val-root', '{top}/none'], '{top}/none'),
     'classes': (
         ['--evaluate', '{top}/model.npz', '--val-root', '{images}/val'],

@@ -77,7 +77,9 @@ def test_a_checkpoint_with_and_without_a_validation(model, val, tmp_path):
     evaluation.check(arrays, model, settings_of(path), val)
     for properties in ({'top1': None}, {}):
         checkpoint.write(path, entries, {}, properties)
-        with pytest.raises(InputError, match="without a validation: its batch .* one worker's; give"):
+        with pytest.raises(
+            InputError, match="without a validation: its batch .* one worker's; give"
+        ):
             evaluation.read(path)
     data = path.read_bytes()
     path.write_bytes(data[:-40] + data[-39:])
