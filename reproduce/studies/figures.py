@@ -12,8 +12,8 @@
 ./run_mpi.sh figures mn1             MN-1 as a drawing, with the ring of the all-reduce
 ./run_mpi.sh figures iteration       where an iteration spends its time
 
-The data of start, step, statistics and rounding are in reproduce/results/figures; --measure makes them anew.
-A training draws its own curves, and a study draws its own plot.
+reproduce/results/figures has the data of start, step, statistics and rounding; --measure makes
+them anew. A training draws its own curves, and a study draws its own plot.
 """
 
 from __future__ import annotations

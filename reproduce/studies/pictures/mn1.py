@@ -67,7 +67,10 @@ def _ring(axis, points, arrows):
 
 def _groups(axis, cluster):
     n = cluster.hosts // cluster.hosts_per_group
-    heading = f'MN-1: {n} groups of {cluster.hosts_per_group} nodes, {cluster.gpus:,} GPUs'
+    heading = (
+        f'MN-1: {n} groups of {cluster.hosts_per_group} nodes under {cluster.uplinks} switches, '
+        f'{cluster.gpus:,} GPUs'
+    )
     axis.text(3, 89.5, heading, fontsize=14, va='center')
     pitch, width, spine = 17, 14.4, 80
     right = 3 + (n - 1) * pitch + width

@@ -192,7 +192,7 @@ def draw(content: dict):
         each = chosen.n_train_images / chosen.total_batch_size
         upper.set_title(f'{workers} workers: {each:.2g} updates per epoch')
         lower.set_xlabel('epoch')
-    axes[0, 0].set_ylabel('error of the variances (%)')
+    axes[0, 0].set_ylabel('error of BN variances (%)')
     axes[1, 0].set_ylabel('validation top-1 (%)')
     axes[0, 0].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20'])
     axes[0, 0].minorticks_off()

@@ -129,3 +129,24 @@ def test_wrong_input(monkeypatch, capsys, arguments, message):
         figures.main()
     told = capsys.readouterr()
     assert ended.value.code == 2 and message in told.err and not told.out
+
+
+def test_data_that_are_not_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(figures, 'RESULTS', tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['figures', 'start', '--out', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit) as ended:
+        figures.main()
+    told = capsys.readouterr()
+    expected = f'no data: {tmp_path}/figures/first_updates.json: No such file or directory'
+    assert ended.value.code == 2 and expected in told.err and not told.out
+
+
+def test_measured_data_are_drawn_and_written(monkeypatch, tmp_path):
+    measured = json.loads((figures.RESULTS / 'figures' / 'rounding.json').read_text())
+    measured['8']['errors']['tree'] = 0.5
+    monkeypatch.setattr('reproduce.studies.pictures.rounding.measure', lambda: measured)
+    axes = []
+    monkeypatch.setattr(figures.style, 'save', lambda figure, path, alt: axes.extend(figure.axes))
+    figures.picture('rounding', True, str(tmp_path))
+    assert json.loads((tmp_path / 'rounding.json').read_text()) == measured
+    assert line(axes[0], 'tree')(8) == 50

@@ -58,6 +58,8 @@ def test_the_files_are_small_and_say_what_they_show(name):
     image = Image.open(path)
     assert image.size[0] == 1400 and path.stat().st_size < 80_000
     assert image.info['Description'] == module.ALT
+    gallery = (path.parent / 'README.md').read_text()
+    assert f'![{module.ALT}]({name}.png)\n\n**{module.CAPTION}**\n' in gallery
     assert (
         len(module.ALT) > 100 and module.CAPTION.endswith('.') and module.CAPTION.count('. ') == 0
     )
