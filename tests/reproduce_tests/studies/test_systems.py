@@ -380,9 +380,12 @@ def started(root, tmp_path, job_environment, leaves_nothing):
 
 @pytest.mark.slow
 @pytest.mark.mpi
-@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_ends_it_and_leaves_nothing(started, tmp_path, number, status):
-    os.killpg(started.pid, number)  # as a terminal does
+@pytest.mark.parametrize(
+    'kill, number, status', [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
+)
+def test_ctrl_c_and_kill_end_it_and_leave_nothing(started, tmp_path, kill, number, status):
+    """Ctrl-C of a terminal reaches all processes of the group."""
+    kill(started.pid, number)
     output, _ = started.communicate(timeout=60)
     assert started.returncode == status
     last = output.splitlines()[-1]
