@@ -168,11 +168,7 @@ def turn(name, options, folder) -> dict:
     program = 'reproduce.studies.speed.systems_program'
     command, environment = job_of(options.processes, [json.dumps(for_ranks)], program)
     try:
-        # In a session of its own, Ctrl-C does not reach it: mpiexec would kill the ranks with a
-        # message for each.
-        job = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     except OSError as error:
         sys.exit(NO_MPIEXEC.format(reason(error)))
     with ended_with_this(job):
@@ -326,7 +322,7 @@ def draw(figures, options):
     figure, (bars, losses) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     styles = zip(_PARTS.items(), ('0.25', '0.9', '0.6', 'w'), ('', '///', '', '...'))
     left = np.zeros(len(figures))
-    for (title, part), color, hatch in styles:  # PyTorch's all-reduce has no bar of its own
+    for (title, part), color, hatch in styles:
         width = np.array([1000 * (row[part] or 0) for row in figures.values()])
         bars.barh(
             list(figures), width, left=left, label=title, color=color, hatch=hatch, edgecolor='k'
@@ -334,6 +330,7 @@ def draw(figures, options):
         left += width
     bars.invert_yaxis()
     bars.set_title('an iteration, milliseconds')
+    bars.set_xlabel('twin, torchvision: the all-reduce is within the backward pass')
     bars.set_xlim(0, 1.05 * max(left))
     bars.legend(fontsize='small')
     shown = {family(name): row['losses'] for name, row in reversed(figures.items())}
@@ -359,7 +356,8 @@ def draw(figures, options):
 
 def main(argv):
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     network = NETWORKS[options.network]
     load = os.getloadavg()[0]
     title = (
@@ -384,7 +382,7 @@ def main(argv):
         'load_before': load,
         'python': platform.python_version(),
         'numpy': np.__version__,
-        'settings': {'network': dataclasses.asdict(network), **vars(options)},
+        'settings': {**vars(options), **dataclasses.asdict(network)},
         'figures': figures,
     }
     out = Path(options.out)

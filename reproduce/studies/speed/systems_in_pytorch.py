@@ -114,19 +114,15 @@ class CompiledRule(RMSpropWarmup):
         super().__init__(params, lr, **values)
         self._fused = torch.compile(_rule, dynamic=True)
 
-    def _update(self, params, lr, alpha_sgd, alpha_rmsprop, **constants):
-        values = {'lr': lr, 'alpha_sgd': alpha_sgd, 'alpha_rmsprop': alpha_rmsprop}
+    def _update(self, params, **values):
         large = [param for param in params if param.numel() >= _LARGE]
         if small := [param for param in params if param.numel() < _LARGE]:
-            super()._update(small, **values, **constants)
-        # As numbers, they would be compiled in: the schedules change them.
-        tensors = {name: torch.tensor(value) for name, value in values.items()}
+            super()._update(small, **values)
         for param in large:
             if not self.state[param]:
                 self.state[param].update(m=torch.zeros_like(param), delta=torch.zeros_like(param))
             state = self.state[param].values()
-            arrays = [array.detach().view(-1) for array in (param, param.grad, *state)]
-            self._fused(*arrays, **tensors, **constants)
+            self._fused(*(a.detach().view(-1) for a in (param, param.grad, *state)), **values)
 
 
 def _rule(p, g, m, delta, lr, alpha_sgd, alpha_rmsprop, mu1, mu2, eps, weight_decay):
