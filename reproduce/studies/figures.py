@@ -167,10 +167,10 @@ def comparison(out: str):
     rows = [(*row, 'ks') for row in PUBLISHED] + [(*row, 'wo') for row in LATER]
     rows.sort(key=lambda row: row[4])
     figure, axis = plt.subplots(figsize=(9.5, 5.2), constrained_layout=True)
-    for y, (team, _, _, _, minutes, top1, source, style) in enumerate(rows):
-        style = 'k*' if team.startswith('Akiba') else style
+    for y, (team, _, _, _, minutes, top1, source, marker) in enumerate(rows):
+        marker = 'k*' if team.startswith('Akiba') else marker
         axis.plot([0.7, minutes], [y, y], 'k:', lw=0.6)
-        axis.plot(minutes, y, style, mec='k', ms=13 if '*' in style else 7)
+        axis.plot(minutes, y, marker, mec='k', ms=13 if '*' in marker else 7)
         text = f'{_time(minutes)}, {top1:g} % ({source})'
         axis.annotate(text, (minutes, y), (9, 0), textcoords='offset points', va='center')
     axis.plot([], [], 'k*', ms=12, label='Akiba et al.')
