@@ -25,7 +25,7 @@ declare -A module=(
 # The names that a verb needs after it. The modules have them too; a test compares the two.
 declare -A names=(
     [benchmark]='update statistics allreduce workers checkpoint loader listing iteration functions precision accumulation'
-    [figures]='schedules comparison runs updates start step statistics rounding mn1 iteration'
+    [figures]='schedules comparison mlperf runs updates start step statistics rounding mn1 iteration'
     [images]='check arrange'
     [twin]='train compare'
 )

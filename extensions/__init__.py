@@ -43,6 +43,8 @@ SOURCES = {
     'P': "this project's own choice",
     'B': "the authors' blog posts on the cluster",
     'T': "the authors' slides of December 2017 and January 2018",
+    'M': "MLPerf's reference convergence points (mlcommons/logging, training 4.0)",
+    'O': "other teams' slides and abstracts",
     'U': 'unsourced recollection, for plots only',
 }
 

@@ -19,6 +19,10 @@ from reproduce.settings import InputError
 _FILE = Path(__file__).parent / 'data' / 'digits.csv.gz'
 _N_VALIDATION = 360
 _SIDE = 32
+_NO_IMAGES = (
+    'no images: give {}, or, for --preset paper, set IMAGENET_ROOT to a folder that contains train '
+    'and val; "./run_mpi.sh smoke" needs none'
+)
 
 
 def roots(settings):
@@ -78,13 +82,41 @@ def find(settings, n_processes):
         check_total_batch(settings, len(split_digits()[0]))
         return None
     if train_root is None:
-        raise InputError(
-            'no images: give --train-root and --val-root, or, for --preset paper, set '
-            'IMAGENET_ROOT to a folder that contains train and val; "./run_mpi.sh smoke" needs none'
-        )
+        raise InputError(_NO_IMAGES.format('--train-root and --val-root'))
     folders = list_folders(settings)
     check_total_batch(settings, len(folders[0]))
     return folders
+
+
+def find_validation(settings):
+    """Finds the images for validation alone. Writes nothing but the digits, if they are not there.
+
+    Args:
+        settings (Settings): Settings of the run.
+
+    Returns:
+        ImageFolder: The images of --val-root, of IMAGENET_ROOT, or the digits in --out.
+
+    Raises:
+        InputError: There is no folder, or the digits cannot be written.
+        ~reproduce.listing.DataError: The images cannot be used.
+    """
+    root = settings.val_root
+    if root is None and settings.train_root is None:
+        _, root = roots(settings)
+    if root is not None:
+        return listing.listing_of(root, settings.manifests_folder)
+    if settings.preset != 'smoke' or settings.train_root is not None:
+        raise InputError(_NO_IMAGES.format('--val-root'))
+    digits = Path(settings.out) / 'digits'
+    try:
+        digits.parent.mkdir(parents=True, exist_ok=True)
+        write_digits(digits)
+    except OSError as error:
+        raise InputError(
+            f'--out {settings.out} cannot take the digits: {error.strerror}; choose another folder'
+        ) from error
+    return listing.list_images(digits / 'val')
 
 
 def save(settings, folders):

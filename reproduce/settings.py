@@ -40,6 +40,7 @@ _MAY_CHANGE = (
     'keep_checkpoints',
     'resume',
     'overwrite',
+    'evaluate',
     'watchdog',
 )
 
@@ -216,6 +217,11 @@ class Settings:
     overwrite: bool = _setting(
         False,
         'delete an earlier run in --out, and start anew',
+    )
+    evaluate: str | None = _setting(
+        None,
+        "validate the model in this file, a run's model.npz or checkpoints/best.npz, and stop. Add "
+        "this to the options of its run. Training images are not needed, and no run's files change",
     )
     watchdog: float = _setting(
         300.0,

@@ -6,6 +6,8 @@ The plan of that run, without running it:
     python reproduce/train.py --dry-run
 A run on two CPU cores, with the images that the project includes:
     mpiexec -n 2 python reproduce/train.py --preset smoke
+The validation of the model that this run has left:
+    mpiexec -n 2 python reproduce/train.py --preset smoke --evaluate results/smoke/model.npz
 
 experiment() is the paper in code. settings.py holds its numbers.
 """
@@ -29,7 +31,7 @@ from mpi4py import MPI
 from extensions.virtual_workers import workers_of
 from reproduce import images
 from reproduce.baselines import LR_SCHEDULES
-from reproduce.job import ranks, supervise
+from reproduce.job import evaluation, ranks, supervise
 from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
@@ -147,7 +149,7 @@ def decayed_parameters(model):
 
 
 def main(argv=None):
-    """Runs the experiment on all ranks. Returns its trainer, or None after ``--dry-run``."""
+    """Runs the experiment on all ranks. Returns its trainer; None if nothing was to be trained."""
     argv = sys.argv[1:] if argv is None else argv
     mpi = MPI.COMM_WORLD
     with supervise.watch(mpi, argv) as watchdog:
@@ -156,8 +158,10 @@ def main(argv=None):
             return None
         comm = supervise.create_communicator(mpi, watchdog, settings)
         settings = supervise.choose_functions(mpi, watchdog, settings, comm)
-        train, val = supervise.find_images(mpi, watchdog, settings)
-        trainer, batches = experiment(settings, comm, train, val)
+        if settings.evaluate is not None:
+            return evaluation.run(mpi, watchdog, comm, settings, argv)
+        folders = supervise.find_images(mpi, watchdog, settings)
+        trainer, batches = experiment(settings, comm, *folders)
         supervise.run(mpi, watchdog, comm, settings, argv, trainer, batches)
     return trainer
 

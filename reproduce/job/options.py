@@ -66,6 +66,10 @@ def check(settings):
             '--bn-decay and --pooled-variance exclude each other, because moving averages of a '
             'pooled variance do not exist: give only one'
         )
+    if settings.evaluate is not None and (settings.resume or settings.overwrite):
+        raise InputError(
+            '--evaluate validates a model that is finished: leave out --resume and --overwrite'
+        )
     if settings.resize < settings.image_size:
         raise InputError(
             f'--resize {settings.resize} is smaller than --image-size {settings.image_size}: '
@@ -113,6 +117,8 @@ def parser_of(preset: Settings, description=None, verb='train') -> argparse.Argu
         argument_default=argparse.SUPPRESS,
     )
     for field in dataclasses.fields(Settings):
+        if field.name == 'evaluate' and verb != 'train':
+            continue
         options: dict = {'help': _help(field, getattr(preset, field.name))}
         kind = field.metadata['kind']
         if kind is bool:
@@ -137,7 +143,7 @@ def parse(argv, n_processes: int, description=None, verb='train') -> tuple[Setti
         argv (list of str): The words of the command line, without the program's name.
         n_processes (int): Number of processes. A preset without a number of workers gets this one.
         description (str): Text at the start of ``--help``.
-        verb (str): ``'train'``, or ``'preflight'``, which has no ``--dry-run``.
+        verb (str): ``'train'``, or another, which has neither ``--dry-run`` nor ``--evaluate``.
 
     Returns:
         tuple: The settings (Settings), and whether to print the plan only (bool).
@@ -155,6 +161,8 @@ def parse(argv, n_processes: int, description=None, verb='train') -> tuple[Setti
     if settings.workers is None:
         settings = dataclasses.replace(settings, workers=n_processes)
     check(settings)
+    if dry_run and settings.evaluate is not None:
+        raise InputError('--dry-run and --evaluate contradict each other: give only one')
     return settings, dry_run
 
 
@@ -191,16 +199,18 @@ def main(argv):
         preset += workers
     try:
         settings, dry_run = parse([*preset, *words], int(n_processes), verb=parser)
-        if not dry_run:
+        trains = not dry_run and settings.evaluate is None
+        if trains:
             check_workers(settings, int(n_processes))
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    if verb == 'preflight' or not trains:
+        return
     out, added = settings.out, []
     if verb == 'smoke' and not any(word.split('=')[0] in _OWN_PLACE for word in words):
         out, added = output.for_smoke(settings, folder)
-    if verb != 'preflight' and not dry_run:
-        print(n_processes, Path(folder, out), *preset[2:], *added, sep='\n')
+    print(n_processes, Path(folder, out), *preset[2:], *added, sep='\n')
 
 
 def _layout_for_smoke(words) -> tuple[int, list[str]]:

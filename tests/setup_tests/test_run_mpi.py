@@ -381,7 +381,7 @@ WRONG = {
     'benchmark': 'benchmark needs a name first.* update .* accumulation$',
     'benchmark --repeat 3 update': 'benchmark needs a name first.* update .* accumulation$',
     'benchmark updat': 'has no "updat". Did you mean "update"?.* update .* accumulation$',
-    'figures': 'figures needs a name first.*: schedules .* iteration$',
+    'figures': 'figures needs a name first.*: schedules comparison mlperf runs .* iteration$',
     'figures run A': 'has no "run". Did you mean "runs"?.*: schedules .* iteration$',
     'images': 'images needs a name first.*: check arrange$',
     'twin': 'twin needs a name first.*: train compare$',

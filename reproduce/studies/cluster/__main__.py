@@ -115,7 +115,7 @@ def report(cluster, dtypes, numbers, out) -> dict:
     for dtype, rows in tables.items():
         print_table(dtype, rows)
     print_sensitivity(cluster, found)
-    if 'seconds' in cluster.published:
+    if 'seconds' in cluster.published_here:
         print_account(cluster, predict(cluster, Job(dtype=dtypes[0]), cluster.gpus))
     content = {
         'cluster': dataclasses.asdict(cluster),
@@ -125,7 +125,7 @@ def report(cluster, dtypes, numbers, out) -> dict:
     }
     (Path(out) / 'cluster.json').write_text(json.dumps(content, indent=2) + '\n')
     plot(tables, cluster, out)
-    plot_sensitivity(found, cluster.name, cluster.published, out)
+    plot_sensitivity(found, cluster.name, cluster.published_here, out)
     print(f'results in {out}')
     return content
 
@@ -180,8 +180,8 @@ def plot(tables: dict, cluster, out: str):
     Args:
         tables (dict): Type of the gradients to the rows of
             :func:`reproduce.studies.cluster.model.table`.
-        cluster (Cluster): The cluster. Its published results are drawn at all of its GPUs, if these
-            are in the rows.
+        cluster (Cluster): The cluster. Its published results are drawn if the rows have the number
+            of GPUs to which they belong.
         out (str): The folder. The file is replaced as a whole.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11, 4), constrained_layout=True)
@@ -196,7 +196,7 @@ def plot(tables: dict, cluster, out: str):
         efficiency = [100 * row['efficiency_to_one_gpu'] for row in rows]
         axes[1].plot(gpus, efficiency, 'k-', **marker)
         axes[2].plot(gpus, [row['total'] / 60 for row in rows], 'k-', **marker)
-    published = cluster.published if cluster.gpus in gpus else {}
+    published = cluster.published_here if cluster.gpus in gpus else {}
     if 'efficiency_to_one_gpu' in published:
         share = 100 * published['efficiency_to_one_gpu']
         axes[1].plot([cluster.gpus], [share], 'k*', ms=10, label='the paper, unsourced')

@@ -72,7 +72,8 @@ class Cluster:
         sources (dict): Path of a number, as ``host.bus.latency``, to its source. The numbers of
             ``what_if`` and ``published`` are included.
         what_if (dict): Label of a change, then path, to the changed number.
-        published (dict): Name of a published result to its value.
+        published (dict): Name of a published result to its value; ``gpus`` is the number of GPUs to
+            which the others belong.
     """
 
     name: str
@@ -88,6 +89,11 @@ class Cluster:
     @property
     def gpus(self) -> int:
         return self.hosts * self.host.gpus
+
+    @property
+    def published_here(self) -> dict:
+        """The published results, if they belong to this cluster's number of GPUs; else none."""
+        return self.published if self.published.get('gpus') == self.gpus else {}
 
 
 _KINDS: dict = {'Link': Link, 'Host': Host, 'Cluster': Cluster}

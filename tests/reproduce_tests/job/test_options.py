@@ -70,6 +70,8 @@ def test_every_setting_has_an_option_that_beats_the_preset(preset, name):
         ({'alpha_form': 'smooth'}, '--alpha-form'),
         ({'lr_schedule': 'linear'}, '--lr-schedule must be one of slow_start, steps'),
         ({'bn_decay': 1.0}, '--bn-decay'),
+        ({'evaluate': 'm.npz', 'resume': 'auto'}, 'leave out --resume and --overwrite'),
+        ({'evaluate': '', 'overwrite': True}, 'leave out --resume and --overwrite'),
         ({'bn_decay': 0.9, 'pooled_variance': True}, '--bn-decay and --pooled-variance exclude'),
     ],
 )
@@ -89,6 +91,7 @@ def test_impossible_values(change, message):
         ('stray', "'stray' is not an option; --help lists the options"),
         ('--zzz', 'there is no option --zzz; --help lists the options'),
         ('--epochs', '--epochs: expected one argument; --help lists the options'),
+        ('--dry-run --evaluate m.npz', '--dry-run and --evaluate contradict each other'),
         ('--seed 1.5', "--seed: invalid int value: '1.5'; --help lists the options"),
     ],
 )
@@ -126,6 +129,7 @@ def test_help_teaches(capsys):
     [
         ('2 . train --epoch 3', 'error: there is no option --epoch; did you mean --epochs?'),
         ('2 . preflight --dry-run', 'error: there is no option --dry-run'),
+        ('2 . preflight --evaluate m.npz', 'error: there is no option --evaluate'),
         ('3 . train --preset smoke --workers 4', 'error: --workers: 4 workers cannot be spread'),
         ('2 . train --mu1 1', 'error: --mu1 must be at least 0 and below 1, not 1.0'),
     ],
@@ -139,11 +143,19 @@ def test_a_job_is_checked_before_its_ranks_start(capsys, words, message):
 
 
 @pytest.mark.parametrize(
-    'words', ['2 . train --preset smoke', '5 . train --dry-run', '2 . preflight']
+    'words, has_output',
+    [
+        ('2 . train --preset smoke', True),
+        ('5 . train --dry-run', False),
+        ('5 . train --evaluate m.npz', False),
+        ('3 . smoke --workers 2 --evaluate m.npz', False),
+        ('2 . preflight', False),
+    ],
 )
-def test_a_job_that_may_start(capsys, words):
+def test_a_job_that_may_start(capsys, words, has_output):
     main(words.split())
-    assert capsys.readouterr().err == ''
+    told = capsys.readouterr()
+    assert told.err == '' and bool(told.out) == has_output
 
 
 @pytest.mark.parametrize(

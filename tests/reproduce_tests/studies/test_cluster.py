@@ -354,6 +354,20 @@ def test_published_values_are_drawn_at_their_own_number_of_gpus(monkeypatch, tmp
         assert published == ([[[1024, value]]] if 1024 in numbers else [])
 
 
+def test_a_cluster_of_another_size_has_no_published_values(monkeypatch, tmp_path, capsys):
+    """As from a copy of mn1.json in which only the number of hosts was changed."""
+    drawn = []
+    monkeypatch.setattr(command_module, 'save', lambda figure, path: drawn.extend(figure.axes))
+    half = dataclasses.replace(MN1, hosts=64)
+    for cluster, n in ((half, 0), (MN1, 1)):
+        drawn.clear()
+        command_module.report(cluster, ['float16'], [8, cluster.gpus], str(tmp_path))
+        labels = [line.get_label() for axis in drawn for line in axis.lines]
+        assert sum(label == 'published: 15 min' for label in labels) == 2 * n
+        assert labels.count('the paper, unsourced') == n
+        assert capsys.readouterr().out.count('published: ') == n
+
+
 def test_sensitivity_is_drawn_beside_its_names(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(command_module, 'save', lambda figure, path: drawn.extend(figure.axes))

@@ -63,12 +63,66 @@ def test_schedules_of_the_paper(drawn):
 
 def test_published_results(drawn):
     [axis] = drawn(figures.comparison)
-    points = sorted(tuple(float(value[0]) for value in point.get_data()) for point in axis.lines)
-    expected = [(15, 74.9), (31, 75.3), (60, 76.3), (62, 75.0), (29 * 60, 75.3)]
-    np.testing.assert_allclose(points, expected)
-    texts = [text.get_text() for text in axis.texts]
-    assert 'Codreanu et al.\n11,520, KNL 7250 x 720' in texts
-    assert 'unsourced' not in ''.join(texts)
+    points = {}
+    for point in axis.lines:
+        if len(point.get_xdata()) == 1:
+            points[point.get_ydata()[0]] = (point.get_xdata()[0], point.get_marker())
+    texts = {text.xy[1]: text.get_text() for text in axis.texts}
+    drawn_rows = {
+        label.get_text(): (texts[y], *points[y])
+        for y, label in zip(axis.get_yticks(), axis.get_yticklabels())
+    }
+    assert len(drawn_rows) == len(points) == len(texts) == 11
+    for label, expected in {
+        'He et al.: 256, P100 x 8': ('29 h, 75.3 % (A, T)', 29 * 60, 's'),
+        'Goyal et al.: 8,192, P100 x 256': ('60 min, 76.3 % (A, T)', 60, 's'),
+        'Codreanu et al.: 11,520, KNL 7250 x 720': ('62 min, 75 % (T)', 62, 's'),
+        'You et al.: 16,000, Xeon 8160 x 1,600': ('31 min, 75.3 % (T)', 31, 's'),
+        'Akiba et al.: 32,768, P100 x 1,024': ('15 min, 74.9 % (A, T)', 15, '*'),
+        'Jia et al.: 65,536, P40 x 2,048': ('6.6 min, 75.8 % (O)', 6.6, 'o'),
+        'Yamazaki et al.: 81,920, V100 x 2,048': ('1.25 min, 75.08 % (O)', 74.7 / 60, 'o'),
+    }.items():
+        text, minutes, marker = drawn_rows[label]
+        assert (text, marker) == (expected[0], expected[2])
+        assert minutes == pytest.approx(expected[1])
+    assert axis.get_xlabel() == 'training time, minutes'
+    assert all('h' not in tick.get_text() for tick in axis.get_xticklabels())
+
+
+def rows_of(text, title):
+    """The cells of the table below a heading of reproduce/results/README.md."""
+    lines = text.split(f'\n## {title}\n')[1].split('\n## ')[0].splitlines()
+    rows = [line.strip('|').split('|') for line in lines if line.startswith('|')]
+    return [[cell.strip(' *') for cell in row] for row in rows]
+
+
+def minutes_of(text):
+    number, unit = text.split()
+    return float(number) * {'h': 60, 'min': 1, 's': 1 / 60}[unit]
+
+
+def test_the_data_are_those_of_the_table(root):
+    text = (root / 'reproduce' / 'results' / 'README.md').read_text()
+    rows = rows_of(text, 'Published results')
+    told = [
+        (*row[:4], minutes_of(row[4]), float(row[5].strip(' %')), row[6])
+        for row in rows
+        if len(row) == 7 and row[4] != 'time' and not row[0].startswith('-')
+    ]
+    assert told == [*figures.PUBLISHED, *figures.LATER]
+    batches, epochs = (row[1:] for row in rows if row[0] in ('total batch', 'epochs'))
+    points = {int(b.replace(',', '')): float(e) for b, e in zip(batches, epochs)}
+    assert points == figures.MLPERF
+
+
+def test_epochs_by_total_batch(drawn):
+    [axis] = drawn(figures.mlperf)
+    curve, paper = axis.lines
+    assert curve.get_xydata().tolist() == [list(point) for point in figures.MLPERF.items()]
+    for batch, epochs in ((1632, 35.0), (32768, 56.0), (65536, 84.5), (67840, 85.9)):
+        assert line(axis, curve.get_label())(batch) == epochs
+    assert curve.get_marker() != paper.get_marker() and '(M)' in curve.get_label()
+    assert paper.get_xydata().tolist() == [[32768, 90]] and '(A)' in paper.get_label()
 
 
 def log_of(losses, top1):
