@@ -18,13 +18,15 @@ import tempfile
 from pathlib import Path
 
 import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
+import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
 
+from extensions import kernels
 from reproduce import images
 from reproduce.dataset import write_digits
-from reproduce.job import report
+from reproduce.job import functions, report
 from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
 from reproduce.listing import DataError, list_images
@@ -37,11 +39,15 @@ KINDS = {
     'batch normalization': L.BatchNormalization,
     'fully connected': L.Linear,
 }
+# Options of our communicator.
 REDUCERS = {
-    'float16, exact sum': ('float16', 'exact'),
-    'float16, sum of a ring': ('float16', 'ring'),
-    'float32, sum of a ring': ('float32', 'ring'),
+    'float16, exact sum': ('float16', 'exact', 1),
+    'the same, scale 1,024': ('float16', 'exact', 1024),
+    'float16, sum of a ring': ('float16', 'ring', 1),
+    'float32, sum of a ring': ('float32', 'ring', 1),
 }
+_STYLES = ('ko-', 'kx-', 'ks--', 'k^:', 'kD-.', 'kv--')
+HOST = 8  # workers per host of the tree: the paper's GPUs per node (S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +82,9 @@ def run(study: Study, out: str) -> dict:
         || g - g_64 || / || g_64 ||
 
     All workers have the same parameters. Each worker has its own minibatch, and normalizes by its
-    own statistics. Training uses the same
-    :class:`~extensions.exact_mpi.HalfPrecisionMpiCommunicator`.
+    own statistics. Sums by our communicator, as in training, are those of
+    :class:`~extensions.exact_mpi.HalfPrecisionMpiCommunicator`; ``gradient_scale`` is its option.
+    Others are simulated: :func:`tree` and :func:`divided_first`.
 
     Args:
         study (Study): The numbers.
@@ -243,27 +250,128 @@ def _measure(gradient_of, n, progress):
     model = gradient_of.model
     comms = {
         name: extensions.create_communicator(
-            'mpi', dtype, accumulate=reducer, stop_on_nonfinite=False
+            'mpi', dtype, accumulate=sum_, gradient_scale=scale, stop_on_nonfinite=False
         )
-        for name, (dtype, reducer) in REDUCERS.items()
+        for name, (dtype, sum_, scale) in REDUCERS.items()
     }
-    reference = {name: np.zeros(param.shape) for name, param in model.namedparams()}
+    params = sorted(model.namedparams())
+    sums = {name: function(n) for name, function in SIMULATED.items()}
+    for simulated in sums.values():
+        next(simulated)
+    reference = {name: np.zeros(param.shape) for name, param in params}
+    means = {}
     for worker in range(n):
         gradient_of(worker)
-        for name, param in model.namedparams():
+        for name, param in params:
             reference[name] += param.grad
         for comm in comms.values():
             comm.add_grad(model)
+        half = np.concatenate([param.grad.ravel() for _, param in params]).astype(np.float16)
+        for name, simulated in sums.items():
+            try:
+                simulated.send(half)
+            except StopIteration as end:
+                means[name] = end.value
         progress()
     for total in reference.values():
         total /= n
     errors: dict = {kind: {} for kind in KINDS}
-    for reducer, comm in comms.items():
-        comm.mean_grad(model)
+
+    def note(name):
         for kind, type_ in KINDS.items():
-            errors[kind][reducer] = _relative_error(model, reference, type_)
+            errors[kind][name] = _relative_error(model, reference, type_)
+
+    for name, comm in comms.items():
+        comm.mean_grad(model)
+        note(name)
+    for name, mean in means.items():
+        start = 0
+        for _, param in params:
+            param.grad[...] = mean[start : start + param.size].reshape(param.shape)
+            start += param.size
+        note(name)
     before, after, n_inf, n_nan = map(int, comms['float16, exact sum'].cast_counts)
     return errors, {'flushed': (before - after) / before, 'inf': n_inf, 'nan': n_nan}
+
+
+def tree(n):
+    """Sums n workers' gradients in float16 as NCCL's tree does, then divides the sum by n.
+
+    The GPUs of a host are a chain, whose end adds the sums of up to two other hosts to its own. If
+    b is the lowest set bit of host h, its children are h - b/2 and h + b/2, or h plus the next
+    smaller step that exists. Host 0 is the root, with one child. Each addition rounds to float16.
+    The source is NCCL's own (of June 2026): ``ncclGetBtree`` in src/graph/trees.cc and
+    ``runTreeUpDown`` in src/device/all_reduce.h.
+
+    Simplified: NCCL gives half of the data to a second tree, the mirror of this one. And which GPU
+    of a host ends the chain depends on its network cards; here it is the last.
+
+    Args:
+        n (int): Number of workers.
+
+    Yields:
+        None: Send it each worker's float16 gradients, in the order of the workers.
+
+    Returns:
+        array: float16, the mean.
+    """
+    total = yield from _subtree(0, n)
+    return _divided(total, n)
+
+
+def _subtree(host, n):
+    left, right = children(host, -(-n // HOST))
+    below = (yield from _subtree(left, n)) if left is not None else None
+    total = (yield).copy()
+    for _ in range(min(HOST, n - HOST * host) - 1):
+        add_rounded(total, (yield))
+    if below is not None:
+        add_rounded(total, below)
+    if right is not None:
+        add_rounded(total, (yield from _subtree(right, n)))
+    return total
+
+
+def children(host: int, n_hosts: int) -> tuple:
+    """Returns a host's two children in NCCL's tree, None for one that does not exist."""
+    lowest = host & -host if host else 1 << (n_hosts - 1).bit_length()
+    step = lowest // 2
+    left = host - step if host and step else None
+    while step and host + step >= n_hosts:
+        step //= 2
+    return left, host + step if step else None
+
+
+def divided_first(n):
+    """Sums n workers' gradients in float16, each of which was divided by n in float16 before.
+
+    PyTorch's hook for DistributedDataParallel does so from 1.10 on, after the cast
+    (``fp16_compress_hook`` in torch/distributed/algorithms/ddp_comm_hooks/default_hooks.py). The
+    sum is that of a ring: from worker to worker, each addition rounded. For arguments and result
+    see :func:`tree`.
+    """
+    total = _divided((yield), n)
+    for _ in range(n - 1):
+        add_rounded(total, _divided((yield), n))
+    return total
+
+
+SIMULATED = {'float16, sum of a tree': tree, 'float16, divided first': divided_first}
+SUMS = (*REDUCERS, *SIMULATED)
+
+
+def _divided(array, n):
+    # A float32 quotient, rounded to float16, equals the float16 quotient; so does a sum.
+    return np.divide(array, n, dtype=np.float32).astype(np.float16)
+
+
+def add_rounded(total, other):
+    """Adds a float16 array to another in place, rounded as float16's addition; NumPy is slower."""
+    wide = [np.empty(total.size, np.float32) for _ in range(2)]
+    for half, array in zip((total, other), wide):
+        kernels.unpack(half, 1.0, [array])
+    wide[0] += wide[1]
+    kernels.pack(wide[:1], 1.0, total, np.zeros((1, 4), np.int64))
 
 
 def _relative_error(model, reference, type_):
@@ -279,12 +387,10 @@ def _relative_error(model, reference, type_):
 
 def table(result) -> str:
     """Returns the errors as text: a row for each kind of layer and number of workers."""
-    lines = [
-        f'{"error of the mean":20}{"workers":>10}' + ''.join(f'{name:>24}' for name in REDUCERS)
-    ]
+    lines = [f'{"error of the mean":20}{"workers":>10}' + ''.join(f'{name:>24}' for name in SUMS)]
     for kind in KINDS:
         for n, errors in result['errors'].items():
-            row = ''.join(f'{errors[kind][name]:>24.2e}' for name in REDUCERS)
+            row = ''.join(f'{errors[kind][name]:>24.2e}' for name in SUMS)
             lines.append(f'{kind:20}{n:>10,}{row}')
     for n, cast in result['cast'].items():
         lines.append(
@@ -308,7 +414,7 @@ def plot(errors: dict, out: str):
         1, len(kinds), figsize=(10, 3.6), sharex=True, sharey=True, constrained_layout=True
     )
     for axis, kind in zip(axes, kinds):
-        for name, style in zip(errors[workers[0]][kind], ('ko-', 'ks--', 'k^:')):
+        for name, style in zip(errors[workers[0]][kind], _STYLES):
             axis.loglog(workers, [errors[n][kind][name] for n in workers], style, label=name)
         axis.set_title(kind)
         axis.set_xlabel('workers n')
@@ -316,7 +422,7 @@ def plot(errors: dict, out: str):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel('relative error of the mean')
-    axes[0].legend()
+    axes[0].legend(fontsize='small')
     save(figure, os.path.join(out, 'precision.png'))
 
 
@@ -368,6 +474,8 @@ def main(argv):
         if value < 1:
             parser.refuse(f'{option} must be above 0, not {value}')
     study = Study(workers, options.local_batch_size, options.image_size, options.image_root)
+    device = chainer.get_device('@numpy')
+    functions.use(functions.resolve('auto', device), device)
     try:
         if is_precision:
             run(study, options.out)
