@@ -6,6 +6,7 @@ import numpy as np
 
 from reproduce.job.plots import plt
 from reproduce.settings import Settings
+from reproduce.studies.figures import MLPERF
 from reproduce.studies.pictures.style import BLACK, BLUE, VERMILION, WIDTH, label, styled
 
 DATA = None
@@ -20,12 +21,6 @@ ALT = (
 )
 
 TEAMS = (('He et al.', 256), ('Goyal et al.', 8192), ('Akiba et al.', 32768))
-# Total batch and epochs to 75.9 % top-1, means over many seeds: the reference convergence points
-# of MLPerf Training 4.0 for ResNet with LARS, github.com/mlcommons/logging.
-MLPERF = (
-    *((1632, 35.0), (3264, 35.2), (4096, 40.0), (8192, 42.0), (13056, 45.4), (32768, 56.0)),
-    *((49152, 68.0), (58880, 79.9), (65536, 84.5), (67840, 85.9)),
-)
 
 
 def updates(batch) -> int:
@@ -55,9 +50,9 @@ def draw():
     left.set_ylim(450, 2e6)
     left.set_yticks([1e3, 1e4, 1e5, 1e6], ['1,000', '10,000', '100,000', '1,000,000'])
 
-    x, epochs = zip(*MLPERF)
+    x, epochs = zip(*MLPERF.items())
     right.plot(x, epochs, 'o-', color=BLUE, lw=1.5)
-    for batch, y in MLPERF:
+    for batch, y in MLPERF.items():
         if batch in (1632, 32768, 67840):
             label(right, batch, y, f'{y:.0f}', BLUE, 'right', 'bottom', (-5, 5))
     right.set_title('Epochs to 75.9 % top-1')
