@@ -169,8 +169,6 @@ def _settings_beside(path) -> dict:
 def check(arrays, model, settings, val):
     """Raises InputError unless the arrays are those of the model.
 
-    Arrays of a narrower type, as float16, fit, too.
-
     Args:
         arrays (dict): Result of :func:`read`.
         model (ResNet50): The model that the settings and the images ask for.
@@ -184,12 +182,11 @@ def check(arrays, model, settings, val):
     if differing:
         raise InputError(
             f'{what} is not of this network: only one of the two has {first_few(differing)}; '
-            f'{_REMEDY}'
+            'give the options of its run'
         )
     for name in ('conv1/W', 'fc/W', *sorted(expected)):
         array, own = arrays[name], expected[name]
-        same = (array.shape, array.dtype.kind) == (own.shape, own.dtype.kind)
-        if not same or array.itemsize > own.itemsize:
+        if (array.shape, array.dtype) != (own.shape, own.dtype):
             raise InputError(
                 f'{what}: {name} is {array.dtype} {list(array.shape)}, but --width '
                 f'{settings.width}, --stem {settings.stem} and the {len(val.classes):,} classes of '
@@ -238,17 +235,3 @@ def _in_words(result, bad_images) -> str:
         f'loss {result["main/loss"]!r}'
         + (f'; {len(bad_images):,} bad images skipped' if bad_images else '')
     )
-
-
-def save_small(arrays, path):
-    """Writes a model in half the space: convolutions and the last layer's weights in float16.
-
-    Their rounding changes the loss in the fourth digit, and may change top-1 by a few images:
-    validate the small file for the number to tell beside it.
-
-    Args:
-        arrays (dict): Parameters and batch statistics by name, as :func:`read` returns them.
-        path (str or Path): The file, for --evaluate.
-    """
-    narrow = {n: a.astype(np.float16) if n.endswith('/W') else a for n, a in arrays.items()}
-    np.savez_compressed(path, **narrow)
