@@ -8,7 +8,7 @@ workers of the variant one after the other. As many runs train at a time as ther
 main variants come first, then one seed of all others, then the next. Runs that the project includes
 (reproduce/results/miniature) are taken from there, and not trained again.
 
-Ctrl-C stops the runs, each with a checkpoint. The same command continues them. The folder --out
+Ctrl-C, or SIGTERM, stops the runs, each with a checkpoint. The same command continues them. The folder --out
 gets tables (table.md), plots (runs.png, start.png) and the log of every run.
 
 --check RUN trains a run of the results anew, and compares its bits with theirs.
@@ -429,6 +429,9 @@ def main():
         'the tables and the plots there',
     )
     options = parser.parse_args()
+    # Also where a shell has started the study in the background, with SIGINT ignored.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
     try:
         study(parser, options)
     except OSError as error:
