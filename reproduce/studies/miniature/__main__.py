@@ -8,8 +8,8 @@ workers of the variant one after the other. As many runs train at a time as ther
 main variants come first, then one seed of all others, then the next. Runs that the project includes
 (reproduce/results/miniature) are taken from there, and not trained again.
 
-Ctrl-C, or SIGTERM, stops the runs, each with a checkpoint. The same command continues them. The folder --out
-gets tables (table.md), plots (runs.png, start.png) and the log of every run.
+Ctrl-C, or SIGTERM, stops the runs, each with a checkpoint. The same command continues them. The
+folder --out gets tables (table.md), plots (runs.png, start.png) and the log of every run.
 
 --check RUN trains a run of the results anew, and compares its bits with theirs.
 """

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import extensions  # noqa: F401  isort: skip  (first: makes Chainer importable on NumPy 2)
+import chainer
 import numpy as np
 from chainer import training
 from chainer.training import extension
@@ -55,7 +56,10 @@ class FirstLosses(training.Extension):
             self.losses.append(float(np.mean(trainer.updater.losses[-1], dtype=np.float64)))
 
     def serialize(self, serializer):
-        self.losses = list(map(float, serializer('losses', np.array(self.losses, np.float64))))
+        if isinstance(serializer, chainer.Serializer):
+            serializer('losses', np.array(self.losses, np.float64))
+        else:  # None: an array would have to have the size of the saved one
+            self.losses = serializer('losses', None).tolist()
 
 
 def main(arguments):
