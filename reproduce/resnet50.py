@@ -87,13 +87,17 @@ class ResNet50(chainer.Chain):
         seed (int or None): Seed of the initial values, which depend on nothing else. They are drawn
             in this order: conv1; each block's conv1, conv2, conv3, conv4 (if the block projects);
             fc. None draws from NumPy's global state.
+        shallow (bool): Whether each stage has one bottleneck only, for small studies (not the
+            paper's).
 
     Raises:
         ValueError: ``stem`` is neither of the two, or ``n_classes`` or ``width`` is not an integer
             above 0.
     """
 
-    def __init__(self, n_classes=1000, width=64, stem='imagenet', seed: int | None = None):
+    def __init__(
+        self, n_classes=1000, width=64, stem='imagenet', seed: int | None = None, shallow=False
+    ):
         for name, value in (('n_classes', n_classes), ('width', width)):
             if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f'{name} must be an integer of at least 1, not {value!r}')
@@ -109,7 +113,7 @@ class ResNet50(chainer.Chain):
             for name, n_blocks in BLOCKS.items():
                 # Not a Sequential, which numbers its links in another order than it calls them.
                 setattr(self, name, chainer.ChainList())
-                for i in range(n_blocks):
+                for i in range(1 if shallow else n_blocks):
                     stride = 2 if i == 0 and name != 'res2' else 1
                     self[name].append(Bottleneck(in_channels, width, stride, rng))
                     in_channels = 4 * width

@@ -75,6 +75,9 @@ class Settings:
         90, 'length of the run in epochs; the schedules stretch to that length (S)'
     )
 
+    lr_per_256: float = _setting(
+        0.1, 'learning rate per 256 images of the total batch, before the schedule (S, G)'
+    )
     lr_schedule: str = _setting(
         'slow_start',
         "learning rate by epoch. slow_start is the paper's (S). For comparison: Goyal's steps "
@@ -147,6 +150,9 @@ class Settings:
         'imagenet',
         'first layers of the network. imagenet: for images of 224 pixels. cifar: for 32 pixels',
         ('imagenet', 'cifar'),
+    )
+    shallow: bool = _setting(
+        False, 'one bottleneck in each stage instead of 3, 4, 6 and 3, for small studies'
     )
     functions: str = _setting(
         'auto',
@@ -266,7 +272,7 @@ class Settings:
     @property
     def lr_base(self) -> float:
         """eta_base, which is proportional to the total batch size."""
-        return base_learning_rate(self.total_batch_size)
+        return self._lr_scale * base_learning_rate(self.total_batch_size)
 
     def epoch_of_90(self, epoch):
         """Converts an epoch of this run, or an array of epochs, to the paper's 90 epochs."""
@@ -274,7 +280,11 @@ class Settings:
 
     def lr(self, epoch_of_90):
         """Returns eta at an epoch of the paper's 90, or at an array of epochs."""
-        return LR_SCHEDULES[self.lr_schedule](epoch_of_90, self.total_batch_size)
+        return self._lr_scale * LR_SCHEDULES[self.lr_schedule](epoch_of_90, self.total_batch_size)
+
+    @property
+    def _lr_scale(self) -> float:
+        return self.lr_per_256 / base_learning_rate(256)
 
     def alpha_sgd(self, epoch_of_90):
         """Returns alpha_SGD at an epoch of the paper's 90, or at an array of epochs."""

@@ -30,7 +30,6 @@ from mpi4py import MPI
 
 from extensions.virtual_workers import workers_of
 from reproduce import images
-from reproduce.baselines import LR_SCHEDULES
 from reproduce.job import evaluation, ranks, supervise
 from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
@@ -69,7 +68,9 @@ def experiment(settings, comm, train, val):
     # Model: every rank starts from rank 0's initial values. The broadcast costs no minibatch.
     device = extensions.device_of(comm)
     converter = images.converter_to(device)
-    model = ResNet50(len(train.classes), settings.width, settings.stem, settings.seed)
+    model = ResNet50(
+        len(train.classes), settings.width, settings.stem, settings.seed, settings.shallow
+    )
     model.to_device(device)
     comm.bcast_data(model)
 
@@ -108,8 +109,9 @@ def experiment(settings, comm, train, val):
     # Schedules (schedules.py): the slow-start learning rate, which begins at half of eta_base, and
     # the transition from RMSprop to SGD.
     epoch_size = (settings.total_batch_size, len(train), settings.epochs)
-    schedule = LR_SCHEDULES[settings.lr_schedule]
-    trainer.extend(extensions.StepLearningRate(*epoch_size, schedule=schedule))
+    trainer.extend(
+        extensions.StepLearningRate(*epoch_size, schedule=lambda epoch, _: settings.lr(epoch))
+    )
     if settings.alpha_form != 'sgd':
         trainer.extend(
             extensions.AlphaSGDSchedule(

@@ -90,7 +90,9 @@ def _find_images(mpi, watchdog, settings) -> ImageFolder:
 
 def _read_model(mpi, watchdog, settings, val) -> ResNet50:
     """Builds the model on every rank, from the file that rank 0 reads."""
-    model = ResNet50(len(val.classes), settings.width, settings.stem, settings.seed)
+    model = ResNet50(
+        len(val.classes), settings.width, settings.stem, settings.seed, settings.shallow
+    )
 
     def on_rank_zero():
         if mpi.rank > 0:
@@ -217,7 +219,7 @@ def _watch(watchdog, evaluator, comm, n_images, batch_size):
 def _header(settings, comm, val, n_parameters, computes) -> str:
     s = settings
     rows = {
-        'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters, of '
+        'model': f'{"shallow " if s.shallow else ""}ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters, of '
         f'{s.evaluate}',
         'functions': computes,
         'validation': f'{len(val):,} images in {val.root}, on {comm.size:,} processes',

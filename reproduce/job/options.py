@@ -33,7 +33,7 @@ _RANGES = (
         lambda x: 0 <= x < math.inf,
     ),
     # With eps = 0, a gradient of exactly 0 would be 0 / 0.
-    (('eps', 'beta_period'), 'above 0 and finite', lambda x: 0 < x < math.inf),
+    (('eps', 'beta_period', 'lr_per_256'), 'above 0 and finite', lambda x: 0 < x < math.inf),
     (('mu1', 'mu2', 'bn_decay'), 'at least 0 and below 1', lambda x: 0 <= x < 1),
     (('min_crop_area',), 'above 0 and at most 1', lambda x: 0 < x <= 1),
     (('beta_center',), 'finite', math.isfinite),

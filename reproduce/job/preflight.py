@@ -286,7 +286,7 @@ class Preflight:
         except (ValueError, extensions.CommunicatorError) as error:  # raised on all ranks
             self.problems += [str(error)] * (self._mpi.rank == 0)
             return
-        model = ResNet50(self._n_classes, s.width, s.stem, s.seed)
+        model = ResNet50(self._n_classes, s.width, s.stem, s.seed, s.shallow)
         model.to_device(extensions.device_of(self._comm))
         self._model = model
         self._optimizer = extensions.RMSpropWarmup(s.lr_base).setup(model)

@@ -102,7 +102,7 @@ def plan(settings, n_images: int) -> str:
         f'{"images per worker b":24}{s.local_batch_size:,}',
         f'{"total batch n b":24}{s.total_batch_size:,}',
         f'{"training images":24}{n_images:,}',
-        f'{"eta_base":24}{s.lr_base:g}  (0.1 x {s.total_batch_size:,} / 256)',
+        f'{"eta_base":24}{s.lr_base:g}  ({s.lr_per_256:g} x {s.total_batch_size:,} / 256)',
         f'{"iterations":24}{s.iterations(n_images):,}  ({per_epoch:.2f} x {s.epochs} epochs)',
         f'{"learning rate":24}{s.lr_schedule}',
         f'{"alpha_SGD":24}{s.alpha_form}, centre {s.beta_center:g}, period {s.beta_period:g} of 90',
@@ -152,7 +152,8 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         'communicator': f'{type(comm).__name__}; {comm.reason}',
         'all-reduce': all_reduce_of(comm, s),
         'update': f'RMSpropWarmup, {update}',
-        'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
+        'model': f'{"shallow " if s.shallow else ""}ResNet-50, width {s.width}, {s.stem} stem, '
+        f'{n_parameters:,} parameters',
         'functions': computes,
         'training': f'{len(train):,} images in {train.root}',
         'validation': f'{len(val):,} images in {val.root}',

@@ -113,6 +113,32 @@ def runs(logs: dict, out: str):
     save(figure, os.path.join(out, 'runs.png'))
 
 
+def first_losses(losses: dict, out: str):
+    """Draws OUT/start.png: the training loss at the start of several runs.
+
+    Runs of other batches have other numbers of updates: the axis is the share of all images.
+
+    Args:
+        losses (dict): Title to a list of runs, each a list of losses, one per update of the first
+            5 %. The mean is drawn.
+        out (str): The folder. The file is replaced as a whole.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
+    for number, (name, several) in enumerate(losses.items()):
+        mean = np.mean(several, axis=0)
+        # A small batch's losses vary: draw means over groups of updates.
+        groups = np.array_split(np.arange(len(mean)), min(27, len(mean)))
+        mean = np.array([mean[group].mean() for group in groups])
+        share = [5 * (group.mean() + 0.5) / (groups[-1][-1] + 1) for group in groups]
+        style = _STYLES[number % len(_STYLES)] + _MARKERS[number % len(_MARKERS)]
+        axis.plot(share, mean, style, markersize=4, lw=1, label=name)
+    axis.set_xlabel('share of the training (%)')
+    axis.set_title('training loss')
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize='small')
+    save(figure, os.path.join(out, 'start.png'))
+
+
 def paper_schedules(out: str):
     """Draws OUT/schedules.png: both forms of alpha_SGD, alpha_RMSprop, and the learning rates.
 

@@ -86,7 +86,8 @@ class Records:
             'total batch': f'{s.total_batch_size:,} = {s.workers:,} x {s.local_batch_size:,}',
             'learning rate': f'base {s.lr_base:g}, first {s.lr(0):g}',
             'all-reduce': f'{s.allreduce_grad_dtype}, {self._training.averages_by}',
-            'model': f'ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters',
+            'model': f'{"shallow " if s.shallow else ""}ResNet-50, width {s.width}, {s.stem} stem, '
+            f'{n_parameters:,} parameters',
             'training': f'{len(train):,} images in {train.root}',
             'validation': f'{len(val):,} images in {val.root}',
             'length': f'{s.epochs} epochs, {s.iterations(len(train)):,} iterations',

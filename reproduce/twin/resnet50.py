@@ -60,10 +60,10 @@ class ResNet50(nn.Module):
     The same arguments give the same initial values, bit by bit: NumPy draws them in the same order.
 
     Args:
-        n_classes, width, stem, seed: As there.
+        n_classes, width, stem, seed, shallow: As there.
     """
 
-    def __init__(self, n_classes=1000, width=64, stem='imagenet', seed=None):
+    def __init__(self, n_classes=1000, width=64, stem='imagenet', seed=None, shallow=False):
         super().__init__()
         self.stem = stem
         self.conv1 = _convolution(3, width, *STEMS[stem])
@@ -71,7 +71,7 @@ class ResNet50(nn.Module):
         in_channels = width
         for name, n_blocks in BLOCKS.items():
             blocks = nn.ModuleList()
-            for i in range(n_blocks):
+            for i in range(1 if shallow else n_blocks):
                 stride = 2 if i == 0 and name != 'res2' else 1
                 blocks.append(Bottleneck(in_channels, width, stride))
                 in_channels = 4 * width

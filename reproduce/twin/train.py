@@ -65,7 +65,9 @@ def experiment(settings, processes, train, val):
 
     # Model: on every process the same initial values, which are Chainer's, too.
     device = processes.device
-    model = ResNet50(len(train.classes), settings.width, settings.stem, settings.seed).to(device)
+    model = ResNet50(
+        len(train.classes), settings.width, settings.stem, settings.seed, settings.shallow
+    ).to(device)
 
     # Optimizer: RMSprop warm-up. Weight decay is added once, after the all-reduce.
     decayed, others = decayed_parameters(model)

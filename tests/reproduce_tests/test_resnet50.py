@@ -165,6 +165,15 @@ def test_number_of_parameters(n_classes, width, stem, ksize):
     assert model.count_params() == closed_form(int(n_classes), int(width), ksize)
 
 
+def test_a_shallow_network_has_the_first_bottleneck_of_each_stage():
+    shallow = ResNet50(10, 8, 'imagenet', 0, shallow=True)
+    assert shallow.count_params() == 130_962
+    shapes = {name: param.shape for name, param in ResNet50(10, 8, seed=0).namedparams()}
+    expected = {n: s for n, s in shapes.items() if '/res' not in n or n.split('/')[2] == '0'}
+    assert {name: param.shape for name, param in shallow.namedparams()} == expected
+    assert shallow(np.zeros((2, 3, 32, 32), np.float32)).shape == (2, 10)
+
+
 def test_has_53_convolutions_without_bias_each_followed_by_its_bn(full):
     convolutions = links_of(full, L.Convolution2D)
     assert len(convolutions) == 53

@@ -77,6 +77,8 @@ def test_schedules_of_the_settings():
     np.testing.assert_array_equal(settings.alpha_sgd(epochs), expected)
     np.testing.assert_array_equal(settings.lr(epochs), learning_rate(epochs, 32768))
     assert Settings(lr_schedule='steps').lr(29) == 12.8
+    steeper = Settings(lr_schedule='gradual_warmup', lr_per_256=0.4)
+    assert (steeper.lr_base, steeper.lr(0), steeper.lr(10)) == pytest.approx((51.2, 0.4, 51.2))
     assert Settings(epochs=30).epoch_of_90(10) == 30
 
 

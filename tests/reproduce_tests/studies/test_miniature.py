@@ -1,4 +1,4 @@
-"""The study in miniature: small runs for real, and the committed results against their table."""
+"""The study in miniature: small runs for real, and the committed results against their tables."""
 
 import json
 import os
@@ -14,13 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproduce.studies import miniature
+from reproduce.studies.miniature import __main__ as miniature
+from reproduce.studies.miniature import tables, variants
 
 SMALL = """
-from reproduce.studies import miniature
-miniature.N_EPOCHS = 2
-miniature.COMMON = '--preset smoke --width 2 --epochs 2 --local-batch-size 4 --loader serial'
-miniature.VARIANTS = {'x': ('two', '--workers 2'), 'y': ('four', '--workers 4 --bn-decay 0.9')}
+import sys
+from pathlib import Path
+from reproduce.studies.miniature import __main__ as miniature, variants
+variants.N_EPOCHS, variants.N_SEEDS = 2, 2
+variants.COMMON = (
+    '--preset smoke --width 2 --shallow --epochs 2 --local-batch-size 4 --loader serial'
+)
+variants.MAIN = {'x': variants.Variant('two', '--workers 2')}
+variants.OTHERS = {'y': variants.Variant('four', '--workers 4 --bn-decay 0.9', 'outside')}
+variants.VARIANTS = {**variants.MAIN, **variants.OTHERS}
+variants.MAIN_COMPARISONS = (variants.Comparison('y', 'x', 'near'),)
+variants.OTHER_COMPARISONS = variants.EARLY_COMPARISONS = ()
+miniature.INCLUDED = Path('INCLUDED')
 miniature.main()
 """
 
@@ -41,8 +51,8 @@ def cifar(tmp_path_factory):
 
 @pytest.fixture
 def start(root, cifar, tmp_path):
-    def start(*options, per_class=16, program=SMALL):
-        command = [sys.executable, '-c', program, '--images', str(cifar), '--out', str(tmp_path)]
+    def start(*options, per_class=16, program=SMALL, out=tmp_path):
+        command = [sys.executable, '-c', program, '--images', str(cifar), '--out', str(out)]
         return subprocess.Popen(
             [*command, f'--train-per-class={per_class}', '--val-per-class=6', *options],
             cwd=root,
@@ -54,6 +64,8 @@ def start(root, cifar, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # As a shell starts what is in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509
         )
 
     return start
@@ -62,7 +74,7 @@ def start(root, cifar, tmp_path):
 @pytest.mark.slow
 def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
     first = start('--seeds', '2', '--at-a-time', '1')
-    while not (tmp_path / 'x-seed0' / 'summary.json').exists():
+    while not (tmp_path / 'x-seed0' / 'run.json').exists():
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.1)
     first.send_signal(signal.SIGINT)
@@ -77,19 +89,73 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
     assert re.search(r'^[1-3] of 4 runs are finished$', output, re.MULTILINE)
     assert re.search(r'^\d of 8 epochs, \d+ s left; \w-seed\d is finished', output, re.MULTILINE)
     assert (tmp_path / 'x-seed0' / 'log').stat().st_mtime_ns == done  # not trained again
-    assert Image.open(tmp_path / 'runs.png').size[0] > 1000
-    rows = (tmp_path / 'table.md').read_text().splitlines()[2:]
+    for name in ('runs.png', 'start.png'):
+        assert Image.open(tmp_path / name).size[0] > 1000
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    rows = lines[2:4]
     for row, (variant, title, workers) in zip(rows, (('x', 'two', 2), ('y', 'four', 4))):
         runs = [tmp_path / f'{variant}-seed{seed}' for seed in (0, 1)]
         logs = [json.loads((run / 'log').read_text())[-1] for run in runs]
         top1 = [100 * log['validation/main/accuracy'] for log in logs]
-        expected = f'{statistics.mean(top1):.2f} +- {statistics.stdev(top1):.2f}'
-        assert row.startswith(f'| {variant} | {title} | 2 | {expected} |')
+        half_width = 12.706 * statistics.stdev(top1) / 2**0.5  # Student's t, 1 degree of freedom
+        cells = row.split(' | ')
+        assert cells[:3] == [f'| {variant}', title, '2']
+        mean, _, interval = cells[3].partition(' +- ')
+        assert mean == f'{statistics.mean(top1):.2f}'
+        assert float(interval) == pytest.approx(half_width, rel=1e-3, abs=0.006)
+        found = [json.loads((run / 'run.json').read_text()) for run in runs]
+        assert [run['part'] for run in found] == ['outside' if variant == 'y' else ''] * 2
+        n_updates = json.loads((runs[0] / 'summary.json').read_text())['iterations']
+        for run in found:
+            assert len(run['first losses']) == max(1, round(0.05 * n_updates))
+            assert run['first losses'][0] == pytest.approx(np.log(3), rel=0.2)
         settings = json.loads((runs[1] / 'settings.json').read_text())
         assert (settings['workers'], settings['seed']) == (workers, 1)
         assert settings['bn_decay'] == (0.9 if variant == 'y' else 0)
         assert len(list((tmp_path / 'images' / 'train' / 'ship').iterdir())) == 16
-    assert len((tmp_path / 'commands.txt').read_text().splitlines()) == 4
+    commands = (tmp_path / 'commands.txt').read_text().splitlines()
+    assert [line.rpartition('/')[2] for line in commands] == [
+        f'{variant}-seed{seed}' for variant in 'xy' for seed in range(2)
+    ]  # the main variants first
+    assert any(line.startswith('| y - x | near | 2 |') for line in lines)
+
+    # The bits again, and other ones.
+    again = start('--check', 'x-seed1', 'y-seed0')
+    output, _ = again.communicate(timeout=100)
+    assert again.returncode == 0, output
+    assert output.splitlines()[-2:] == ['x-seed1: the same bits', 'y-seed0: the same bits']
+    path = tmp_path / 'x-seed1' / 'run.json'
+    content = json.loads(path.read_text())
+    content['digests']['parameters'] = 'f' * 64
+    path.write_text(json.dumps(content))
+    again = start('--check', 'x-seed1')
+    output, _ = again.communicate(timeout=100)
+    assert (again.returncode, output.splitlines()[-1]) == (1, 'x-seed1: other digests')
+
+    # Included runs are not trained again; those of other settings are refused.
+    included, out = tmp_path / 'included', tmp_path / 'new'
+    published = start('--publish', str(included))
+    output, _ = published.communicate(timeout=60)
+    assert published.returncode == 0, output
+    kept = {path.name for path in (included / 'y-seed1').iterdir()}
+    assert kept == {'log', 'settings.json', 'summary.json', 'run.json'}
+    assert (included / 'table.md').exists() and (included / 'commands.txt').exists()
+    (included / 'x-seed1' / 'log').unlink()  # this run is not there as a whole
+    program = SMALL.replace("INCLUDED'", f"{included}'")
+    third = start('--seeds', '2', program=program, out=out)
+    output, _ = third.communicate(timeout=100)
+    assert third.returncode == 0, output
+    assert '3 of 4 runs are finished' in output.splitlines()
+    assert not (out / 'y-seed1' / 'output.txt').exists()
+    assert (out / 'x-seed1' / 'output.txt').exists()
+    for other in (
+        program.replace('--workers 2', '--workers 3'),
+        program.replace("'outside'", "''"),
+    ):
+        refused = start('--seeds', '2', program=other, out=tmp_path / 'newer')
+        output, _ = refused.communicate(timeout=60)
+        assert refused.returncode == 1
+        assert 'was trained with other settings (' in output.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -155,49 +221,131 @@ def test_the_images_are_those_that_were_asked_for(cifar, tmp_path):
     assert linked(tmp_path) == asked
 
 
+def test_a_run_that_was_killed_at_its_end_gets_its_files(start, tmp_path):
+    first = start('--seeds', '1', '--at-a-time', '1')
+    assert first.wait(200) == 0
+    path = tmp_path / 'y-seed0' / 'run.json'
+    whole = path.read_text()
+    path.unlink()
+    second = start('--seeds', '1')
+    output, _ = second.communicate(timeout=100)
+    assert second.returncode == 0, output
+    assert path.read_text() == whole
+    assert 'goes on from' in (tmp_path / 'y-seed0' / 'output.txt').read_text()
+
+
 def test_the_variants_are_what_their_titles_say():
     from reproduce.job.options import parse
 
     settings = {}
-    for name, (_, options) in miniature.VARIANTS.items():
-        settings[name], _ = parse([*miniature.COMMON.split(), *options.split()], 1)
+    for name, variant in variants.VARIANTS.items():
+        settings[name], _ = parse([*variants.COMMON.split(), *variant.options.split()], 1)
     assert settings['a'].total_batch_size == 64
     assert {s.total_batch_size for name, s in settings.items() if name != 'a'} == {1024}
-    assert {s.epochs for s in settings.values()} == {miniature.N_EPOCHS}
+    assert {s.epochs for s in settings.values()} == {variants.N_EPOCHS}
+    assert settings['d'].iterations(50_000) == 538 and settings['a'].iterations(50_000) == 8594
     differing = {}
-    for name in ('s', 'dc', 'e', 'f'):
+    for name, own in settings.items():
         differing[name] = {
-            key
-            for key, value in settings[name].identity.items()
-            if value != settings['d'].identity[key]
+            key for key, value in own.identity.items() if value != settings['d'].identity[key]
         }
-    assert differing == {
-        's': {'alpha_form'},
-        'dc': {'alpha_form'},
-        'e': {'bn_decay'},
-        'f': {'allreduce_grad_dtype'},
+    expected = {
+        'a': 'workers lr_schedule alpha_form bn_decay',
+        'b c lars': 'lr_schedule alpha_form',
+        's dc': 'alpha_form',
+        'd m ab': '',
+        'e': 'bn_decay',
+        'f': 'allreduce_grad_dtype',
+        'r t df': 'accumulate',
+        'g': 'gradient_scale',
+        'l8 l128': 'workers local_batch_size',
     }
-    assert settings['b'].lr(0) == 0.4 and settings['c'].lr(0) == 0.1 and settings['d'].lr(0) == 0.2
-    assert all(settings[name].alpha_form == 'sgd' for name in 'abcs')
+    assert differing == {
+        name: set(keys.split()) for names, keys in expected.items() for name in names.split()
+    }
+    lr = {name: settings[name].lr(0) for name in 'abcd'}
+    assert lr == pytest.approx({'a': 0.1, 'b': 1.6, 'c': 0.4, 'd': 0.8}, rel=1e-12)
+    assert {name: v.part for name, v in variants.VARIANTS.items() if v.part} == {
+        'm': 'outside',
+        'ab': 'abrupt',
+        't': 'tree',
+        'df': 'divide-first',
+        'lars': 'lars',
+    }
+    planned = (
+        *variants.MAIN_COMPARISONS,
+        *variants.OTHER_COMPARISONS,
+        *variants.EARLY_COMPARISONS,
+    )
+    assert {c.variant for c in planned} == set(variants.VARIANTS) - {'a'}
+    assert {c.expected for c in planned} == {'above', 'below', 'near'}
 
 
-def test_the_published_table_is_that_of_the_logs(root):
+def comparison_rows(values, expected='above', n_planned=1):
+    planned = [variants.Comparison('x', 'y', expected)]
+    planned += [variants.Comparison('x', f'z{i}', 'near') for i in range(n_planned - 1)]
+    text = tables.comparisons('points', values, tuple(planned), '.2f')
+    return [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()[2:]]
+
+
+def test_a_comparison_says_n_and_no_verdict_before_all_seeds():
+    y = dict(enumerate((50.0, 51.0, 49.0, 50.5, 49.5)))
+    d = dict(enumerate((2.0, 2.5, 1.5, 2.2, 1.8)))
+    x = {seed: y[seed] + d[seed] for seed in y}
+    # mean 2, deviation 0.3808, t = 11.744: p = 0.000301; 95 %: 2.776 * 0.3808 / sqrt(5) = 0.47
+    [row] = comparison_rows({'x': x, 'y': y})
+    assert row == ['x - y', 'above', '5', '+2.00 +- 0.47', '< 0.001', '< 0.001', 'as expected']
+    assert comparison_rows({'x': x, 'y': y}, 'below')[0][-1] == 'against'
+    assert comparison_rows({'x': x, 'y': y}, 'near')[0][-1] == 'against'
+    # Corrected for all that were planned, also those that were not run.
+    rows = comparison_rows({'x': x, 'y': y}, n_planned=8)
+    assert rows[0][4:] == ['< 0.001', '0.002', 'as expected']
+    assert rows[1] == ['x - z0', 'near', '0', 'not run', '', '', '']
+    assert comparison_rows({'x': x, 'y': y}, n_planned=200)[0][5:] == ['0.060', 'open']
+    # Seeds that only one of the two has do not count.
+    fewer = {seed: x[seed] for seed in (0, 1, 3)}
+    [row] = comparison_rows({'x': {**fewer, 9: 99.0}, 'y': y})
+    assert row[2] == '3' and row[-1] == 'incomplete' and row[3].startswith('+2.23')
+    [row] = comparison_rows({'x': {0: 52.0}, 'y': y})
+    assert row == ['x - y', 'above', '1', '+2.00', '', '', 'incomplete']
+    # Near: the whole interval counts.
+    inside = {seed: y[seed] + d[seed] - 1.2 for seed in y}
+    outside = {seed: y[seed] + d[seed] - 0.9 for seed in y}
+    assert comparison_rows({'x': inside, 'y': y}, 'near')[0][-1] == 'as expected'  # 0.8 + 0.47
+    assert comparison_rows({'x': outside, 'y': y}, 'near')[0][-1] == 'against'  # 1.1 + 0.47
+    [row] = comparison_rows({'x': outside, 'y': y}, 'near', n_planned=200)[:1]
+    assert row[-1] == 'open'
+
+
+def test_results_say_what_is_not_run():
+    entry = {'validation/main/accuracy': 0.5, 'main/loss': 1.0, 'validation/main/loss': 1.5}
+    log = [{**entry, 'validation/main/accuracy': 0.1}, entry]
+    text = tables.all_tables({'b': {3: log}}, {'b': {3: [2.5, 2.0]}})
+    assert '| b | large batch, SGD | 1 | 50.00 | 2.250 | 1.000 | 1.500 |' in text.splitlines()
+    assert '| a | small batch, SGD | 0 | not run |  |  |  |' in text.splitlines()
+
+
+def test_the_published_tables_are_those_of_the_logs(root):
     results = root / 'reproduce' / 'results' / 'miniature'
     found = miniature.collect(results)
-    assert set(found) == set(miniature.VARIANTS)
-    assert all(len(logs) >= 3 for logs in found.values())
-    table = miniature.table(found)
-    assert (results / 'table.md').read_text() == table + '\n'
-    assert table in (results / 'README.md').read_text()
-    commands = (results / 'commands.txt').read_text().splitlines()
-    n_updates = {}
-    for variant, logs in found.items():
-        for seed, log in logs.items():
-            run = results / f'{variant}-seed{seed}'
-            summary = json.loads((run / 'summary.json').read_text())
-            assert summary['top1'] == log[-1]['validation/main/accuracy']
-            assert len(log) == miniature.N_EPOCHS
-            [command] = [c for c in commands if c.endswith(f'/{variant}-seed{seed}')]
-            assert f'{miniature.VARIANTS[variant][1]} --seed {seed} ' in command
-            n_updates[variant] = summary['iterations']
-    assert n_updates == {variant: 1563 if variant == 'a' else 98 for variant in found}
+    if not found:
+        pytest.skip('no runs yet')
+    logs = {v: {seed: run.log() for seed, run in runs.items()} for v, runs in found.items()}
+    first = {
+        v: {seed: run.read('run.json')['first losses'] for seed, run in runs.items()}
+        for v, runs in found.items()
+    }
+    text = tables.all_tables(logs, first)
+    assert (results / 'table.md').read_text() == text + '\n'
+    commands = (results / 'commands.txt').read_text()
+    for variant, runs in found.items():
+        n_updates = 8594 if variant == 'a' else 538
+        for seed, run in runs.items():
+            assert miniature._differing(run) == []
+            summary = run.read('summary.json')
+            assert summary['top1'] == run.log()[-1]['validation/main/accuracy']
+            assert (summary['iterations'], summary['validation_images']) == (n_updates, 10_000)
+            assert len(run.log()) == variants.N_EPOCHS
+            assert len(first[variant][seed]) == round(0.05 * n_updates)
+            options = variants.VARIANTS[variant].options
+            assert f'{options} --seed {seed} ' in commands

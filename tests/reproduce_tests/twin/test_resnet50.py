@@ -37,6 +37,15 @@ def test_the_table_pairs_all_tensors_one_to_one(stem):
     assert names['bn1.running_var'] == '/bn1/avg_var' and names['fc.bias'] == '/fc/b'
 
 
+def test_a_shallow_network_is_chainers():
+    arrays = arrays_of(reproduce.resnet50.ResNet50(7, 4, seed=3, shallow=True))
+    twin = resnet50.ResNet50(7, 4, seed=3, shallow=True)
+    names, tensors = resnet50.chainer_names(twin), twin.state_dict()
+    assert sorted(names.values()) == sorted(arrays)
+    for own, theirs in names.items():
+        assert np.array_equal(tensors[own].numpy(), arrays[theirs]), (own, theirs)
+
+
 @pytest.mark.parametrize('stem', ['imagenet', 'cifar'])
 def test_logits_statistics_and_gradients_are_chainers(stem):
     """In float64, where both can only agree if they compute the same."""
