@@ -360,7 +360,8 @@ def test_the_first_program_of_the_companion_runs(capsys):
     (code,) = re.findall(
         r'^```python\n(import.*?)^```$', TEXTS['extensions/README.md'], re.DOTALL | re.MULTILINE
     )
+    np.random.seed(0)  # of the link's initial values
     exec(code, {})  # noqa: S102  (README's own)
     epochs, losses = zip(*(line.split() for line in capsys.readouterr().out.splitlines()))
     assert epochs == ('1', '2', '3')
-    assert all(float(loss) < np.log(2) + 0.5 for loss in losses)
+    assert float(losses[2]) < float(losses[0])

@@ -219,8 +219,7 @@ def _watch(watchdog, evaluator, comm, n_images, batch_size):
 def _header(settings, comm, val, n_parameters, computes) -> str:
     s = settings
     rows = {
-        'model': f'{"shallow " if s.shallow else ""}ResNet-50, width {s.width}, {s.stem} stem, {n_parameters:,} parameters, of '
-        f'{s.evaluate}',
+        'model': f'{report.network_of(s)}, {n_parameters:,} parameters, of {s.evaluate}',
         'functions': computes,
         'validation': f'{len(val):,} images in {val.root}, on {comm.size:,} processes',
         'versions': report.in_words(report.versions()),

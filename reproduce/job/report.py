@@ -125,6 +125,12 @@ def plan(settings, n_images: int) -> str:
     return '\n'.join(lines)
 
 
+def network_of(settings) -> str:
+    """Returns the network of the settings in words."""
+    kind = 'shallow ResNet-50' if settings.shallow else 'ResNet-50'
+    return f'{kind}, width {settings.width}, {settings.stem} stem'
+
+
 def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
     """Returns the header, which is printed before the first iteration.
 
@@ -152,8 +158,7 @@ def header(settings, comm, train, val, n_parameters: int, arithmetic) -> str:
         'communicator': f'{type(comm).__name__}; {comm.reason}',
         'all-reduce': all_reduce_of(comm, s),
         'update': f'RMSpropWarmup, {update}',
-        'model': f'{"shallow " if s.shallow else ""}ResNet-50, width {s.width}, {s.stem} stem, '
-        f'{n_parameters:,} parameters',
+        'model': f'{network_of(s)}, {n_parameters:,} parameters',
         'functions': computes,
         'training': f'{len(train):,} images in {train.root}',
         'validation': f'{len(val):,} images in {val.root}',

@@ -201,7 +201,9 @@ class ChainerMN(_System):
         self.batches = loader_of(settings, train, val, comm.rank)
         device = extensions.device_of(comm)
         converter = images.converter_to(device)
-        model = ResNet50(len(train.classes), settings.width, settings.stem, settings.seed)
+        model = ResNet50(
+            len(train.classes), settings.width, settings.stem, settings.seed, settings.shallow
+        )
         model.to_device(device)
         optimizer = chainermn.create_multi_node_optimizer(
             chainer.optimizers.CorrectedMomentumSGD(settings.lr_base, settings.mu1), comm
