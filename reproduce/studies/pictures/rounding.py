@@ -163,8 +163,8 @@ def draw(content: dict):
         flushed = [100 * found['flushed'][name] for found in content.values()]
         right.loglog(workers, flushed, line, color=color, label=name)
     label(left, 55, 0.14, 'ring', BLACK, 'right')
-    label(left, 95, 0.085, 'divided first,\nthen a ring', VERMILION, va='top')
-    label(left, 400, 0.058, 'tree', BLUE)
+    label(left, 95, 0.092, 'divided first,\nthen a ring', VERMILION, va='top')
+    label(left, 620, 0.056, 'tree', BLUE)
     label(left, 20, 0.0185, 'exact sum', GREEN, va='center')
     label(right, 60, 6, 'divided first', VERMILION, 'right')
     label(right, 60, 0.17, 'cast to float16 alone', BLACK)
