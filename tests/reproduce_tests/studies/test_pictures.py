@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 
-import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
+import extensions  # noqa: F401  isort: skip  (makes Chainer importable on NumPy 2)
 import chainer
 import numpy as np
 import pytest
@@ -357,33 +357,35 @@ def gradients():
     return (rng.randn(8, 200) * 10.0 ** rng.uniform(-9, -1, 200)).astype(np.float32)
 
 
-def by_communicator(gradients, accumulate):
-    comm = extensions.create_communicator('mpi', accumulate=accumulate)
-    model = chainer.Chain()
-    with model.init_scope():
-        model.g = chainer.Parameter(np.zeros(gradients.shape[1], np.float32))
-    for row in gradients:
-        model.g.grad = row.copy()
-        comm.add_grad(model)
-    comm.mean_grad(model)
-    return model.g.grad
+def one_by_one(halves):
+    total = halves[0]
+    for half in halves[1:]:
+        total = np.float16(total + half)
+    return total
 
 
-def test_exact_and_ring_are_those_of_the_communicator(gradients):
-    for accumulate, order in (('exact', rounding.exact), ('ring', rounding.ring)):
-        np.testing.assert_array_equal(order(gradients), by_communicator(gradients, accumulate))
-
-
-def test_tree_and_divide_first_by_scalars(gradients):
-    half = np.float16
+def test_the_orders_by_scalars(gradients):
+    before, eight = gradients.copy(), np.float16(8)
+    found = {name: order(gradients) for name, order in rounding.ORDERS.items()}
+    np.testing.assert_array_equal(gradients, before)
     for i, column in enumerate(gradients.T):
-        a, b, c, d, e, f, g, h = map(half, column)
-        tree = half(half(half(a + b) + half(c + d)) + half(half(e + f) + half(g + h)))
-        assert rounding.tree(gradients)[i] == half(tree / half(8))
-        total = half(0)
-        for value in column:
-            total = half(total + half(value / np.float32(8)))
-        assert rounding.divide_first(gradients)[i] == total
+        halves = [np.float16(value) for value in column]
+        ring = np.float16(one_by_one(halves) / eight)
+        # Float16 numbers are multiples of 2**-24: a float64 holds their sum.
+        assert found['exact'][i] == np.float16(sum(map(float, halves)) / 8)
+        assert found['ring'][i] == ring
+        assert found['tree'][i] == ring  # the GPUs of one host are a chain
+        divided = [np.float16(half / eight) for half in halves]
+        assert found['divide first'][i] == one_by_one(divided)
+
+
+def test_the_tree_adds_hosts(gradients):
+    twice = np.concatenate([gradients, gradients[::-1]])
+    found = rounding.ORDERS['tree'](twice)
+    for i, column in enumerate(gradients.T):
+        halves = [np.float16(value) for value in column]
+        both = np.float16(one_by_one(halves) + one_by_one(halves[::-1]))
+        assert found[i] == np.float16(both / np.float16(16))
 
 
 def test_costs_are_relative_to_the_mean_in_float64(gradients):
@@ -393,7 +395,7 @@ def test_costs_are_relative_to_the_mean_in_float64(gradients):
         error = relative(order(gradients).astype(float), mean, mean)
         assert found['errors'][name] == pytest.approx(error)
     for name, n in (('cast', 1), ('divided', 8)):
-        gone = sum(np.float16(value / np.float32(n)) == 0 for value in gradients.ravel())
+        gone = sum(np.float16(value) / np.float16(n) == 0 for value in gradients.ravel())
         assert found['flushed'][name] == pytest.approx(gone / gradients.size)
     assert 0.05 < found['flushed']['cast'] < found['flushed']['divided']
 
