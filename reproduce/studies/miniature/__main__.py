@@ -348,6 +348,7 @@ def check(names: list[str], found: dict, out: Path, at_a_time: int):
         ours, theirs = (r.read('run.json') for r in (run, runs[run.name]))
         differing = [name for name in theirs if ours[name] != theirs[name]]
         same = same and not differing
+        shutil.rmtree(run.folder)  # a further check trains anew
         print(f'{run.name}: {"other " + ", ".join(differing) if differing else "the same bits"}')
     sys.exit(0 if same else 1)
 

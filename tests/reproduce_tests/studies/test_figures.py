@@ -138,6 +138,18 @@ def test_runs_are_drawn_as_their_mean_with_a_band(drawn):
 
 
 @pytest.mark.slow
+def test_the_start_of_runs_is_drawn_by_the_share_of_the_training(drawn):
+    few = [[2.0, 1.0], [4.0, 2.0]]
+    many = [list(np.arange(54.0))]  # in 27 groups of 2
+    [axis] = drawn(figures.first_losses, {'large': few, 'small': many})
+    large, small = axis.lines
+    np.testing.assert_allclose(large.get_data(), [[1.25, 3.75], [3.0, 1.5]])
+    np.testing.assert_allclose(small.get_ydata(), np.arange(27) * 2 + 0.5)
+    np.testing.assert_allclose(small.get_xdata(), 5 * (np.arange(27) * 2 + 1) / 54)
+    assert large.get_linestyle() != small.get_linestyle()
+    assert large.get_marker() != small.get_marker()
+
+
 def test_the_command(root, tmp_path):
     run = tmp_path / 'a run'
     run.mkdir()

@@ -124,6 +124,7 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
     output, _ = again.communicate(timeout=100)
     assert again.returncode == 0, output
     assert output.splitlines()[-2:] == ['x-seed1: the same bits', 'y-seed0: the same bits']
+    assert not list((tmp_path / 'check').iterdir())  # a further check trains anew
     path = tmp_path / 'x-seed1' / 'run.json'
     content = json.loads(path.read_text())
     content['digests']['parameters'] = 'f' * 64
