@@ -35,7 +35,8 @@ def test_the_default_is_the_papers_run():
 # Where and how a run runs, not what it computes.
 MAY_CHANGE = set(
     'preset communicator train_root val_root n_train_images validation_batch_size loader '
-    'bad_images manifests out checkpoint_every keep_checkpoints resume overwrite watchdog'.split()
+    'bad_images manifests out checkpoint_every keep_checkpoints resume overwrite evaluate '
+    'watchdog'.split()
 )
 
 
