@@ -60,7 +60,7 @@ class Settings:
     """
 
     preset: str = _setting(
-        'paper', 'named set of defaults for all other options; the end of this text describes them'
+        'paper', 'named set of defaults for all other options; the end of --help describes them'
     )
 
     workers: int | None = _setting(

@@ -85,8 +85,10 @@ def settings(root, page, *names) -> str:
     rows = [('option', "the paper's run", 'source', 'meaning')]
     for name in names or fields:
         text = fields[name].metadata['help']
-        letters = sorted({letter for found in _LETTERS.findall(text) for letter in found})
-        meaning = re.sub(r' \([A-Z]\)$', '', text).replace('|', r'\|')
+        letters = sorted(
+            {letter for found in _LETTERS.findall(text) for letter in found.split(', ')}
+        )
+        meaning = re.sub(r' \([A-Z](?:, [A-Z])*\)$', '', text).replace('|', r'\|')
         value = fields[name].default
         rows.append((f'`--{name.replace("_", "-")}`', _value(value), ', '.join(letters), meaning))
     return _table(rows)
@@ -110,7 +112,7 @@ def picture(root, page, name) -> str:
 
 
 WRITERS = (excerpt, tested, mistake, settings, legend, picture)
-_LETTERS = re.compile(r'\(([A-Z])\)')
+_LETTERS = re.compile(r'\(([A-Z](?:, [A-Z])*)\)')
 
 
 def renewed(page: Path, root: Path) -> str:

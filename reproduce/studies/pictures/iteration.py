@@ -10,8 +10,8 @@ from reproduce.studies.pictures.style import BLACK, BLUE, GREEN, ORANGE, SKY, WI
 # Made by ./run_mpi.sh benchmark iteration --workers 1,2,4 --peer chainermn --repeat 7.
 DATA = 'iteration/slim-compiled.json'
 CAPTION = (
-    'Of the parts of an iteration, only the all-reduce grows with the workers: on MN-1 from 6 ms '
-    'on 8 GPUs to 20 ms on 1,024, as predicted.'
+    'On MN-1, only the all-reduce grows with the GPUs: from 6 ms on 8 to 20 ms on 1,024, as '
+    'predicted; on two cores, four workers share.'
 )
 ALT = (
     'Two panels of horizontal bars, each an iteration in parts. Left, measured with a slim '

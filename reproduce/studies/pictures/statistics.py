@@ -17,8 +17,8 @@ from reproduce.studies.pictures.style import BLACK, BLUE, VERMILION, WIDTH, labe
 
 DATA = 'figures/statistics.json'
 CAPTION = (
-    'With few, large steps, moving averages lag behind the weights and ruin the validation; the '
-    "last minibatch's statistics are nearly those of the training set."
+    'With few, large steps, moving averages lag behind the weights and ruin the '
+    "validation; the last minibatch's statistics become nearly those of the training set."
 )
 ALT = (
     'Two columns over 20 epochs of digits, by 2 workers with a batch of 64 and by 32 with 1,024. '
