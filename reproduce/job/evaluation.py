@@ -14,6 +14,7 @@ from extensions.communicator_base import first_few
 from extensions.evaluation import shard
 from reproduce import dataset, images, listing
 from reproduce.job import agreement, ranks, report
+from reproduce.job.countdown import Countdown
 from reproduce.listing import ImageFolder
 from reproduce.loader import ImageLoader
 from reproduce.order import ImageOrder
@@ -207,7 +208,7 @@ def _watch(watchdog, evaluator, comm, n_images, batch_size):
     watchdog.enter(position)
     start, stop = shard(comm.rank, comm.size, n_images, batch_size)
     n_batches = -(-(stop - start) // batch_size)
-    countdown = report.Countdown('minibatches of rank 0', n_batches)
+    countdown = Countdown('minibatches of rank 0', n_batches)
 
     def after_minibatch():
         if comm.rank == 0 and evaluator.minibatches_left < n_batches:
