@@ -236,7 +236,7 @@ def test_a_division_before_the_sum_is_seen(small, compared, monkeypatch, side):
     result = compared()
     assert result['parted'] is not None
     for row in result['iterations'][1:]:
-        assert row['distance']['elements'] > 3 * row['limit']['elements']
+        assert row['distance']['elements'] > 2 * row['limit']['elements']
 
 
 # ---------------------------------------------------------------- the limits, and the command
