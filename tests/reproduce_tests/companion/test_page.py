@@ -334,6 +334,7 @@ def examined(path, tmp_path, width, scheme):
     return found
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.slow
 @pytest.mark.parametrize('scheme', SCHEMES)
@@ -346,6 +347,7 @@ def test_nothing_is_broken_in_a_browser(companion, tmp_path, width, scheme):
     assert found['files'] and not outside
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.slow
 def test_equation_and_code_are_side_by_side_on_a_wide_screen_alone(project, tmp_path):
@@ -356,6 +358,7 @@ def test_equation_and_code_are_side_by_side_on_a_wide_screen_alone(project, tmp_
         assert beside['bottom'] <= excerpt['top'] and abs(beside['left'] - excerpt['left']) < 1
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.slow
 def test_the_browser_finds_what_is_broken(project, tmp_path):
@@ -380,6 +383,7 @@ def test_the_browser_finds_what_is_broken(project, tmp_path):
         assert any(line.startswith(message) for line in broken), (fault, broken)
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.slow
 @pytest.mark.parametrize('width', WIDTHS)
@@ -396,6 +400,7 @@ def test_pictures_of_the_page(companion, tmp_path, width):
     assert brightness['dark'] < 60 and brightness['light'] > 200
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.slow
 def test_the_printed_page(companion, tmp_path):
