@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from reproduce.companion import markdown
 from reproduce.companion.__main__ import PAGES, main
 from reproduce.companion.excerpts import find
 from reproduce.companion.markdown import TextError, renewed
 from reproduce.settings import Settings
+from reproduce.studies.pictures import step
 
 ROOT = Path(__file__).resolve().parents[3]
 ELEMENT = 'extensions/rmsprop_warmup_element.h'
@@ -226,6 +228,7 @@ WRONG = {
     "tested('[W1]', 'tests/extensions_tests/test_schedules.py:test_x')": 'has no test_x',
     "mistake('none')": "test_known_mistakes.py has no 'none'. It has: the RMSprop term outside",
     "settings('mu3')": 'reproduce/settings.py:Settings has no mu3',
+    "picture('none')": 'reproduce/studies/pictures has no none',
 }
 
 
@@ -289,3 +292,14 @@ def test_the_settings_have_their_values_and_letters(project):
 
 def test_the_legend(project):
     assert '| R | agreement of public re-implementations' in project('legend()')
+
+
+def test_two_letters_after_a_setting_are_two_sources():
+    row = markdown.settings(ROOT, ROOT / 'README.md', 'lr_per_256').splitlines()[2]
+    assert row.startswith('| `--lr-per-256` | 0.1 | G, S |') and '(S, G)' not in row
+
+
+def test_a_picture_has_its_alt_text_its_caption_and_its_command():
+    text = markdown.picture(ROOT, ROOT / 'extensions' / 'README.md', 'step')
+    assert text.startswith(f'![{step.ALT}](../reproduce/results/figures/step.png)\n\n')
+    assert text.endswith(f'*{step.CAPTION} `./run_mpi.sh figures step`*\n')
