@@ -370,6 +370,8 @@ def main(argv):
         result = run(settings, own.iterations, own.restart, own.out)
     except (InputError, DataError, OSError) as error:
         parser.refuse(reason(error))
+    finally:
+        dist.destroy_process_group()
     largest = max(result['iterations'], key=lambda row: row['largest']['parameters'])
     numbers = ', '.join(f'{name} {value:.1e}' for name, value in largest['largest'].items())
     print(f'largest differences, in iteration {largest["iteration"]}: {numbers}')

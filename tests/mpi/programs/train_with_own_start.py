@@ -11,8 +11,8 @@ from reproduce import train
 ResNet50 = train.ResNet50
 
 
-def with_own_seed(n_classes, width, stem, seed):
-    return ResNet50(n_classes, width, stem, seed + train.MPI.COMM_WORLD.rank)
+def with_own_seed(n_classes, width, stem, seed, shallow):
+    return ResNet50(n_classes, width, stem, seed + train.MPI.COMM_WORLD.rank, shallow)
 
 
 train.ResNet50 = with_own_seed

@@ -222,6 +222,7 @@ def test_the_images_are_those_that_were_asked_for(cifar, tmp_path):
     assert linked(tmp_path) == asked
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_at_its_end_gets_its_files(start, tmp_path):
     first = start('--seeds', '1', '--at-a-time', '1')
     assert first.wait(200) == 0

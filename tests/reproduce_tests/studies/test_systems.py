@@ -155,7 +155,7 @@ def test_losses_of_each_iteration_are_kept(shallow, tmp_path, name):
     found = systems_program.measure(options, MPI.COMM_SELF)
     assert len(found['losses']) == 4 and min(found['seconds'][:7]) >= 0
     assert found['functions'] == 'chainer' and found['device'] == 'CPU'
-    assert found['peak'] >= found['memory'] > 0
+    assert found['peak'] >= found['memory'] >= 0  # 0: this process has had as much before
     parts = sum(found['seconds'][:6])
     assert parts == pytest.approx(found['seconds'][6], rel=0.05)
     again = systems_program.measure(tiny(tmp_path, system=name), MPI.COMM_SELF)
