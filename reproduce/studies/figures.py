@@ -7,13 +7,15 @@
 ./run_mpi.sh figures updates         why a large batch is hard: updates and epochs by batch
 ./run_mpi.sh figures start           the loss in the first updates, with and without a warm-up
 ./run_mpi.sh figures step            the step of each layer in the first updates
+./run_mpi.sh figures transition      the loss when SGD takes over, smoothly and abruptly
+./run_mpi.sh figures slow_start      the loss at half and at the full learning rate
 ./run_mpi.sh figures statistics      BN statistics: moving averages and the last minibatch's
 ./run_mpi.sh figures rounding        what float16 costs a sum of gradients
 ./run_mpi.sh figures mn1             MN-1 as a drawing, with the ring of the all-reduce
 ./run_mpi.sh figures iteration       where an iteration spends its time
 
-reproduce/results/figures has the data of start, step, statistics and rounding; --measure makes
-them anew. A training draws its own curves, and a study draws its own plot.
+reproduce/results/figures has the data of step, transition, slow_start, statistics and rounding;
+--measure makes them anew. A training draws its own curves, and a study draws its own plot.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from reproduce.studies.pictures import style
 _STYLES = ('k-', 'k--', 'k:', 'k-.')
 _MARKERS = 'os^Dvx+*'
 RESULTS = Path(__file__).parents[1] / 'results'
+CIFAR10 = 'a folder with CIFAR-10 as train/CLASS/* and val/CLASS/*'
 SCHEDULES_ALT = (
     'Three panels over the epochs of 90. alpha_SGD rises from 0.01 to 1/2 at epoch 10; the printed '
     'form goes on to 1.5 at epoch 12.5 and drops to 1; the continuous one reaches 1 with no jump. '
@@ -259,24 +262,28 @@ def read_log(run: Path) -> list:
     return log
 
 
-def picture(name: str, measure: bool, out: str):
+def picture(name: str, measure: bool, images: Path | None, out: str):
     """Draws OUT/NAME.png, a picture of reproduce/studies/pictures.
 
     Args:
         name (str): Name of the module.
         measure (bool): Whether to make the data anew, and to write them to OUT, too.
+        images (Path or None): CIFAR-10, for a picture whose data need it.
         out (str): The folder. The files are replaced as a whole.
 
     Raises:
-        DataError: There are no data, or no command that makes them.
+        DataError: There are no data, no command that makes them, or no images for it.
     """
     module = importlib.import_module(f'reproduce.studies.pictures.{name}')
     path = RESULTS / (module.DATA or '')
     if measure:
         if not hasattr(module, 'measure'):
             raise DataError(f'--measure: {name} has no data of its own: leave it out')
+        needed = [images] if getattr(module, 'NEEDS_IMAGES', False) else []
+        if None in needed:
+            raise DataError(f'--measure: {name} needs --images: {CIFAR10}')
         path = Path(out) / path.name
-        path.write_text(json.dumps(module.measure()) + '\n')
+        path.write_text(json.dumps(module.measure(*needed)) + '\n')
     try:
         content = [json.loads(path.read_text())] if module.DATA else []
     except OSError as error:
@@ -295,6 +302,8 @@ def main():
             'updates',
             'start',
             'step',
+            'transition',
+            'slow_start',
             'statistics',
             'rounding',
             'mn1',
@@ -314,8 +323,14 @@ def main():
     parser.add_argument(
         '--measure',
         action='store_true',
-        help='for start, step, statistics and rounding: train for the data, some minutes, and '
-        'write them to FOLDER, too [take those in reproduce/results/figures]',
+        help='train for the data, some minutes, and write them to FOLDER, too [take those in '
+        'reproduce/results/figures]',
+    )
+    parser.add_argument(
+        '--images',
+        type=Path,
+        metavar='FOLDER',
+        help=f'for transition and slow_start with --measure: {CIFAR10}',
     )
     parser.add_argument(
         '--out',
@@ -344,7 +359,7 @@ def main():
         elif options.name in draw:
             draw[options.name](options.out)
         else:
-            picture(options.name, options.measure, options.out)
+            picture(options.name, options.measure, options.images, options.out)
     except DataError as error:
         parser.refuse(error)
     except OSError as error:

@@ -32,6 +32,7 @@ def check(cupy_on_host, root, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_what_is_right_passes(check, tmp_path):
     done, found = check('--steps', 'kernels;network;workers;nccl;resume')
     assert done.returncode == 0, done.stdout + (tmp_path / 'log.txt').read_text()

@@ -6,6 +6,7 @@ are for this study alone: each takes the place of a part of extensions/ in the p
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
@@ -148,11 +149,21 @@ _PARTS = {
 NAMES = tuple(_PARTS)
 
 
+@contextlib.contextmanager
 def put(name: str):
-    """Makes this process's training use a part.
+    """Makes trainings in this process use a part. A context manager.
 
     Args:
-        name (str): One of ``NAMES``. The sums need the setting ``accumulate='ring'``.
+        name (str): One of ``NAMES``, or ``''`` for nothing. The sums need the setting
+            ``accumulate='ring'``.
     """
+    if not name:
+        yield
+        return
     module, attribute, replacement = _PARTS[name]
+    original = getattr(sys.modules[module], attribute)
     setattr(sys.modules[module], attribute, replacement)
+    try:
+        yield
+    finally:
+        setattr(sys.modules[module], attribute, original)

@@ -66,7 +66,6 @@ def main(arguments):
     part = ''
     if arguments[:1] == ['--part']:
         _, part, *arguments = arguments
-        parts.put(part)
     images.decode = functools.cache(images.decode)
     experiment, first = train.experiment, []
 
@@ -77,7 +76,8 @@ def main(arguments):
         return trainer, batches
 
     train.experiment = with_first_losses
-    trainer = train.main(arguments)
+    with parts.put(part):
+        trainer = train.main(arguments)
     out = Path(trainer.out)
     log = json.loads((out / 'log').read_text())
     found = {

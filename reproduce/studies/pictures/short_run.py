@@ -1,4 +1,4 @@
-"""Starts a training of train.py on the digits, watches its updates, and stops it early."""
+"""Starts a training of train.py, watches its updates, and stops it early."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(settings: Settings, n_updates: int, watch: Callable):
     the processor.
 
     Args:
-        settings (Settings): Of the training, by :func:`reproduce.settings.smoke`.
+        settings (Settings): Of the training. Without ``train_root`` it has the digits.
         n_updates (int): Stop after so many updates. The schedules are those of the whole training.
         watch (callable): ``watch(trainer, batches)`` is called after each update, before the
             schedules set the values of the next one. ``batches`` is the ImageLoader.
@@ -32,8 +32,11 @@ def run(settings: Settings, n_updates: int, watch: Callable):
     device = extensions.device_of(comm)
     functions.use(functions.resolve('auto', device), device)
     with tempfile.TemporaryDirectory() as folder:
-        write_digits(Path(folder) / 'digits')
-        images = [list_images(Path(folder) / 'digits' / name) for name in ('train', 'val')]
+        roots = [settings.train_root, settings.val_root]
+        if settings.train_root is None:
+            write_digits(Path(folder, 'digits'))
+            roots = [Path(folder, 'digits', name) for name in ('train', 'val')]
+        images = [list_images(Path(root)) for root in roots]
         trainer, batches = train.experiment(settings, comm, *images)
         for name in ('validation', 'AllreduceBatchStatistics'):
             trainer.get_extension(name).trigger = lambda trainer: False
