@@ -26,7 +26,7 @@ declare -A module=(
 # The names that a verb needs after it. The modules have them too; a test compares the two.
 declare -A names=(
     [benchmark]='update statistics allreduce workers checkpoint loader listing iteration functions systems precision accumulation'
-    [figures]='schedules comparison runs updates start step statistics rounding mn1 iteration'
+    [figures]='schedules comparison runs updates start step transition slow_start statistics rounding mn1 iteration'
     [images]='check arrange'
     [twin]='train compare'
 )

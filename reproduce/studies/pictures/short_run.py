@@ -32,10 +32,10 @@ def run(settings: Settings, n_updates: int, watch: Callable):
     device = extensions.device_of(comm)
     functions.use(functions.resolve('auto', device), device)
     with tempfile.TemporaryDirectory() as folder:
-        roots = [settings.train_root, settings.val_root]
+        digits = Path(folder, 'digits')
         if settings.train_root is None:
-            write_digits(Path(folder, 'digits'))
-            roots = [Path(folder, 'digits', name) for name in ('train', 'val')]
+            write_digits(digits)
+        roots = settings.train_root or digits / 'train', settings.val_root or digits / 'val'
         images = [list_images(Path(root)) for root in roots]
         trainer, batches = train.experiment(settings, comm, *images)
         for name in ('validation', 'AllreduceBatchStatistics'):

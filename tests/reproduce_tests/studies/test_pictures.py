@@ -5,32 +5,39 @@ import json
 import subprocess
 import sys
 
-import extensions  # noqa: F401  isort: skip  (makes Chainer importable on NumPy 2)
+import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
 import chainer
 import numpy as np
 import pytest
 from PIL import Image
 
-from extensions import replaced_methods
+from extensions import AlphaSGDSchedule, replaced_methods
 from reproduce import images
+from reproduce.dataset import write_digits
 from reproduce.order import ImageOrder
 from reproduce.resnet50 import ResNet50
 from reproduce.studies import figures
 from reproduce.studies.cluster.description import read
 from reproduce.studies.pictures import (
     first_updates,
+    hand_over,
     iteration,
     mn1,
     rounding,
     short_run,
+    slow_start,
     start,
     statistics,
     step,
     style,
+    transition,
     updates,
 )
 
-NAMES = ('updates', 'start', 'step', 'statistics', 'rounding', 'mn1', 'iteration')
+NAMES = (
+    *('updates', 'start', 'step', 'transition', 'slow_start', 'statistics', 'rounding', 'mn1'),
+    'iteration',
+)
 
 
 def committed(module):
@@ -216,15 +223,69 @@ def test_steps_are_alike_at_first_with_the_warm_up():
     assert max(plain) > 1000 * min(plain)
 
 
-def test_the_losses_are_drawn():
-    content = committed(start)
-    (axis,) = start.draw(content).axes
+def test_the_start_is_that_of_the_studys_runs():
+    (axis,) = start.draw().axes
     lines = {line.get_label(): line.get_ydata() for line in axis.lines}
-    for variant, found in content.items():
-        np.testing.assert_array_equal(lines[variant], found['loss'])
-    assert (
-        max(content['SGD']['loss'][:7]) > 2.7 > np.log(10) > content['RMSprop warm-up']['loss'][1]
-    )
+    for variant in 'bcd':
+        runs = (figures.RESULTS / 'miniature').glob(f'{variant}-seed*')
+        losses = [json.loads((run / 'run.json').read_text())['first losses'] for run in runs]
+        np.testing.assert_allclose(lines[variant], np.mean(losses, axis=0))
+    assert max(lines['b']) > max(lines['c']) > np.log(10) > max(lines['d'][1:])
+
+
+# ---------------------------------------------------------------- the hand-over to SGD
+
+
+def test_an_abrupt_switch_and_the_full_rate():
+    content = committed(transition)
+    lines = {line.get_label(): line for line in transition.draw(content).axes[0].lines}
+    for name in ('printed', 'continuous', 'abrupt'):
+        assert list(lines[name].get_data()[0]) == content[name]['epoch']
+        assert list(lines[name].get_data()[1]) == content[name]['loss']
+    for axis, name in zip(slow_start.draw(content).axes, ('SGD', 'abrupt', 'printed')):
+        drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+        for variant in (name, f'{name}, full rate'):
+            assert drawn[variant] == content[variant]['loss']
+    after = {
+        name: np.array(found['loss'])[np.array(found['epoch']) > 10]
+        for name, found in content.items()
+    }
+    assert after['abrupt, full rate'].max() > after['abrupt'].max() > np.log(10)
+    assert max(after['printed'].max(), after['printed, full rate'].max()) < 2.1
+
+
+def test_the_rates_and_transitions_of_the_hand_over(tmp_path):
+    for name, variant in hand_over.VARIANTS.items():
+        settings = hand_over.settings(name, tmp_path)
+        assert settings.seed == 100 and settings.total_batch_size == 1024
+        assert settings.lr(0) == pytest.approx(1.6 if name.endswith('full rate') else 0.8)
+        assert settings.alpha_sgd(0) == (
+            1 if name.startswith('SGD') else pytest.approx(0.00916, 1e-3)
+        )
+        assert variant.part == ('abrupt' if name.startswith('abrupt') else '')
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('chainers_functions')
+def test_the_trainings_of_the_hand_over(tmp_path, monkeypatch):
+    """On the digits: the third update, at epoch 11.7, is the first after the abrupt switch."""
+    write_digits(tmp_path / 'digits')
+    monkeypatch.setattr(hand_over, 'N_UPDATES', 4)
+    found = hand_over.measure(tmp_path / 'digits')
+    assert found.keys() == committed(transition).keys()
+    for of in found.values():
+        assert of['epoch'] == pytest.approx([n * 1024 / 1437 * 90 / 11 for n in range(4)], 1e-4)
+        assert of['loss'][0] == found['printed']['loss'][0]
+    losses = {name: of['loss'] for name, of in found.items()}
+    assert losses['printed'][:3] == losses['continuous'][:3] != losses['SGD'][:3]
+    assert losses['SGD'][1] != losses['SGD, full rate'][1]
+    assert losses['abrupt'][3] != losses['printed'][3]
+    assert extensions.AlphaSGDSchedule is AlphaSGDSchedule  # nothing is left replaced
+
+
+def test_data_that_need_images_say_so(tmp_path):
+    with pytest.raises(figures.DataError, match='--measure: transition needs --images: a folder'):
+        figures.picture('transition', True, None, tmp_path)
 
 
 # ---------------------------------------------------------------- BN statistics
