@@ -277,9 +277,15 @@ def _differing(run: Run) -> list[str]:
 
 
 def copy(run: Run, to: Run):
-    """Copies the small files of a finished run to the folder of another."""
+    """Copies the small files of a finished run to the folder of another.
+
+    The main variants' first seed has its model, too, for --evaluate.
+    """
     to.folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    names = [*FILES]
+    if run.seed == 0 and run.variant in variants.MAIN and (run.folder / 'model.npz').exists():
+        names.append('model.npz')
+    for name in names:
         shutil.copyfile(run.folder / name, to.folder / name)
 
 

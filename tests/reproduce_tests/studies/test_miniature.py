@@ -1,5 +1,6 @@
 """The study in miniature: small runs for real, and the committed results against their tables."""
 
+import hashlib
 import json
 import os
 import re
@@ -140,6 +141,8 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
     assert published.returncode == 0, output
     kept = {path.name for path in (included / 'y-seed1').iterdir()}
     assert kept == {'log', 'settings.json', 'summary.json', 'run.json'}
+    models = {path.parent.name for path in included.glob('*/model.npz')}
+    assert models == {'x-seed0'}  # of the main variants
     assert (included / 'table.md').exists() and (included / 'commands.txt').exists()
     (included / 'x-seed1' / 'log').unlink()  # this run is not there as a whole
     program = SMALL.replace("INCLUDED'", f"{included}'")
@@ -351,3 +354,24 @@ def test_the_published_tables_are_those_of_the_logs(root):
             assert len(first[variant][seed]) == round(0.05 * n_updates)
             options = variants.VARIANTS[variant].options
             assert f'{options} --seed {seed} ' in commands
+
+
+def test_the_published_models_are_those_of_the_runs(root):
+    """A digest again: of names, types, shapes and bytes, in the order of the names."""
+    results = root / 'reproduce' / 'results' / 'miniature'
+    assert {path.parent.name for path in results.glob('*/model.npz')} == {
+        f'{variant}-seed0' for variant in variants.MAIN
+    }
+    for path in results.glob('*/model.npz'):
+        assert path.stat().st_size < 1_000_000
+        arrays = {f'/{name}': array for name, array in np.load(path).items()}
+        statistics = ('/avg_mean', '/avg_var', '/N')
+        parameters = {name: a for name, a in arrays.items() if not name.endswith(statistics)}
+        kept = {name: a for name, a in arrays.items() if name.endswith(statistics[:2])}
+        digests = json.loads((path.parent / 'run.json').read_text())['digests']
+        for part, of in (('parameters', parameters), ('BN statistics', kept)):
+            sha = hashlib.sha256()
+            for name in sorted(of):
+                sha.update(f'{name} {of[name].dtype} {of[name].shape} '.encode())
+                sha.update(of[name].tobytes())
+            assert sha.hexdigest() == digests[part], path
