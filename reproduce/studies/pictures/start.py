@@ -18,9 +18,9 @@ CAPTION = (
     'is gradual warm-up; by RMSprop warm-up the loss falls steadily.'
 )
 ALT = (
-    'Training loss in the first 27 of 538 updates, mean and range of four seeds; three lines from '
-    '2.3, the loss of guessing. By SGD at the full learning rate it rises to 7.6, and returns to '
-    '2.3; by gradual warm-up it rises to 3.7, and ends at 2.2; by RMSprop warm-up it falls to '
+    'Training loss in the first 27 of 538 updates, mean and range of five seeds; three lines from '
+    '2.3, the loss of guessing. By SGD at the full learning rate it rises to 7.5, and returns to '
+    '2.3; by gradual warm-up it rises to 3.8, and ends at 2.2; by RMSprop warm-up it falls to '
     '1.9.'
 )
 
