@@ -286,9 +286,10 @@ def picture(name: str, measure: bool, images: Path | None, out: str):
         path.write_text(json.dumps(module.measure(*needed)) + '\n')
     try:
         content = [json.loads(path.read_text())] if module.DATA else []
+        figure = module.draw(*content)
     except OSError as error:
         raise DataError(f'no data: {reason(error)}; run from a checkout of the project') from error
-    style.save(module.draw(*content), os.path.join(out, f'{name}.png'), module.ALT)
+    style.save(figure, os.path.join(out, f'{name}.png'), module.ALT)
 
 
 def main():

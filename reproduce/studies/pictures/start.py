@@ -34,8 +34,13 @@ N_CLASSES = 10
 
 
 def losses_of(variant) -> np.ndarray:
-    """Returns the training loss of each of the first updates, a row per seed."""
+    """Returns the training loss of each of the first updates, a row per seed.
+
+    Raises:
+        OSError: There is no run.
+    """
     runs = sorted(RUNS.glob(f'{variant}-seed*/run.json'))
+    runs = runs or [RUNS / f'{variant}-seed0' / 'run.json']  # to be named in the error
     return np.array([json.loads(run.read_text())['first losses'] for run in runs])
 
 

@@ -189,12 +189,18 @@ def test_wrong_input(monkeypatch, capsys, arguments, message):
 
 def test_data_that_are_not_there(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(figures, 'RESULTS', tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['figures', 'start', '--out', str(tmp_path / 'out')])
+    monkeypatch.setattr(sys, 'argv', ['figures', 'step', '--out', str(tmp_path / 'out')])
     with pytest.raises(SystemExit) as ended:
         figures.main()
     told = capsys.readouterr()
     expected = f'no data: {tmp_path}/figures/first_updates.json: No such file or directory'
     assert ended.value.code == 2 and expected in told.err and not told.out
+
+
+def test_runs_that_are_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr('reproduce.studies.pictures.start.RUNS', tmp_path)
+    with pytest.raises(figures.DataError, match=f'no data: {tmp_path}/b-seed0/run.json: No such'):
+        figures.picture('start', False, None, str(tmp_path))
 
 
 def test_measured_data_are_drawn_and_written(monkeypatch, tmp_path):
@@ -203,6 +209,6 @@ def test_measured_data_are_drawn_and_written(monkeypatch, tmp_path):
     monkeypatch.setattr('reproduce.studies.pictures.rounding.measure', lambda: measured)
     axes = []
     monkeypatch.setattr(figures.style, 'save', lambda figure, path, alt: axes.extend(figure.axes))
-    figures.picture('rounding', True, str(tmp_path))
+    figures.picture('rounding', True, None, str(tmp_path))
     assert json.loads((tmp_path / 'rounding.json').read_text()) == measured
     assert line(axes[0], 'tree')(8) == 50
