@@ -31,6 +31,7 @@ from extensions import schedules
 from reproduce.baselines import LR_SCHEDULES
 from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
+from reproduce.listing import DataError
 from reproduce.studies.pictures import style
 
 _STYLES = ('k-', 'k--', 'k:', 'k-.')
@@ -77,10 +78,6 @@ MLPERF = {
     65536: 84.5,
     67840: 85.9,
 }
-
-
-class DataError(Exception):
-    """A picture cannot be drawn, for want of data. The message is one line."""
 
 
 def runs(logs: dict, out: str):

@@ -286,6 +286,8 @@ def test_the_trainings_of_the_hand_over(tmp_path, monkeypatch):
 def test_data_that_need_images_say_so(tmp_path):
     with pytest.raises(figures.DataError, match='--measure: transition needs --images: a folder'):
         figures.picture('transition', True, None, tmp_path)
+    with pytest.raises(figures.DataError, match='image folder .*/nowhere/train: No such file'):
+        figures.picture('transition', True, tmp_path / 'nowhere', tmp_path)
 
 
 # ---------------------------------------------------------------- BN statistics
