@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from reproduce.job import options
+from reproduce.job.countdown import Countdown
 from reproduce.settings import Settings
 from reproduce.studies.miniature import parts, variants
 from reproduce.studies.pictures import short_run
@@ -48,22 +49,27 @@ def settings(variant, images: Path) -> Settings:
 class Recorder:
     """Records updates. :func:`short_run.run` calls it after each of them.
 
+    Args:
+        countdown (Countdown): Is called after each update, too.
+
     Attributes:
         found (dict): Lists with a number for each update. ``epoch``: the paper's, of 90, at the
             update's start; ``loss``: its training loss, a mean over the workers.
     """
 
-    def __init__(self):
+    def __init__(self, countdown):
         self.found = {'epoch': [], 'loss': []}
+        self._countdown = countdown
 
     def __call__(self, trainer, batches):
         epoch = trainer.updater.previous_epoch_detail * 90 / variants.N_EPOCHS
         self.found['epoch'].append(rounded(epoch))
         self.found['loss'].append(rounded(np.mean(trainer.updater.losses[-1])))
+        self._countdown()
 
 
 def measure(images: Path) -> dict:
-    """Trains each variant for some updates.
+    """Trains each variant for some updates, and prints the time left.
 
     Args:
         images (Path): CIFAR-10, as train/CLASS/* and val/CLASS/*.
@@ -71,9 +77,10 @@ def measure(images: Path) -> dict:
     Returns:
         dict: Variant to what :class:`Recorder` found.
     """
+    countdown = Countdown('updates', len(VARIANTS) * N_UPDATES)
     result = {}
     for name, variant in VARIANTS.items():
-        recorder = Recorder()
+        recorder = Recorder(countdown)
         with parts.put(variant.part):
             short_run.run(settings(name, images), N_UPDATES, recorder)
         result[name] = recorder.found
