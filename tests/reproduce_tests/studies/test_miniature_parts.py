@@ -1,25 +1,30 @@
 """What only the miniature does, against its formulas in float64."""
 
+import contextlib
+import sys
+
 import chainer
 import numpy as np
 import pytest
 
 import extensions
-from extensions import half_precision
 from reproduce.studies.miniature import parts
 
 LR, MU1, MU2, EPS, DECAY = 0.3, 0.8, 0.9, 1e-3, 0.05
 SHAPES = {'W': (3, 4), 'b': (5,)}
 
 
-@pytest.fixture(autouse=True)
-def put_back(monkeypatch):
-    for module, name in (
-        (extensions, 'RMSpropWarmup'),
-        (extensions, 'AlphaSGDSchedule'),
-        (half_precision, 'HalfPrecisionMpiCommunicator'),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name))
+@pytest.fixture
+def put():
+    """``parts.put`` until the end of the test. Afterwards all is as before."""
+
+    def replaced():
+        return [getattr(sys.modules[module], name) for module, name, _ in parts._PARTS.values()]
+
+    before = replaced()
+    with contextlib.ExitStack() as stack:
+        yield lambda name: stack.enter_context(parts.put(name))
+    assert replaced() == before
 
 
 def trained(alphas):
@@ -44,8 +49,8 @@ def trained(alphas):
 ALPHAS = [(0.02, 0.004), (0.5, 0.002), (1.0, 0.0)]
 
 
-def test_the_mistake_has_the_rmsprop_term_outside_the_momentum():
-    parts.put('outside')
+def test_the_mistake_has_the_rmsprop_term_outside_the_momentum(put):
+    put('outside')
     link, theta, grads = trained(ALPHAS)
     for name, decay in (('W', DECAY), ('b', 0)):
         p, m, delta = theta[name], 0, 0
@@ -60,9 +65,9 @@ def test_the_mistake_has_the_rmsprop_term_outside_the_momentum():
         np.testing.assert_allclose(state['delta'], delta, rtol=1e-5, atol=1e-6)
 
 
-def test_lars_scales_the_rate_of_weights_alone(monkeypatch):
+def test_lars_scales_the_rate_of_weights_alone(put, monkeypatch):
     monkeypatch.setattr(parts, 'LARS_TRUST', 0.2)
-    parts.put('lars')
+    put('lars')
     link, theta, grads = trained([(1.0, 0.0)] * 3)
     for name, decay in (('W', DECAY), ('b', 0)):
         p, v = theta[name], 0
@@ -77,8 +82,8 @@ def test_lars_scales_the_rate_of_weights_alone(monkeypatch):
         np.testing.assert_allclose(getattr(link, name).array, p, rtol=2e-6, atol=1e-6)
 
 
-def test_the_abrupt_transition_has_one_of_the_two_at_a_time():
-    parts.put('abrupt')
+def test_the_abrupt_transition_has_one_of_the_two_at_a_time(put):
+    put('abrupt')
     assert extensions.AlphaSGDSchedule is parts.AbruptTransition
     schedule = extensions.AlphaSGDSchedule(4, 40, epochs=90, beta_center=10.0, lr_rmsprop=0.006)
     optimizer = extensions.RMSpropWarmup(lr=0.3)
@@ -108,8 +113,8 @@ def test_sums_round_in_their_own_order():
 
 
 @pytest.mark.parametrize('name', ['tree', 'divide-first'])
-def test_the_communicator_adds_that_way(name):
-    parts.put(name)
+def test_the_communicator_adds_that_way(put, name):
+    put(name)
     comm = extensions.create_communicator('mpi', accumulate='ring')
     rng = np.random.RandomState(2)
     model = chainer.links.Linear(7, 3)
