@@ -12,6 +12,7 @@ from reproduce.job import start
 if __name__ == '__main__':
     start.before_mpi()
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -302,6 +303,34 @@ def workers(n=8) -> dict:
     return errors
 
 
+# ---------------------------------------------------------------- twin
+
+
+def twin(n=2) -> dict:
+    """The twin's first iteration, of 2 workers, in PyTorch on the GPU and on the CPU."""
+    import torch
+
+    from reproduce.twin import train as in_pytorch
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        s = dataclasses.replace(settings.smoke(), workers=n, loader='serial', out=folder)
+        train, val = dataset.save(s, dataset.find(s, 1))
+        for device in ('cpu', 'cuda:0'):
+            process = argparse.Namespace(rank=0, size=1, device=torch.device(device))
+            training, batches = in_pytorch.experiment(s, process, train, val)
+            with batches:
+                training.update()
+            params = training.model.parameters()
+            gradient = torch.cat([param.grad.cpu().flatten() for param in params])
+            found.append((training.losses[0].cpu().numpy(), gradient.numpy()))
+    (cpu_losses, cpu_gradient), (losses, gradient) = found
+    errors = {'loss': error_of(losses, cpu_losses), 'gradient': error_of(gradient, cpu_gradient)}
+    checks.require_below(_LOSS, {'loss': errors['loss']})
+    checks.require_below(_GRADIENT, {'gradient': errors['gradient']})
+    return errors
+
+
 # ---------------------------------------------------------------- nccl
 
 
@@ -346,6 +375,7 @@ STEPS = {
     'kernels': (update, normalization, half_precision, evaluation, timer),
     'network': (products, batch_statistics, network),
     'workers': (workers,),
+    'twin': (twin,),
     'nccl': (two_ranks,),
 }
 

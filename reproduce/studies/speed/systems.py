@@ -4,6 +4,8 @@
     A slim ResNet-50, on two processes.
 ./run_mpi.sh benchmark systems --network 224px --systems ours,chainermn,twin,torchvision
     The paper's network.
+./run_mpi.sh benchmark systems --network 224px --batch 32 --processes 1
+    The same with the paper's minibatch, on one GPU.
 
 All train the same network from the same initial values, on the same images, in the same order, on
 the same processes of this machine. A process is a worker, with one thread, or with a GPU. The
@@ -56,7 +58,7 @@ import numpy as np
 from reproduce.job.command_line import Parser, reason
 from reproduce.job.countdown import Countdown
 from reproduce.job.plots import plt, save
-from reproduce.studies.speed.networks import NETWORKS
+from reproduce.studies.speed.networks import NETWORKS, Network
 from reproduce.studies.speed.side_by_side import NO_MPIEXEC, job_of
 
 # Name to its functions, where it has Chainer's.
@@ -106,6 +108,7 @@ def parse(argv):
         choices=tuple(NETWORKS),
         help='the network and its minibatch; benchmark functions has the same [%(default)s]',
     )
+    add('--batch', type=int, metavar='N', help="N images per process [the network's]")
     add(
         '--systems',
         default=','.join(SYSTEMS),
@@ -132,7 +135,9 @@ def parse(argv):
     for name in options.systems:
         if name not in SYSTEMS:
             parser.refuse(f'--systems has {name!r}, which is none of {", ".join(SYSTEMS)}')
-    for name in ('processes', 'rounds', 'iterations'):
+    if options.batch is None:
+        options.batch = NETWORKS[options.network].batch_size
+    for name in ('batch', 'processes', 'rounds', 'iterations'):
         if getattr(options, name) < 1:
             parser.refuse(f'--{name} must be above 0, not {getattr(options, name)}')
     try:
@@ -142,13 +147,18 @@ def parse(argv):
     return options
 
 
+def network_of(options) -> Network:
+    """Returns the network, with the minibatch that the options give it."""
+    return dataclasses.replace(NETWORKS[options.network], batch_size=options.batch)
+
+
 def turn(name, options, folder) -> dict:
     """Starts the job of a system, and returns the result that its rank 0 wrote.
 
     Raises:
         SystemExit: The job failed. It has said why.
     """
-    network = NETWORKS[options.network]
+    network = network_of(options)
     for_ranks = {
         'system': name,
         'functions': SYSTEMS[name],
@@ -238,7 +248,7 @@ def check(name, result, first):
 
 def figures_of(results, options) -> dict:
     """Returns the figures of each system: seconds and ratios are medians over the rounds."""
-    total = options.processes * NETWORKS[options.network].batch_size
+    total = options.processes * options.batch
     figures = {}
     base = None
     for name, turns in results.items():
@@ -358,10 +368,10 @@ def main(argv):
     options = parse(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    network = NETWORKS[options.network]
+    network = network_of(options)
     load = os.getloadavg()[0]
     title = (
-        f'{network} per process; {options.processes} processes; {options.rounds} rounds of '
+        f'{network} per process; processes: {options.processes}; rounds: {options.rounds}, each of '
         f'{options.iterations} iterations, after as many that do not count'
     )
     print(title, flush=True)

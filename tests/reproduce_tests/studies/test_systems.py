@@ -28,7 +28,8 @@ def result(seconds, losses=(2.0, 1.5, 1.0, 0.5), **others):
 
 
 def options_of(**others):
-    return argparse.Namespace(**{'network': 'smoke', 'processes': 2, 'iterations': 2, **others})
+    values = {'network': 'smoke', 'batch': 32, 'processes': 2, 'iterations': 2}
+    return argparse.Namespace(**{**values, **others})
 
 
 ROUNDS = {
@@ -107,6 +108,7 @@ def test_systems_that_do_not_do_the_same_are_an_error(other, message):
         ('--network paper', 'paper is not one of smoke'),
         ('--systems ours,peer', "--systems has 'peer', which is none of ours,"),
         ('--processes 0', '--processes must be above 0, not 0'),
+        ('--batch 0', '--batch must be above 0, not 0'),
         ('--rounds two', 'two'),
         ('--iterations -1', '--iterations must be above 0, not -1'),
         ('--out setup.py', 'setup.py'),
