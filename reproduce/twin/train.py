@@ -87,7 +87,8 @@ def experiment(settings, processes, train, val):
     workers = VirtualWorkers(model, settings.workers, dtype, exact)
     network = model
     if len(own_workers) == 1:
-        network = DistributedDataParallel(model, forward_sync_buffers=False)
+        network = DistributedDataParallel(model)
+        network.broadcast_buffers = False  # during training; its argument has had two names
         hook = half_precision.exact_sum if exact else half_precision.cast_sum_divide
         network.register_comm_hook(dtype, hook)
     return Training(settings, model, network, workers, optimizer, batches), batches
