@@ -3,7 +3,7 @@
 Off by default. :func:`enable` replaces ``forward`` of the classes in ``_METHODS``. The rest of each
 class is Chainer's: checks, the graph, and double backpropagation. On a GPU these operators are
 cuDNN's, which CuPy 14 has no binding of; on a CPU they are oneDNN's. Arrays and tensors share their
-memory in both directions, by NumPy's interface; on GPUs by DLPack and CUDA's array interface.
+memory in both directions: by NumPy's interface; on GPUs by DLPack, and back by the address.
 
 All that Torch does not compute in the same way stays Chainer's: arrays of other types than float32,
 ``cover_all``, cuDNN's layouts, BN over other axes than (0, 2, 3), fixed BN that is differentiated,
@@ -127,8 +127,11 @@ def _array(tensor, like):
     tensor = tensor.contiguous()
     if isinstance(like, np.ndarray):
         return tensor.numpy()
-    # By CUDA's array interface, in a third of the time of DLPack: there are 600 in an iteration.
-    return cuda.cupy.asarray(tensor)
+    # In a quarter of the time of CUDA's array interface: there are 600 in an iteration.
+    n_bytes = tensor.numel() * tensor.element_size()
+    memory = cuda.cupy.cuda.UnownedMemory(tensor.data_ptr(), n_bytes, tensor, tensor.get_device())
+    place = cuda.cupy.cuda.MemoryPointer(memory, 0)
+    return cuda.cupy.ndarray(tuple(tensor.shape), _FLOAT32, place)
 
 
 # ---------------------------------------------------------------- convolution

@@ -37,7 +37,7 @@ MiB           growth of a process by the training, at the most; on GPUs, memory 
 loss          mean over all processes and the iterations that count
 bits          whether the losses of all rounds are the same, bit by bit
 
-On GPUs, each process takes one, and PyTorch's systems use NCCL. That was not run.
+On GPUs, each process takes one, and PyTorch's systems use NCCL.
 """
 
 from __future__ import annotations

@@ -30,11 +30,12 @@ class System:
     Args:
         training (~reproduce.twin.train.Training): The training.
         batches (ImageLoader): Its images.
+        job (~reproduce.twin.processes.Processes): PyTorch's job.
         mpi (mpi4py.MPI.Comm): The ranks.
     """
 
-    def __init__(self, training, batches, mpi):
-        self.batches, self.losses = batches, training.losses
+    def __init__(self, training, batches, job, mpi):
+        self.batches, self.losses, self.close = batches, training.losses, job.close
         self.on_gpu = training.device.type != 'cpu'
         self._training, self._mpi = training, mpi
         batches.train_batch = self._timed('data', batches.train_batch)
@@ -155,4 +156,4 @@ def system_of(options, train, val, mpi) -> System:
     if options.system == 'twin-compiled':
         training.optimizer = CompiledRule(training.optimizer.param_groups, settings.lr_base)
     options.functions = f'PyTorch {torch.__version__}'
-    return System(training, training.batches, mpi)
+    return System(training, training.batches, job, mpi)

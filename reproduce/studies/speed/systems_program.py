@@ -146,6 +146,8 @@ def measure(options, mpi) -> dict:
         seconds = system.run(options.folder, options.timed)
         own = np.array([float(loss.mean()) for loss in losses])
         grown = report.device_memory() if system.on_gpu else memory('VmHWM') - before
+    if options.system in IN_PYTORCH:
+        system.close()
     return {
         'device': device_name(options, system),
         'blas': blas(),
