@@ -48,8 +48,12 @@ def parse(argv, n_processes, description=None, verb='twin train'):
     Raises:
         InputError: An option is wrong, or the twin does not have it.
     """
-    settings, _ = options.parse(argv, n_processes, description, verb)
     words = {word.partition('=')[0].replace('--no-', '--', 1) for word in argv}
+    if '--evaluate' in words:
+        raise InputError(
+            "--evaluate: the twin only trains; ./run_mpi.sh train validates the twin's model, too"
+        )
+    settings, _ = options.parse(argv, n_processes, description, verb)
     for name, what in ABSENT.items():
         if options.flag(name) in words:
             raise InputError(f'{options.flag(name)}: the twin has no {what}; leave the option out')
@@ -127,6 +131,8 @@ class Records:
         tensors = training.model.state_dict()
         names = chainer_names(training.model)
         arrays = {theirs[1:]: tensors[own].cpu().numpy() for own, theirs in names.items()}
+        layers = [name[: -len('avg_mean')] for name in arrays if name.endswith('/avg_mean')]
+        arrays.update({f'{layer}N': np.array(0) for layer in layers})  # of no use in either
         np.savez(self._out / 'model.npz', **arrays)
         from reproduce.job import plots
 

@@ -185,12 +185,13 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_torchvisions_step_follows_its_equations(shallow, tmp_path, alone):
+def test_torchvisions_step_follows_its_equations(shallow, tmp_path, alone, monkeypatch):
     """v = 0.9 v + g + 1e-4 theta, theta -= lr v, for all parameters; moving averages of BN."""
     import torch
 
     from reproduce.studies.speed import systems_in_pytorch
 
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)  # the recipe sets it
     options = tiny(tmp_path)
     train, val = systems_program.images_of(options, MPI.COMM_SELF)
     settings = iteration_program.settings_of(options, 1)

@@ -36,7 +36,7 @@ def small(image_folders, out, *options):
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_one_two_and_four_processes_of_both_launchers(
-    train_py, image_folders, tmp_path, torchrun, mpirun, job_environment
+    root_of_project, train_py, image_folders, tmp_path, torchrun, mpirun, job_environment
 ):
     """With the exact sum, the same bits: 4 virtual workers, 2 x 2, and DDP with a hook on 4."""
     outs = {n: tmp_path / f'{n}' for n in (1, 2, 4)}
@@ -59,11 +59,15 @@ def test_one_two_and_four_processes_of_both_launchers(
     assert logs[1][-1]['validation/images'] == 10 and logs[1][-1]['iteration'] == 2
     for name in ('settings.json', 'summary.json', 'curves.png'):
         assert (outs[4] / name).exists()
-    # Chainer reads the model, under its own names.
+    # Chainer reads the model, under its own names, and finds the same of it.
     model = ResNet50(2, 2)
-    chainer.serializers.load_npz(outs[1] / 'model.npz', model, strict=False)
+    chainer.serializers.load_npz(outs[1] / 'model.npz', model)
     assert np.array_equal(model.res3[1].conv2.W.array, one['res3/1/conv2/W'])
     assert np.array_equal(model.bn1.avg_var, one['bn1/avg_var'])
+    words = small(image_folders, outs[1], '--evaluate', str(outs[1] / 'model.npz'))
+    done = mpirun(1, root_of_project / 'reproduce' / 'train.py', *words)
+    top1 = logs[1][-1]['validation/main/accuracy']
+    assert done.returncode == 0 and f'top-1 {top1:.2%}' in done.stdout, done.stdout
 
 
 @pytest.mark.slow
@@ -136,6 +140,7 @@ def test_every_other_option_reaches_the_training():
     [
         ('train -n 0', 'error: -n must be at least 1, not 0'),
         ('train --preset smoke --resume auto', 'error: --resume: the twin has no checkpoints'),
+        ('train --evaluate m.npz', 'error: --evaluate: the twin only trains; ./run_mpi.sh train val'),
         ('train --epoch 3', 'error: there is no option --epoch; did you mean --epochs?'),
         ('compare --iterations 0', 'error: --iterations must be at least 1, not 0'),
         ('compare --workers 0', 'error: --workers must be at least 1, not 0'),
