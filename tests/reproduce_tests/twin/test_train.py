@@ -140,7 +140,10 @@ def test_every_other_option_reaches_the_training():
     [
         ('train -n 0', 'error: -n must be at least 1, not 0'),
         ('train --preset smoke --resume auto', 'error: --resume: the twin has no checkpoints'),
-        ('train --evaluate m.npz', 'error: --evaluate: the twin only trains; ./run_mpi.sh train val'),
+        (
+            'train --evaluate m.npz',
+            'error: --evaluate: the twin only trains; ./run_mpi.sh train val',
+        ),
         ('train --epoch 3', 'error: there is no option --epoch; did you mean --epochs?'),
         ('compare --iterations 0', 'error: --iterations must be at least 1, not 0'),
         ('compare --workers 0', 'error: --workers must be at least 1, not 0'),
