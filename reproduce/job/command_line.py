@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import signal
+import sys
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +50,19 @@ class Parser(argparse.ArgumentParser):
                 for command in action.choices.values():
                     options += command._option_string_actions
         return options
+
+
+def run_program(main, *words):
+    """Runs ``main(*words)``, and ends with the status that it returns.
+
+    Ctrl-C ends it with one line, and status 130.
+    """
+    try:
+        status = main(*words)
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        status = 128 + signal.SIGINT
+    sys.exit(status)
 
 
 def reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 
 from extensions import schedules
 from reproduce.baselines import LR_SCHEDULES
-from reproduce.job.command_line import Parser, reason
+from reproduce.job.command_line import Parser, reason, run_program
 from reproduce.job.plots import plt, save
 from reproduce.listing import DataError
 from reproduce.studies.pictures import style
@@ -366,4 +366,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_program(main)

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from reproduce import images
-from reproduce.job.command_line import Parser, reason
+from reproduce.job.command_line import Parser, reason, run_program
 from reproduce.listing import (
     SUFFIXES,
     BadImage,
@@ -408,10 +408,8 @@ def main(arguments=None):
             Path(options.json).write_text(json.dumps(found, indent=2) + '\n')
     except (DataError, OSError) as error:
         parser.refuse(reason(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(1 if found['broken'] or found['unreadable'] else 0)
 
 
 if __name__ == '__main__':
-    main()
+    run_program(main)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from reproduce.job.command_line import Parser
+from reproduce.job.command_line import Parser, run_program
 from reproduce.studies.speed.side_by_side import start_ranks
 
 OPTIONS = '--preset smoke --epochs 2 --communicator mpi'  # 23 iterations of 8 workers x 16 images
@@ -78,4 +78,4 @@ def _is_as_elsewhere(functions, digest) -> bool:
 
 if __name__ == '__main__':
     Parser(prog='./run_mpi.sh invariance', description=__doc__).parse_args()
-    sys.exit(0 if run() else 1)
+    run_program(lambda: 0 if run() else 1)

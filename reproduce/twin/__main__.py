@@ -54,9 +54,9 @@ def main(argv):
         train(argv[1:])
     from reproduce.twin import compare
 
-    sys.exit(compare.main(argv[1:]))
+    return compare.main(argv[1:])
 
 
 if __name__ == '__main__':
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # before NumPy and PyTorch are imported
-    main(sys.argv[1:])
+    command_line.run_program(main, sys.argv[1:])

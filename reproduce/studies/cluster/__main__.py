@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from extensions import SOURCES
-from reproduce.job.command_line import Parser, reason
+from reproduce.job.command_line import Parser, reason, run_program
 from reproduce.job.plots import plt, save
 from reproduce.studies.cluster.description import ClusterError, read, value_at
 from reproduce.studies.cluster.model import (
@@ -264,4 +264,4 @@ def plot_sensitivity(found: dict, name: str, published: dict, out: str):
 
 
 if __name__ == '__main__':
-    main()
+    run_program(main)

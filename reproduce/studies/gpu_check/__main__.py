@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from reproduce import dataset
-from reproduce.job.command_line import Parser, reason
+from reproduce.job.command_line import Parser, reason, run_program
 from reproduce.studies.speed.side_by_side import job_of
 
 _RIGHT, _SPEED = 'reproduce.studies.gpu_check.right', 'reproduce.studies.gpu_check.speed'
@@ -456,7 +456,4 @@ def _attempt(step, session) -> tuple[str, float, str]:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

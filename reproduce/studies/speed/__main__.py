@@ -38,7 +38,7 @@ if __name__ == '__main__':  # NumPy reads these variables when it is imported
 
 import numpy as np
 
-from reproduce.job.command_line import Parser, reason
+from reproduce.job.command_line import Parser, reason, run_program
 from reproduce.studies.speed.side_by_side import start_ranks
 
 # Name to module. The module's run() takes the number of rounds.
@@ -122,4 +122,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

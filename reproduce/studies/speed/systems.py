@@ -375,11 +375,7 @@ def main(argv):
         f'{options.iterations} iterations, after as many that do not count'
     )
     print(title, flush=True)
-    try:
-        results = measure(options)
-    except KeyboardInterrupt:
-        print('stopped: nothing was written', file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    results = measure(options)
     device, blas = (next(iter(results.values()))[0][key] for key in ('device', 'blas'))
     figures = figures_of(results, options)
     here = f'{device}; NumPy by {blas or "another BLAS"}; load of the machine before: {load:.1f}'
