@@ -1,5 +1,6 @@
 """The first lines of a rank: what it needs, and what it leaves behind."""
 
+import io
 import os
 import resource
 import subprocess
@@ -117,7 +118,7 @@ def test_the_words_before_an_abort_are_read_before_it(monkeypatch, capfd):
     own = os.dup(2)
     os.dup2(end, 2)
     try:
-        monkeypatch.setattr('sys.stderr', open(2, 'w', closefd=False))
+        monkeypatch.setattr('sys.stderr', io.TextIOWrapper(io.FileIO(2, 'w', closefd=False)))
         read = []
         thread = threading.Thread(target=lambda: time.sleep(0.3) or read.append(os.read(pipe, 99)))
         thread.start()
