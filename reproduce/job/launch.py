@@ -33,6 +33,7 @@ _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _REPEAT = 1.0  # seconds; timeout(1) and schedulers send a signal twice
 _GRACE = 5.0  # seconds from the second Ctrl-C until mpiexec is killed
 _DASHES = b'-' * 70  # a line of at least so many begins and ends what mpiexec adds to an error
+_END = b'\0'  # Open MPI's mpiexec writes it after that; the next line would begin with it
 
 
 def command_to_go_on(argv=None, start=None, n_processes=1) -> str:
@@ -147,7 +148,9 @@ class Job:
             self._has_said_error |= b'error: ' in data
             # mpiexec reports an end that was asked for, or that a rank has explained, once more.
             explained = self._signum or self._has_said_error
-            shown = banners.drop(data) if descriptor == 2 and explained else data
+            shown = data
+            if descriptor == 2:
+                shown = banners.drop(data) if explained else data.replace(_END, b'')
             try:
                 while shown and has_reader:
                     shown = shown[os.write(descriptor, shown) :]
@@ -178,7 +181,7 @@ class _Banners:
 
     def drop(self, data: bytes) -> bytes:
         """Returns the data without banners; a line that is not complete waits for its end."""
-        *lines, self._rest = (self._rest + data).split(b'\n')
+        *lines, self._rest = (self._rest + data.replace(_END, b'')).split(b'\n')
         if not data and self._rest:
             lines, self._rest = [*lines, self._rest], b''
         kept = []

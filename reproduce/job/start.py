@@ -5,11 +5,15 @@ This module must import neither NumPy nor other packages that have to be install
 
 from __future__ import annotations
 
+import array
+import contextlib
+import fcntl
 import importlib.util
 import os
 import resource
 import sys
 import tempfile
+import termios
 import time
 import traceback
 
@@ -124,5 +128,22 @@ def abort(error: BaseException):
 
     lines = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
     rank, host = MPI.COMM_WORLD.rank, MPI.Get_processor_name()
-    print(f'{lines}error: rank {rank} on {host} failed: {error!r}', file=sys.stderr, flush=True)
+    print_before_abort(f'{lines}error: rank {rank} on {host} failed: {error!r}')
     MPI.COMM_WORLD.Abort(1)
+
+
+def print_before_abort(text: str):
+    """Prints to standard error, and waits until the launcher has read it, but not for ever.
+
+    Open MPI's own words about an abort would often come first. They end with a byte of zero, after
+    which the text would not begin a line.
+    """
+    print(text, file=sys.stderr, flush=True)
+    unread = array.array('i', [0])
+    deadline = time.monotonic() + 1
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            fcntl.ioctl(2, termios.FIONREAD, unread)
+            if not unread[0]:
+                break
+            time.sleep(0.001)

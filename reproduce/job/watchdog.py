@@ -16,6 +16,7 @@ from pathlib import Path
 from mpi4py import MPI
 
 from extensions.communicator_base import first_few
+from reproduce.job.start import print_before_abort
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _TAGS = itertools.count(20_000)  # one for each watchdog; MPI has 32,768 at least
@@ -199,7 +200,7 @@ class Watchdog:
 
     def _end(self, message):
         try:
-            print(f'error: {message}', file=sys.stderr, flush=True)
+            print_before_abort(f'error: {message}')
             _kill_later()
         finally:
             MPI.COMM_WORLD.Abort(1)

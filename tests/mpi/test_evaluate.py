@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.mpi
-OPTIONS = '--preset smoke --width 4 --workers 4 --local-batch-size 32 --epochs 2'.split()
+OPTIONS = '--preset smoke --width 4 --shallow --workers 4 --local-batch-size 32 --epochs 2'.split()
 LINE = re.compile(
     r'^top-1 \S+% \(([\d,]+) of ([\d,]+) images\), top-5 \S+%, loss (\S+)$', re.MULTILINE
 )
@@ -116,7 +116,7 @@ def test_what_cannot_be_validated_is_one_line(train, image_folders, tmp_path, ca
     from reproduce.resnet50 import ResNet50  # here, as the ranks do not need it
     import chainer  # isort: skip
 
-    chainer.serializers.save_npz(tmp_path / 'model.npz', ResNet50(10, width=4))
+    chainer.serializers.save_npz(tmp_path / 'model.npz', ResNet50(10, width=4, shallow=True))
     data = bytearray((tmp_path / 'model.npz').read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / 'damaged.npz').write_bytes(data)
@@ -134,7 +134,7 @@ def test_an_image_that_cannot_be_decoded(train, tmp_path):
     import chainer  # isort: skip
     from reproduce.resnet50 import ResNet50
 
-    chainer.serializers.save_npz(tmp_path / 'model.npz', ResNet50(2, width=4))
+    chainer.serializers.save_npz(tmp_path / 'model.npz', ResNet50(2, width=4, shallow=True))
     for name in ('cat', 'dog'):
         (tmp_path / 'val' / name).mkdir(parents=True)
         for i in range(40):

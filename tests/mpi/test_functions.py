@@ -11,7 +11,7 @@ from extensions import kernels
 
 pytestmark = pytest.mark.mpi
 # Six iterations of 2 x 128 images.
-SMOKE = '--preset smoke --workers 2 --local-batch-size 128 --epochs 1 --width 4'.split()
+SMOKE = '--preset smoke --workers 2 --local-batch-size 128 --epochs 1 --width 4 --shallow'.split()
 PROGRAMS = pytest.mark.parametrize('program, status', [('train.py', 2), ('job/preflight.py', 1)])
 
 

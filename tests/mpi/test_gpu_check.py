@@ -45,6 +45,7 @@ def test_what_is_right_passes(check, tmp_path):
     assert figures['resume']['same'] == figures['resume']['arrays'] > 300
 
 
+@pytest.mark.slow
 def test_what_is_wrong_fails(check, tmp_path):
     done, found = check('--steps', 'kernels', HOST_NCCL_VERSION='1304')
     assert done.returncode == 1

@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow, pytest.mark.usefixtures('leaves_nothing')]
 SHALLOW = Path(__file__).resolve().parent / 'programs' / 'shallow.py'
-OPTIONS = '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4'.split()
+OPTIONS = '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4 --shallow'.split()
 _AGENT = """#!/bin/sh
 host={prefix}h${{1##*.}}
 shift

@@ -26,7 +26,7 @@ pytestmark = [
     ),
 ]
 SHALLOW = Path(__file__).resolve().parent / 'programs' / 'shallow.py'
-OPTIONS = '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4'.split()
+OPTIONS = '--preset smoke --workers 4 --local-batch-size 32 --epochs 2 --width 4 --shallow'.split()
 
 
 @pytest.fixture

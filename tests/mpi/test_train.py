@@ -108,7 +108,9 @@ def test_1024_workers_need_one_buffer_more_than_2(mpirun, root, tmp_path):
 
 def test_all_ranks_start_from_rank_zeros_values(train, mpirun, root, tmp_path):
     models = []
-    options = '--preset smoke --workers 2 --local-batch-size 256 --epochs 1 --width 4'.split()
+    options = (
+        '--preset smoke --workers 2 --local-batch-size 256 --epochs 1 --width 4 --shallow'.split()
+    )
     program = root / 'tests' / 'mpi' / 'programs' / 'train_with_own_start.py'
     for run in (train, lambda n, *rest: mpirun(n, program, *rest)):
         out = tmp_path / str(len(models))
@@ -252,7 +254,7 @@ def test_output_folder_that_cannot_be_written(train, tmp_path):
 @pytest.mark.parametrize('how', ['raise', 'exit', 'interrupt', '_exit', 'segfault'])
 def test_however_a_rank_ends_the_others_do_not_wait(mpirun, root, tmp_path, how):
     program = root / 'tests' / 'mpi' / 'programs' / 'train_that_fails.py'
-    options = '--preset smoke --local-batch-size 8 --epochs 50 --width 4'.split()
+    options = '--preset smoke --local-batch-size 8 --epochs 50 --width 4 --shallow'.split()
     done = mpirun(2, program, how, *options, '--out', tmp_path / 'out', timeout=40)
     failed = float(re.search(r'^fails at (.*)$', done.stdout, re.MULTILINE).group(1))
     assert time.time() - failed < 10
@@ -264,7 +266,7 @@ def test_however_a_rank_ends_the_others_do_not_wait(mpirun, root, tmp_path, how)
 
 def test_an_infinite_gradient_ends_the_job_before_the_update(mpirun, root, tmp_path):
     program = root / 'tests' / 'mpi' / 'programs' / 'train_with_inf.py'
-    options = '--preset smoke --local-batch-size 8 --epochs 50 --width 4'.split()
+    options = '--preset smoke --local-batch-size 8 --epochs 50 --width 4 --shallow'.split()
     done = mpirun(2, program, *options, '--out', tmp_path / 'out', timeout=40)
     assert done.returncode == 1, done.stdout
     errors = [line for line in done.stdout.splitlines() if line.startswith('error: ')]
@@ -280,8 +282,8 @@ def test_an_infinite_gradient_ends_the_job_before_the_update(mpirun, root, tmp_p
 
 def test_an_infinite_gradient_can_be_let_through(mpirun, root, tmp_path):
     program = root / 'tests' / 'mpi' / 'programs' / 'train_with_inf.py'
-    options = '--preset smoke --local-batch-size 90 --epochs 1 --width 4 --no-stop-on-nonfinite'
-    done = mpirun(2, program, *options.split(), '--out', tmp_path / 'out')
+    options = '--preset smoke --local-batch-size 90 --epochs 1 --width 4 --shallow'.split()
+    done = mpirun(2, program, *options, '--no-stop-on-nonfinite', '--out', tmp_path / 'out')
     assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / 'out' / 'log').read_text())[-1]['cast/inf'] == 1
 

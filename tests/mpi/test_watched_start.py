@@ -9,7 +9,9 @@ from PIL import Image
 
 pytestmark = pytest.mark.mpi
 SECONDS = 8  # of a part of the start, on a busy machine
-SMOKE = '--preset smoke --width 4 --local-batch-size 240 --epochs 1 --loader serial'.split()
+SMOKE = (
+    '--preset smoke --width 4 --shallow --local-batch-size 240 --epochs 1 --loader serial'.split()
+)
 
 
 @pytest.fixture

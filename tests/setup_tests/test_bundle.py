@@ -437,7 +437,7 @@ def offline(tmp_path, root):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_machine_without_a_network(offline, wheels, tmp_path):
-    options = '--epochs 1 --width 4 --loader processes:1 --out'.split()
+    options = '--epochs 1 --width 4 --shallow --loader processes:1 --out'.split()
     done = offline('smoke', *options, tmp_path / 'out', WHEELS=str(wheels))
     assert done.returncode == 0 and '\ntop-1 ' in done.stdout, done
 

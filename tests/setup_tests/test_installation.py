@@ -397,7 +397,7 @@ def test_an_interrupted_installation_is_done_again_in_the_worst_of_shells(hostil
 
     hosts = tmp_path / 'hosts'  # as in "while read host; do ./run_mpi.sh ...; done < hosts"
     hosts.write_text('one\ntwo\n')
-    options = '--epochs 1 --width 4 --loader processes:1 --out'.split()
+    options = '--epochs 1 --width 4 --shallow --loader processes:1 --out'.split()
     with hosts.open() as rest:
         smoke = hostile('smoke', *options, tmp_path / 'out')
         done = subprocess.run(**smoke, stdin=rest, timeout=200, check=False)

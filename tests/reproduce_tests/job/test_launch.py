@@ -1,5 +1,8 @@
 """The parent of mpiexec: the command that goes on, and what is left out of its output."""
 
+import subprocess
+import sys
+
 import pytest
 
 from reproduce.job import launch
@@ -33,7 +36,14 @@ def test_the_command_of_a_bare_mpiexec(monkeypatch):
 @pytest.mark.parametrize('size', [1, 7, 1000])
 def test_mpiexecs_banners_are_left_out_however_the_output_is_cut(size):
     dashes = b'-' * 74 + b'\n'
-    said = b'one\n' + dashes + b'prterun ...\n\nmore\n' + dashes + b'two\n-- no banner --\nthree'
+    said = b'one\n' + dashes + b'prterun ...\n\nmore\n' + dashes + b'\0two\n-- no banner --\nthree'
     banners = launch._Banners()
     parts = [said[i : i + size] for i in range(0, len(said), size)]
     assert b''.join(map(banners.drop, [*parts, b''])) == b'one\ntwo\n-- no banner --\nthree\n'
+
+
+def test_the_byte_of_zero_after_a_banner_is_left_out():
+    said = 'import os; os.write(1, b"a\\0b\\n"); os.write(2, b"-" * 74 + b"\\n\\0error\\n\\0")'
+    command = [sys.executable, '-I', launch.__file__, '', '', sys.executable, '-Ic', said]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b'a\0b\n', b'-' * 74 + b'\nerror\n')

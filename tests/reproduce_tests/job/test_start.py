@@ -1,9 +1,12 @@
 """The first lines of a rank: what it needs, and what it leaves behind."""
 
+import io
 import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,23 @@ def test_the_limit_of_open_files():
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 1 << 16)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_words_before_an_abort_are_read_before_it(monkeypatch, capfd):
+    """By the launcher; but a launcher that does not read is not waited for."""
+    pipe, end = os.pipe()
+    own = os.dup(2)
+    os.dup2(end, 2)
+    try:
+        monkeypatch.setattr('sys.stderr', io.TextIOWrapper(io.FileIO(2, 'w', closefd=False)))
+        read = []
+        thread = threading.Thread(target=lambda: time.sleep(0.3) or read.append(os.read(pipe, 99)))
+        thread.start()
+        start.print_before_abort('error: one')
+        thread.join(0.1)
+        assert read == [b'error: one\n']
+        began = time.monotonic()
+        start.print_before_abort('error: two')
+        assert 0.9 < time.monotonic() - began < 5
+    finally:
+        os.dup2(own, 2)
