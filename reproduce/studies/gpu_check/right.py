@@ -306,7 +306,7 @@ def workers(n=8) -> dict:
 # ---------------------------------------------------------------- twin
 
 
-def twin(n=2) -> dict:
+def twin(n=2, device='cuda:0') -> dict:
     """The twin's first iteration, of 2 workers, in PyTorch on the GPU and on the CPU."""
     import torch
 
@@ -316,8 +316,8 @@ def twin(n=2) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         s = dataclasses.replace(settings.smoke(), workers=n, loader='serial', out=folder)
         train, val = dataset.save(s, dataset.find(s, 1))
-        for device in ('cpu', 'cuda:0'):
-            process = argparse.Namespace(rank=0, size=1, device=torch.device(device))
+        for place in ('cpu', device):
+            process = argparse.Namespace(rank=0, size=1, device=torch.device(place))
             training, batches = in_pytorch.experiment(s, process, train, val)
             with batches:
                 training.update()

@@ -4,7 +4,7 @@
     A slim ResNet-50, on two processes.
 ./run_mpi.sh benchmark systems --network 224px --systems ours,chainermn,twin,torchvision
     The paper's network.
-./run_mpi.sh benchmark systems --network 224px --batch 32 --processes 1
+./run_mpi.sh benchmark systems --network 224px --local-batch-size 32 --processes 1
     The same with the paper's minibatch, on one GPU.
 
 All train the same network from the same initial values, on the same images, in the same order, on
@@ -108,7 +108,7 @@ def parse(argv):
         choices=tuple(NETWORKS),
         help='the network and its minibatch; benchmark functions has the same [%(default)s]',
     )
-    add('--batch', type=int, metavar='N', help="N images per process [the network's]")
+    add('--local-batch-size', type=int, metavar='N', help="images per process [the network's]")
     add(
         '--systems',
         default=','.join(SYSTEMS),
@@ -135,11 +135,12 @@ def parse(argv):
     for name in options.systems:
         if name not in SYSTEMS:
             parser.refuse(f'--systems has {name!r}, which is none of {", ".join(SYSTEMS)}')
-    if options.batch is None:
-        options.batch = NETWORKS[options.network].batch_size
-    for name in ('batch', 'processes', 'rounds', 'iterations'):
+    if options.local_batch_size is None:
+        options.local_batch_size = NETWORKS[options.network].batch_size
+    for name in ('local_batch_size', 'processes', 'rounds', 'iterations'):
         if getattr(options, name) < 1:
-            parser.refuse(f'--{name} must be above 0, not {getattr(options, name)}')
+            flag = name.replace('_', '-')
+            parser.refuse(f'--{flag} must be above 0, not {getattr(options, name)}')
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,7 +150,7 @@ def parse(argv):
 
 def network_of(options) -> Network:
     """Returns the network, with the minibatch that the options give it."""
-    return dataclasses.replace(NETWORKS[options.network], batch_size=options.batch)
+    return dataclasses.replace(NETWORKS[options.network], batch_size=options.local_batch_size)
 
 
 def turn(name, options, folder) -> dict:
@@ -248,7 +249,7 @@ def check(name, result, first):
 
 def figures_of(results, options) -> dict:
     """Returns the figures of each system: seconds and ratios are medians over the rounds."""
-    total = options.processes * options.batch
+    total = options.processes * options.local_batch_size
     figures = {}
     base = None
     for name, turns in results.items():

@@ -28,7 +28,7 @@ def result(seconds, losses=(2.0, 1.5, 1.0, 0.5), **others):
 
 
 def options_of(**others):
-    values = {'network': 'smoke', 'batch': 32, 'processes': 2, 'iterations': 2}
+    values = {'network': 'smoke', 'local_batch_size': 32, 'processes': 2, 'iterations': 2}
     return argparse.Namespace(**{**values, **others})
 
 
@@ -108,7 +108,7 @@ def test_systems_that_do_not_do_the_same_are_an_error(other, message):
         ('--network paper', 'paper is not one of smoke'),
         ('--systems ours,peer', "--systems has 'peer', which is none of ours,"),
         ('--processes 0', '--processes must be above 0, not 0'),
-        ('--batch 0', '--batch must be above 0, not 0'),
+        ('--local-batch-size 0', '--local-batch-size must be above 0, not 0'),
         ('--rounds two', 'two'),
         ('--iterations -1', '--iterations must be above 0, not -1'),
         ('--out setup.py', 'setup.py'),
@@ -121,6 +121,23 @@ def test_bad_input_is_one_line_before_anything_starts(root, words, message):
     assert done.returncode == 2 and done.stdout == ''
     (error,) = (line for line in done.stderr.splitlines() if 'error: ' in line)
     assert message in error and 'Traceback' not in done.stderr
+
+
+def test_the_ranks_get_the_minibatch_that_the_figures_count(tmp_path, monkeypatch):
+    given = []
+
+    def job_of(n, arguments, module):
+        given.append((n, json.loads(arguments[0])))
+        (tmp_path / 'result.json').write_text('{}')
+        return ['true'], dict(os.environ)
+
+    monkeypatch.setattr(systems, 'job_of', job_of)
+    options = options_of(local_batch_size=3)
+    assert systems.turn('ours', options, tmp_path) == {}
+    ((n, found),) = given
+    assert (n, found['local_batch_size'], found['iterations']) == (2, 3, 5)
+    ours = systems.figures_of(ROUNDS, options)['ours']
+    assert ours['images_per_second'] == pytest.approx(2 * 3 / 0.8)
 
 
 # ---------------------------------------------------------------- the systems

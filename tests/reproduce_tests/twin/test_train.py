@@ -14,8 +14,10 @@ import pytest
 torch = pytest.importorskip('torch')
 from reproduce.resnet50 import ResNet50
 from reproduce.settings import InputError, Settings
+from reproduce.studies.gpu_check import checks, right
 from reproduce.twin import __main__ as command
 from reproduce.twin import records
+from reproduce.twin import train as twin
 
 PROGRAMS = Path(__file__).parent / 'programs'
 SMALL = '--preset smoke --workers 4 --local-batch-size 8 --epochs 1 --width 2 --loader serial'
@@ -101,6 +103,16 @@ def test_a_process_that_hangs_ends_the_job(image_folders, tmp_path, torchrun):
     done = torchrun(2, PROGRAMS / 'one_hangs.py', *words, timeout=120)
     assert done.returncode == 1, done.stdout
     assert 'error: rank 0' in done.stdout and 'imed out' in done.stdout, done.stdout
+
+
+def test_what_gpu_check_asks_of_the_twin(monkeypatch):
+    """On a second CPU instead of a GPU."""
+    assert right.twin(device='cpu') == {'loss': 0, 'gradient': 0}
+    seeds = iter([0, 1])
+    model = twin.ResNet50
+    monkeypatch.setattr(twin, 'ResNet50', lambda *args: model(*args[:3], next(seeds), *args[4:]))
+    with pytest.raises(checks.Failed, match='loss: '):
+        right.twin(device='cpu')
 
 
 def test_options_that_the_twin_does_not_have():
