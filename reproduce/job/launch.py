@@ -33,6 +33,7 @@ _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _REPEAT = 1.0  # seconds; timeout(1) and schedulers send a signal twice
 _GRACE = 5.0  # seconds from the second Ctrl-C until mpiexec is killed
 _DASHES = b'-' * 70  # a line of at least so many begins and ends what mpiexec adds to an error
+_NOT_STARTED = b' launch failed: '  # srun says it of each rank, and may end with status 0
 _END = b'\0'  # Open MPI's mpiexec writes it after that; the next line would begin with it
 
 
@@ -77,7 +78,8 @@ class Job:
         self._signum, self._since = 0, 0.0  # the first signal, and its time
         self._ends_at_once = False
         self._reader_gone: OSError | None = None
-        self._has_said_how_to_go_on = self._has_said_error = False
+        self._has_said_how_to_go_on = self._has_said_error = self._has_said_not_started = False
+        self._is_srun = Path(command[0]).name == 'srun'
         self._process: Any = None
         for signum in _STOPS:
             if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup does
@@ -106,6 +108,9 @@ class Job:
         status = self._process.wait()
         for thread in threads:
             thread.join(_GRACE)
+        if status == 0 and self._has_said_not_started:
+            _say('error: srun ended with status 0, but ranks did not start: see its lines above')
+            status = 1
         # Status 2 is of a run that was refused; its error has the remedy.
         if status not in (0, 2) and self._out and not self._has_said_how_to_go_on:
             self._say_what_is_kept()
@@ -146,6 +151,7 @@ class Job:
             data = os.read(pipe.fileno(), 1 << 16)
             self._has_said_how_to_go_on |= b'To go on: ' in data
             self._has_said_error |= b'error: ' in data
+            self._has_said_not_started |= self._is_srun and _NOT_STARTED in data
             # mpiexec reports an end that was asked for, or that a rank has explained, once more.
             explained = self._signum or self._has_said_error
             shown = data

@@ -96,6 +96,11 @@ class Slurm:
         assert all(daemon.poll() is None for daemon in self.daemons), f'see {self.folder}/*.txt'
         return self('sinfo', '-h', '-o', '%D %t', check=False) == '2 idle'
 
+    def sockets(self, job):
+        """Those by which each node's ranks of a step that srun started speak PMIx."""
+        nodes = [self.folder / f'spool-{node}' for node in ('n1', 'n2')]
+        return [path for node in nodes for path in node.glob(f'stepd.slurm.pmix.{job}.*')]
+
     def down(self):
         if self.daemons:
             self('scancel', '--user=root', check=False)
@@ -172,7 +177,7 @@ class Job:
         return path.read_text() if path.exists() else ''
 
     def wait_for_iterations(self):
-        """Until iterations are under way. Each takes a second: see let_it_run()."""
+        """Until iterations are under way. They are slow: see let_it_run()."""
         self.slurm.wait_for(lambda: 'alpha_sgd' in self.said())
         time.sleep(2)
 
@@ -180,9 +185,11 @@ class Job:
         """Once the job is in this state: without waiting in the queue, and at full speed."""
         self.slurm.wait_for(lambda: self['JobState'] == state)
         Path(f'{self.out}-slow').unlink()
-        # In Slurm's queue a job waits for longer: its nodes end its first steps, and take a second
-        # credential only if whole seconds have passed since they revoked the first.
+        # In Slurm's queue a job waits for longer: its nodes end its first steps, whose sockets have
+        # the names of the next ones', and take a second credential only if whole seconds have
+        # passed since they revoked the first.
         self.slurm.wait_for(self.slurm.ready)
+        self.slurm.wait_for(lambda: not self.slurm.sockets(self.number))
         time.sleep(2)
         self.slurm('scontrol', 'update', f'JobId={self.number}', 'StartTime=now')
 
@@ -287,6 +294,22 @@ def test_a_signal_to_the_script_alone(slurm, out, signal):
     assert job.end() == 'FAILED', job.said()
     assert job.stopped_with_a_checkpoint(), job.said()
     assert ('cannot be queued again. To go on: sbatch' in job.said()) == (signal == 'USR1')
+
+
+def test_ranks_that_srun_did_not_start(slurm, out):
+    """srun ends with status 0, and Slurm would call the job completed."""
+    job = slurm.submit(out, '--begin=now+1hour', launcher='srun')
+    taken = [slurm.folder / f'spool-n{i}' / f'stepd.slurm.pmix.{job.number}.0' for i in (1, 2)]
+    for path in taken:
+        path.touch()
+    slurm('scontrol', 'update', f'JobId={job.number}', 'StartTime=now')
+    try:
+        assert job.end() == 'FAILED', job.said()
+    finally:
+        for path in taken:
+            path.unlink(missing_ok=True)
+    assert job.said().count('task 0 launch failed: ') == 1, job.said()
+    assert job.said().count('error: srun ended with status 0, but ranks did not start') == 1
 
 
 def test_more_ranks_than_places(slurm, tmp_path):
