@@ -17,6 +17,9 @@ With --restart, each iteration starts from the parameters, m and Delta of the fi
 iteration is a test of its own. Without, differences grow, at any rate up to twice that of Chainer's
 own. Iterations after Chainer's two gradients are a tenth apart are shown, but not judged.
 
+Each iteration prints both losses, the schedules, the norm of the mean gradient, and the largest
+differences. The table at the end has the distances, which are judged.
+
 Writes compare.json and compare.png. The status is 1 if they part.
 """
 
@@ -275,30 +278,48 @@ def parted(rows):
     unequal = [row['iteration'] for row in rows if not row['equal schedules']]
     if unequal:
         return {'quantity': 'lr or alpha', 'iteration': unequal[0], 'beyond': len(unequal)}
+    name, beyond = most_beyond(rows)
+    if len(beyond) <= BEYOND * len(judged(rows)):
+        return None
+    first = beyond[0]
+    found = {'quantity': name, 'iteration': first['iteration'], 'beyond': len(beyond)}
+    return {**found, **{key: first[key][name] for key in ('distance', 'limit')}}
+
+
+def most_beyond(rows) -> tuple:
+    """Returns the quantity that is most often beyond its limit, and these rows."""
     beyond = {
         name: [row for row in judged(rows) if not row['distance'][name] <= row['limit'][name]]
         for name in rows[0]['distance']
     }
-    name = max(beyond, key=lambda name: len(beyond[name]))
-    if len(beyond[name]) <= BEYOND * len(judged(rows)):
-        return None
-    first = beyond[name][0]
-    found = {'quantity': name, 'iteration': first['iteration'], 'beyond': len(beyond[name])}
-    return {**found, **{key: first[key][name] for key in ('distance', 'limit')}}
+    return max(beyond.items(), key=lambda item: len(item[1]))
 
 
+_NUMBERS = ('loss', 'twin loss', *SCHEDULES, '|g|')
 _HEADS = (
-    f'{"":>5}{"":>10}{"":>10}{"":>9}{"":>9}{"":>10}  of the twin, and of another order of sums\n'
-    f'{"it.":>5}{"loss":>10}{"lr":>10}{"alpha_sgd":>10}{"|g|":>9}'
-    + ''.join(f'{name:>18}' for name in ('losses', *QUANTITIES, 'elements'))
+    f'{"":69}largest difference, in units of the largest element\n{"it.":>5}'
+    + ''.join(f'{name:>{len(name) + 2 if len(name) > 8 else 10}}' for name in _NUMBERS)
+    + ''.join(f'{name:>12}' for name in QUANTITIES)
 )
 
 
 def _row(row) -> str:
-    pairs = [(row['distance'][name], row['rounding'][name]) for name in row['distance']]
-    cells = ''.join(f'{own:10.1e}{other:8.0e}' for own, other in pairs)
-    numbers = f'{row["loss"]:10.6f}{row["lr"]:10.5f}{row["alpha_sgd"]:10.5f}{row["gradient"]:9.3f}'
-    return f'{row["iteration"]:5}{numbers}{cells}'
+    alphas = f'{row["alpha_sgd"]:11.5f}{row["alpha_rmsprop"]:15.3e}'
+    numbers = f'{row["loss"]:10.6f}{row["twin loss"]:11.6f}{row["lr"]:10.5f}{alphas}'
+    largest = ''.join(f'{row["largest"][name]:12.1e}' for name in QUANTITIES)
+    return f'{row["iteration"]:5}{numbers}{row["gradient"]:10.3f}{largest}'
+
+
+def distances(rows) -> str:
+    """Returns the table of what is judged: the twin's distances, and Chainer's own."""
+    names = rows[0]['distance']
+    lines = ['distance to Chainer: of the twin, and of Chainer with another order of sums']
+    lines.append(f'{"it.":>5}' + ''.join(f'{name:>18}' for name in names))
+    for row in rows:
+        pairs = [(row['distance'][name], row['rounding'][name]) for name in names]
+        cells = ''.join(f'{own:10.1e}{other:8.0e}' for own, other in pairs)
+        lines.append(f'{row["iteration"]:5}{cells}')
+    return '\n'.join(lines)
 
 
 def plot(rows, out):
@@ -334,9 +355,12 @@ def verdict(result) -> str:
             for name in rows[0]['distance']
         }
         numbers = ', '.join(f'{name} {median:.1f}' for name, median in medians.items())
+        name, beyond = most_beyond(rows)
+        most = f'in at most {len(beyond)} ({name})' if beyond else 'in none'
         return (
-            f'they agree in the {n} of {len(rows)} iterations that can be compared. Distance, as a '
-            f'multiple of that of another order of sums, median: {numbers}'
+            f'they agree: {n} of {len(rows)} iterations can be compared, and {most} a quantity is '
+            'beyond its limit. Distance, as a multiple of that of another order of sums, median: '
+            f'{numbers}'
         )
     if 'distance' not in found:
         return f'they part in iteration {found["iteration"]}: {found["quantity"]} differ'
@@ -372,8 +396,6 @@ def main(argv):
         parser.refuse(reason(error))
     finally:
         dist.destroy_process_group()
-    largest = max(result['iterations'], key=lambda row: row['largest']['parameters'])
-    numbers = ', '.join(f'{name} {value:.1e}' for name, value in largest['largest'].items())
-    print(f'largest differences, in iteration {largest["iteration"]}: {numbers}')
+    print(f'\n{distances(result["iterations"])}\n')
     print(f'{verdict(result)}; results in {own.out}')
     return 1 if result['parted'] else 0

@@ -7,6 +7,7 @@ are for this study alone: each takes the place of a part of extensions/ in the p
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 
 import extensions  # isort: skip  (makes Chainer importable on NumPy 2)
@@ -44,6 +45,12 @@ class OutsideMomentumRule(RMSpropWarmupRule):
         self._update_by_numpy(arrays, *self._hyperparameters(param.dtype))
 
 
+def norm_of(array) -> float:
+    """Returns || array ||, a float32 array, with the same bits everywhere: BLAS adds in an order
+    that depends on the processor."""
+    return math.sqrt(math.fsum(np.square(array, dtype=np.float64).ravel().tolist()))
+
+
 class LarsRule(OutsideMomentumRule):
     """LARS (You, Gitman, Ginsburg, arXiv:1708.03888), for weights; others have momentum SGD::
 
@@ -61,8 +68,8 @@ class LarsRule(OutsideMomentumRule):
         grad, p, _, delta = arrays
         local = 1.0
         if p.ndim > 1:
-            norm = float(np.linalg.norm(p))
-            decayed = float(np.linalg.norm(grad)) + weight_decay_rate * norm
+            norm = norm_of(p)
+            decayed = norm_of(grad) + weight_decay_rate * norm
             local = LARS_TRUST * norm / decayed if decayed > 0 else 1.0
         delta *= np.float32(mu1)
         delta -= np.float32(lr * local) * (grad + np.float32(weight_decay_rate) * p)

@@ -15,7 +15,7 @@ RUNS = Path(__file__).parents[2] / 'results' / 'miniature'
 DATA = None
 CAPTION = (
     'With a batch of 1,024, SGD at the full learning rate is at first worse than guessing, and so '
-    'is gradual warm-up; by RMSprop warm-up the loss falls steadily.'
+    'is gradual warm-up; by RMSprop warm-up the loss falls at once.'
 )
 ALT = (
     'Training loss in the first 27 of 538 updates, mean and range of five seeds; three lines from '

@@ -14,7 +14,7 @@ CAPTION = (
 ALT = (
     'Two columns over the first 14 of 90 epochs, without and with RMSprop warm-up; a line for each '
     'of 51 layers. Top, the factor of the gradient, eta (alpha_SGD + alpha_RMSprop / (sqrt m + '
-    'eps)): 0.4 for all layers by SGD; with the warm-up it differs by layer from 0.2 to 500, '
+    'eps)): 0.4 for all layers by SGD; with the warm-up it is 0.2 to 530 at first, by layer, '
     'until all lines meet at epoch 11.25. Bottom, the step: by SGD it differs thousandfold between '
     'layers; with the warm-up it begins at 0.003 in all, and spreads after the transition.'
 )

@@ -82,6 +82,12 @@ def test_lars_scales_the_rate_of_weights_alone(put, monkeypatch):
         np.testing.assert_allclose(getattr(link, name).array, p, rtol=2e-6, atol=1e-6)
 
 
+def test_the_norm_has_one_order_on_every_processor():
+    a = np.random.RandomState(0).randn(1001, 7).astype('f')
+    assert parts.norm_of(a) == parts.norm_of(a.T[::-1]) == parts.norm_of(np.sort(a, axis=None))
+    assert parts.norm_of(a) == pytest.approx(np.linalg.norm(a.astype('d')), rel=1e-14)
+
+
 def test_the_abrupt_transition_has_one_of_the_two_at_a_time(put):
     put('abrupt')
     assert extensions.AlphaSGDSchedule is parts.AbruptTransition

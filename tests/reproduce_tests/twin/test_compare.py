@@ -74,7 +74,7 @@ def test_fifty_iterations_agree_one_by_one(small, compared, form, dtype):
 
 
 @pytest.mark.slow
-def test_a_free_run_parts_as_fast_as_another_order_of_sums(compared, tmp_path):
+def test_a_free_run_parts_as_fast_as_another_order_of_sums(compared, tmp_path, capsys):
     """With all blocks. The first iteration agrees to rounding; after some, nothing is left."""
     result = compared('', 12, restart=False)
     first, *_, last = result['iterations']
@@ -83,7 +83,14 @@ def test_a_free_run_parts_as_fast_as_another_order_of_sums(compared, tmp_path):
     assert last['distance']['gradient'] > 0.1 and last['rounding']['gradient'] > 0.1
     judged = [row['limit']['gradient'] is not None for row in result['iterations']]
     assert judged[0] and not judged[-1]
-    assert 'can be compared' in compare.verdict(result)
+    assert 'iterations can be compared' in compare.verdict(result)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = next(line for line in lines if line[0] == '12')
+    assert [float(x) for x in shown[1:3]] == [round(last[k], 6) for k in ('loss', 'twin loss')]
+    assert float(shown[5]) == pytest.approx(last['alpha_rmsprop'], rel=1e-3)
+    assert float(shown[8]) == pytest.approx(last['largest']['parameters'], rel=0.06)
+    shown = compare.distances(result['iterations']).splitlines()[-1].split()
+    assert shown[1] == f'{last["distance"]["losses"]:.1e}'
     written = json.loads((tmp_path / 'out' / 'compare.json').read_text())
     assert written['iterations'] == result['iterations']
     assert (tmp_path / 'out' / 'compare.png').stat().st_size > 10_000
