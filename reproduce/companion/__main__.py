@@ -14,7 +14,7 @@ from pathlib import Path
 from reproduce.job.command_line import Parser, reason
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ('extensions/README.md', 'reproduce/README.md')
+PAGES = ('extensions/README.md', 'reproduce/README.md', 'reproduce/results/twin/README.md')
 OUT = ROOT / 'results' / 'companion.html'
 PACKAGES = ('cogapp', 'latex2mathml', 'markdown_it', 'mdit_py_plugins', 'pygments')
 

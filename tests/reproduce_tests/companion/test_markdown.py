@@ -129,7 +129,8 @@ def test_a_changed_line_of_the_update_rule_is_noticed_until_the_page_is_renewed(
     marker = f"<!-- [[[cog excerpt('{ELEMENT}', '[W1]', '[W3]') ]]] -->\n<!-- [[[end]]] -->\n"
     equations = '\n\n'.join(f'$$x \\tag{{W{n}}}$$' for n in (1, 2, 3))
     page.write_text(f'# A\n\n{equations}\n\n{marker}')
-    (tmp_path / PAGES[1]).write_text('# B\n')
+    for name in PAGES[1:]:
+        (tmp_path / name).write_text(f'# {name}\n')
     stale = companion(tmp_path, '--check')
     assert stale.returncode == 1
     line = len(page.read_text().splitlines())
