@@ -161,6 +161,34 @@ static void NAME(multiply)(int64_t N, int64_t J, int64_t I, const float *in, NAM
     }
 }
 
+/* B [K / width][tap][C][width] = w [K, C, tap], with zeros beyond K. Without taps, a cache line of
+   each row is read at once: rows that are a power of 2 apart push each other out of the cache. */
+static void NAME(pack_weights)(int64_t C, int64_t K, int64_t taps, const float *w, int64_t width,
+                               float *B)
+{
+    for (int64_t f = 0; f < K; f += width, w += width * C * taps, B += taps * C * width) {
+        const int64_t valid = K - f < width ? K - f : width;
+        if (valid < width)
+            memset(B, 0, taps * C * width * sizeof *B);
+        if (taps > 1) {
+            for (int64_t c = 0; c < C; c++)
+                for (int64_t t = 0; t < taps; t++) {
+                    float *b = B + (t * C + c) * width;
+                    const float *q = w + c * taps + t;
+                    for (int64_t i = 0; i < valid; i++)
+                        b[i] = q[i * C * taps];
+                }
+            continue;
+        }
+        for (int64_t c = 0; c < C; c += 16) {
+            const int64_t n = C - c < 16 ? C - c : 16;
+            for (int64_t i = 0; i < valid; i++)
+                for (int64_t q = 0; q < n; q++)
+                    B[(c + q) * width + i] = w[i * C + c + q];
+        }
+    }
+}
+
 /* y = x * w. A sum's order: rows of the kernel, its columns, channels; see PRODUCT. */
 int NAME(convolution)(GEOMETRY, const float *x, const float *w, float *y)
 {
@@ -171,17 +199,7 @@ int NAME(convolution)(GEOMETRY, const float *x, const float *w, float *y)
     float *B = allocate(weights + (padded ? N * Hp * Wp * C : 0), &memory);
     if (!B)
         return 1;
-    for (int64_t f = 0; f < K; f += width)
-        for (int64_t c = 0; c < C; c++)
-            for (int64_t t = 0; t < taps; t++) {
-                float *b = B + f * taps * C + (t * C + c) * width;
-                const float *q = w + (f * C + c) * taps + t;
-                const int64_t valid = K - f < width ? K - f : width;
-                for (int64_t i = 0; i < valid; i++)
-                    b[i] = q[i * C * taps];
-                for (int64_t i = valid; i < width; i++)
-                    b[i] = 0;
-            }
+    NAME(pack_weights)(C, K, taps, w, width, B);
     if (padded)
         NAME(pad)(N, H, W, C, py, py, px, px, x, B + weights);
     const float *in = padded ? B + weights : x;

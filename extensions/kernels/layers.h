@@ -187,14 +187,22 @@ void NAME(max_pooling)(int64_t N, int64_t H, int64_t W, int64_t C, int64_t ky, i
     for (int64_t n = 0; n < N; n++)
         for (int64_t j = 0; j < OH; j++)
             for (int64_t i = 0; i < OW; i++, y += C, at += C) {
-                int first = 1;
+                int32_t first = -1; /* all bits */
                 for (int64_t t = 0; t < ky * kx; t++) {
                     const int64_t row = j * sy + t / kx - py, column = i * sx + t % kx - px;
                     if (row < 0 || row >= H || column < 0 || column >= W)
                         continue;
                     const int32_t pixel = (n * H + row) * W + column;
                     const float *v = x + pixel * C;
-                    for (int64_t c = 0; c < C; c++) {
+                    int64_t c = 0;
+                    for (; c + VL <= C; c += VL) {
+                        const vf old = LOAD(y + c), new = LOAD(v + c);
+                        const vi larger = first | (~(new <= old) & (old == old));
+                        vi *place = (vi *)(at + c);
+                        STORE(y + c, (vf)(((vi)new & larger) | ((vi)old & ~larger)));
+                        *place = (larger & pixel) | (*place & ~larger);
+                    }
+                    for (; c < C; c++) {
                         const int larger = first | (!(v[c] <= y[c]) & (y[c] == y[c]));
                         y[c] = larger ? v[c] : y[c];
                         at[c] = larger ? pixel : at[c];
