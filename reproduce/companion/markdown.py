@@ -45,13 +45,15 @@ def excerpt(root, page, place, start='', end='') -> str:
 
 
 def tested(root, page, tags, place) -> str:
-    """The test that guards the equations with these tags, and the known mistakes it catches."""
-    if not TAG.findall(tags) or TAG.sub('', tags).strip():
+    """The test that guards the equations with these tags, or the section if there are none, and the
+    known mistakes that it catches."""
+    if TAG.sub('', tags).strip():
         raise NotFound(f'{tags!r} is not tags, as "[W1] [W2]"')
     path, _, name = place.partition(':')
     if not name.startswith('test_') or not path.startswith('tests/'):
         raise NotFound(f'{place} is not a test, as "tests/test_x.py:test_y"')
-    text = f'**Test of {tags}:** {link(find(root, place), page, root, name)}.'
+    title = f'Test of {tags}' if tags else 'Test'
+    text = f'**{title}:** {link(find(root, place), page, root, name)}.'
     caught = [what for what, (*_, by) in _mistakes(root).items() if _place(by) == place]
     if caught:
         catalogue = link(find(root, f'{MISTAKES}:MISTAKES'), page, root, 'MISTAKES')

@@ -264,6 +264,17 @@ def test_what_one_launch_cannot_update_is_updated_one_after_the_other(gpu, at_on
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('odd', range(4))
+def test_arrays_of_different_shapes_are_not_updated(gpu, odd):
+    shapes = [(3,)] * 4
+    shapes[odd] = (1,)
+    device = chainer.get_device(gpu)
+    arrays = [device.send(np.ones(shape, 'f')) for shape in shapes]
+    assert not rmsprop_warmup_gpu.update(arrays, [(0.1,) * 8])
+    assert all((array == 1).all() for array in arrays)
+
+
+@pytest.mark.gpu
 def test_float16_is_updated_one_after_the_other(gpu, at_once):
     ours = trained(RMSpropWarmup.update, gpu, 'float16')
     assert not at_once

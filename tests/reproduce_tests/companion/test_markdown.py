@@ -274,6 +274,23 @@ def test_a_test_has_the_mistakes_that_it_catches(project):
     assert 'catches' not in alone and '**Test of [L]:**' in alone
 
 
+def test_a_section_without_equations_has_its_test_too(project):
+    place = 'tests/extensions_tests/test_schedules.py'
+    new = project(f"tested('', '{place}:test_learning_rates_of_the_paper')")
+    assert f'\n**Test:** [`test_learning_rates_of_the_paper`](../{place}#L' in new
+
+
+# Lists, and tables of results.
+WITHOUT_TEST = {'Results', 'Studies', 'In your own program', 'Against ChainerMN', 'Sources'}
+
+
+@pytest.mark.parametrize('name', PAGES[:2])
+def test_from_each_section_one_link_leads_to_a_test(name):
+    title, *sections = re.split(r'^## ', (ROOT / name).read_text(), flags=re.MULTILINE)
+    lacking = {s.partition('\n')[0] for s in sections if not re.search(r'/tests/[^)]+\.py', s)}
+    assert lacking <= WITHOUT_TEST and len(sections) > 8
+
+
 def test_a_mistake_is_a_diff(project):
     new = project("mistake('a kernel with a misspelt parameter')")
     assert '```diff\n- mu1 * delta\n+ mu_1 * delta\n```\n' in new
