@@ -286,9 +286,9 @@ WITHOUT_TEST = {'Results', 'Studies', 'In your own program', 'Against ChainerMN'
 
 @pytest.mark.parametrize('name', PAGES[:2])
 def test_from_each_section_one_link_leads_to_a_test(name):
-    title, *sections = re.split(r'^## ', (ROOT / name).read_text(), flags=re.MULTILINE)
+    sections = re.split(r'^## ', (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
     lacking = {s.partition('\n')[0] for s in sections if not re.search(r'/tests/[^)]+\.py', s)}
-    assert lacking <= WITHOUT_TEST and len(sections) > 8
+    assert lacking <= WITHOUT_TEST and len(sections) >= 8
 
 
 def test_a_mistake_is_a_diff(project):
