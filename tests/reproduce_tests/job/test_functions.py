@@ -10,6 +10,7 @@ import chainer
 import chainer.functions as F
 import numpy as np
 import pytest
+from chainer.backends import cuda
 from chainer.functions.activation import relu
 
 from extensions import kernels
@@ -54,6 +55,17 @@ def test_gpus_have_no_functions_of_cpus(processor, name):
     processor('x86_64', ['avx2', 'plain'])
     with pytest.raises(functions.InputError, match=f'{name}: they run on CPUs, not on @cupy:0; '):
         functions.use(name, GPU)
+
+
+def test_cudnn_may_use_fast_algorithms_but_does_not_time_them(monkeypatch):
+    workspaces = []
+    monkeypatch.setattr(cuda, 'cupy', GPU.xp)
+    monkeypatch.setattr(cuda, 'set_max_workspace_size', workspaces.append)
+    for enabled in (False, True):
+        monkeypatch.setattr(cuda, 'cudnn_enabled', enabled)
+        functions.use('chainer', GPU)
+        functions.use('chainer', CPU)
+    assert workspaces == [512 << 20] and not chainer.config.autotune
 
 
 def test_one_implementation_at_a_time():

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+from chainer.backends import cuda
 from mpi4py import MPI
 
 from reproduce.job import countdown, mpi_library, report, supervise
@@ -16,6 +17,21 @@ def clock(monkeypatch):
     clock = types.SimpleNamespace(now=1000.0)
     monkeypatch.setattr(report.time, 'monotonic', lambda: clock.now)
     return clock
+
+
+def test_the_versions_of_a_gpus_libraries(monkeypatch):
+    cupy = types.SimpleNamespace(__version__='13.6.0')
+    cupy.cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(runtimeGetVersion=lambda: 12090)
+    )
+    libcudnn = types.SimpleNamespace(getVersion=lambda: 8907)
+    for name, value in {'available': True, 'cupy': cupy, 'libcudnn': libcudnn}.items():
+        monkeypatch.setattr(cuda, name, value, raising=False)
+    monkeypatch.setattr(report.nccl, 'version', lambda: '2.28.9')
+    for enabled, cudnn in ((True, '8907'), (False, 'none')):
+        monkeypatch.setattr(cuda, 'cudnn_enabled', enabled)
+        shown = report.in_words(report.versions.__wrapped__())  # it reads them once
+        assert f'cupy 13.6.0, cuda 12090, cudnn {cudnn}, nccl 2.28.9' in shown
 
 
 def test_progress_in_training_and_in_a_long_validation(clock, capsys):
