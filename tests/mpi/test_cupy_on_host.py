@@ -281,7 +281,8 @@ def test_the_recorded_kernels_are_those_of_trainings(on_gpus, root, tmp_path):
     )
 
 
-def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(on_host, images, tmp_path):
+def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(on_host, images, root, tmp_path):
+    """And its model is validated to the same loss."""
     whole, again = tmp_path / 'whole', tmp_path / 'again'
     options = [*images, *'--workers 2 --checkpoint-every 0.0001m --keep-checkpoints 99'.split()]
     *_, expected = trained(on_host(2, TRAIN, whole, *options)[0], whole)
@@ -294,6 +295,12 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(on_host, images, 
     assert first.name in done.stdout, done.stdout
     *_, actual = trained(done, again)
     assert actual == expected
+    words = [*images, '--shallow', '--out', again, '--evaluate', whole / 'model.npz']
+    done, calls = on_host(2, root / 'reproduce' / 'train.py', *words)
+    assert done.returncode == 0, done.stdout
+    last = json.loads((whole / 'log').read_text())[-1]
+    assert f'loss {last["validation/main/loss"]}\n' in done.stdout, done.stdout
+    assert all('use GPU' in calls_of_rank[0] for calls_of_rank in calls)
 
 
 def test_an_infinite_gradient_ends_the_job_before_the_update(on_host, tmp_path):
