@@ -24,7 +24,10 @@
         vf sum[HEIGHT][WIDTH], total[HEIGHT][WIDTH];                                        \
         int64_t done = 0, chains = 0;                                                       \
         UNROLL for (int i = 0; i < HEIGHT; i++)                                             \
-            UNROLL for (int v = 0; v < WIDTH; v++) sum[i][v] = EACH_IS(0.0f);               \
+            UNROLL for (int v = 0; v < WIDTH; v++) {                                        \
+                sum[i][v] = EACH_IS(0.0f);                                                  \
+                __builtin_prefetch(c[i] + v * VL, 1);                                       \
+            }                                                                               \
         for (int64_t t = 0; t < taps; t++)                                                  \
             for (int64_t start = 0; start < len; start += CHAIN) {                          \
                 const int64_t n = len - start < CHAIN ? len - start : CHAIN;                \
@@ -118,17 +121,31 @@ typedef struct {
     int64_t of_n, of_j, of_i;
 } NAME(steps);
 
+/* The rows that the second-level cache keeps while all M columns of B pass. */
+static int64_t NAME(block_of)(int64_t taps, int64_t len, int64_t M)
+{
+    const int64_t height = M > VL ? TILE2 : TILE1;
+    int64_t block = (taps > 1 ? 1 << 17 : 1 << 16) / (taps * len) / height * height;
+    block = block < 4 * height ? 4 * height : block;
+    return block > ROWS_AT_ONCE ? ROWS_AT_ONCE / height * height : block;
+}
+
+/* The memory for copies of a block's rows. They are copied if a tile has more rows than a set of the
+   first-level cache has lines, and the rows are so far apart that all fall into one set. */
+static int64_t NAME(copies_of)(int64_t taps, int64_t len, int64_t step, int64_t M)
+{
+    const int clash = TILE2 > 8 && taps == 1 && step % 1024 == 0;
+    return clash ? NAME(block_of)(taps, len, M) * (len + 16) : 0;
+}
+
 /* out = rows * B, for each pixel. A row is `taps` pieces of `len` values, which begin `tap` apart.
    B is [M / width][taps * len][width], for tiles of this width; M columns exist. */
 static void NAME(multiply)(int64_t N, int64_t J, int64_t I, const float *in, NAME(steps) from,
                            int64_t taps, int64_t tap, int64_t len, const float *B, int64_t M,
-                           float *out, NAME(steps) to)
+                           float *copies, float *out, NAME(steps) to)
 {
     const int64_t height = M > VL ? TILE2 : TILE1, width = M > VL ? 2 * VL : VL, P = N * J * I;
-    /* rows that the second-level cache keeps while all columns of B pass */
-    int64_t block = (taps > 1 ? 1 << 17 : 1 << 16) / (taps * len) / height * height;
-    block = block < 4 * height ? 4 * height : block;
-    block = block > ROWS_AT_ONCE ? ROWS_AT_ONCE / height * height : block;
+    const int64_t block = NAME(block_of)(taps, len, M);
     const float *a[ROWS_AT_ONCE + 16];
     float *c[ROWS_AT_ONCE], nowhere[2 * VL];
     int64_t n = 0, j = 0, i = 0;
@@ -136,6 +153,8 @@ static void NAME(multiply)(int64_t N, int64_t J, int64_t I, const float *in, NAM
         const int64_t m = P - start < block ? P - start : block;
         for (int64_t k = 0; k < m; k++) {
             a[k] = in + n * from.of_n + j * from.of_j + i * from.of_i;
+            if (copies)
+                a[k] = memcpy(copies + k * (len + 16), a[k], len * sizeof *copies);
             c[k] = out + n * to.of_n + j * to.of_j + i * to.of_i;
             if (++i == I) {
                 i = 0;
@@ -195,20 +214,22 @@ int NAME(convolution)(GEOMETRY, const float *x, const float *w, float *y)
     OUTPUT_SIDES;
     const int64_t Hp = H + 2 * py, Wp = W + 2 * px, taps = ky * kx, padded = py || px;
     const int64_t width = K > VL ? 2 * VL : VL, weights = round_up(K, width) * taps * C;
+    const int64_t copied = NAME(copies_of)(taps, C, sx * C, K);
     void *memory;
-    float *B = allocate(weights + (padded ? N * Hp * Wp * C : 0), &memory);
+    float *B = allocate(weights + copied + (padded ? N * Hp * Wp * C : 0), &memory);
     if (!B)
         return 1;
+    float *copies = copied ? B + weights : 0, *X = B + weights + copied;
     NAME(pack_weights)(C, K, taps, w, width, B);
     if (padded)
-        NAME(pad)(N, H, W, C, py, py, px, px, x, B + weights);
-    const float *in = padded ? B + weights : x;
+        NAME(pad)(N, H, W, C, py, py, px, px, x, X);
+    const float *in = padded ? X : x;
     if (taps == 1 && sy == 1 && sx == 1) /* one row of all pixels */
-        NAME(multiply)(1, 1, N * Hp * Wp, in, (NAME(steps)){0, 0, C}, 1, 0, C, B, K, y,
+        NAME(multiply)(1, 1, N * Hp * Wp, in, (NAME(steps)){0, 0, C}, 1, 0, C, B, K, copies, y,
                        (NAME(steps)){0, 0, K});
     else
         NAME(multiply)(N, OH, OW, in, (NAME(steps)){Hp * Wp * C, sy * Wp * C, sx * C}, ky, Wp * C,
-                       kx * C, B, K, y, (NAME(steps)){OH * OW * K, OW * K, K});
+                       kx * C, B, K, copies, y, (NAME(steps)){OH * OW * K, OW * K, K});
     free(memory);
     return 0;
 }
@@ -255,13 +276,15 @@ int NAME(convolution_gx)(GEOMETRY, const float *gy, const float *w, float *gx)
     NAME(zeros_around)(W, OW, kx, sx, px, &left, &right);
     const int64_t Hp = OH + top + bottom, Wp = OW + left + right, padded = Hp > OH || Wp > OW;
     const int64_t width = C > VL ? 2 * VL : VL, weights = round_up(C, width) * ky * kx * K;
+    const int64_t copied = NAME(copies_of)(ky * kx, K, K, C);
     void *memory;
-    float *B = allocate(weights + (padded ? N * Hp * Wp * K : 0), &memory);
+    float *B = allocate(weights + copied + (padded ? N * Hp * Wp * K : 0), &memory);
     if (!B)
         return 1;
+    float *copies = copied ? B + weights : 0, *Y = B + weights + copied;
     if (padded)
-        NAME(pad)(N, OH, OW, K, top, bottom, left, right, gy, B + weights);
-    const float *in = padded ? B + weights : gy;
+        NAME(pad)(N, OH, OW, K, top, bottom, left, right, gy, Y);
+    const float *in = padded ? Y : gy;
     for (int64_t ry = 0; ry < sy && ry < H; ry++)
         for (int64_t rx = 0; rx < sx && rx < W; rx++) {
             const NAME(meeting) my = NAME(meeting_of)(ry, ky, sy, py);
@@ -283,13 +306,17 @@ int NAME(convolution_gx)(GEOMETRY, const float *gy, const float *w, float *gx)
                         const int64_t valid = C - c < width ? C - c : width;
                         float *b = B + c * taps * K + (t * K + q) * width;
                         const float *from = w + ((q * C + c) * ky + ty) * kx + tx;
-                        for (int64_t i = 0; i < valid; i++)
-                            b[i] = from[i * ky * kx];
+                        if (ky * kx == 1)
+                            memcpy(b, from, valid * sizeof *b);
+                        else
+                            for (int64_t i = 0; i < valid; i++)
+                                b[i] = from[i * ky * kx];
                         for (int64_t i = valid; i < width; i++)
                             b[i] = 0;
                     }
             NAME(multiply)(N, J, I, in + ((my.first + top) * Wp + mx.first + left) * K,
-                           (NAME(steps)){Hp * Wp * K, Wp * K, K}, my.n, Wp * K, mx.n * K, B, C, out,
+                           (NAME(steps)){Hp * Wp * K, Wp * K, K}, my.n, Wp * K, mx.n * K, B, C, copies,
+                           out,
                            (NAME(steps)){H * W * C, sy * W * C, sx * C});
         }
     free(memory);
@@ -324,10 +351,11 @@ int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
     float *A = allocate(a_size + b_size + size + (padded ? N * Hp * Wp * C : 0), &memory);
     if (!A)
         return 1;
-    float *B = A + a_size, *G = B + b_size;
+    const int in_place = ky * kx == 1 && line == row;
+    float *B = A + a_size, *G = in_place ? gw : B + b_size, *X = B + b_size + size;
     if (padded)
-        NAME(pad)(N, H, W, C, py, py, px, px, x, G + size);
-    const float *in = padded ? G + size : x;
+        NAME(pad)(N, H, W, C, py, py, px, px, x, X);
+    const float *in = padded ? X : x;
     memset(G, 0, size * sizeof *G);
     int64_t off[PIXELS], n = 0, j = 0, i = 0;
     for (int64_t start = 0; start < P; start += PIXELS) {
@@ -365,7 +393,7 @@ int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
                 }
             }
     }
-    for (int64_t f = 0; f < K; f++)
+    for (int64_t f = 0; f < K && !in_place; f++)
         for (int64_t ty = 0; ty < ky; ty++)
             for (int64_t tx = 0; tx < kx; tx++)
                 for (int64_t c = 0; c < C; c++)

@@ -21,43 +21,60 @@
 #define ROWS 32
 
 /* Per channel, two sums over the rows of [P, C]: blocks of 32 rows are summed in float32, each from
-   0, and the blocks in float64, one after the other. */
-#define SUMS(VECTORS, SINGLES)                                                              \
+   0, and the blocks in float64, one after the other. Four vectors at once have pages and cache lines
+   in common. */
+#undef VECTORS_OF
+#define VECTORS_OF(U, TERMS)                                                                \
+    for (; c + U * VL <= C; c += U * VL) {                                                  \
+        vf s[U], q[U];                                                                      \
+        UNROLL for (int u = 0; u < U; u++) s[u] = q[u] = EACH_IS(0.0f);                     \
+        for (int64_t p = start; p < end; p++)                                               \
+            UNROLL for (int u = 0; u < U; u++) {                                            \
+                const int64_t o = p * C + c + u * VL;                                       \
+                TERMS(LOAD, FMA, vf, s[u], q[u], c + u * VL)                                \
+            }                                                                               \
+        UNROLL for (int u = 0; u < U; u++) {                                                \
+            *(vd *)(sums + c + u * VL) += WIDE(s[u]);                                       \
+            *(vd *)(sums + C + c + u * VL) += WIDE(q[u]);                                   \
+        }                                                                                   \
+    }
+#undef SUMS
+#define SUMS(TERMS)                                                                         \
     memset(sums, 0, 2 * C * sizeof *sums);                                                  \
     for (int64_t start = 0; start < P; start += ROWS) {                                     \
         const int64_t end = P - start < ROWS ? P : start + ROWS;                            \
         int64_t c = 0;                                                                      \
-        for (; c + VL <= C; c += VL) {                                                      \
-            vf s = EACH_IS(0.0f), q = s;                                                    \
-            for (int64_t p = start; p < end; p++) {                                         \
-                const int64_t o = p * C + c;                                                \
-                VECTORS;                                                                    \
-            }                                                                               \
-            *(vd *)(sums + c) += WIDE(s);                                                   \
-            *(vd *)(sums + C + c) += WIDE(q);                                               \
-        }                                                                                   \
+        VECTORS_OF(4, TERMS)                                                                \
+        VECTORS_OF(1, TERMS)                                                                \
         for (; c < C; c++) {                                                                \
             float s = 0, q = 0;                                                             \
             for (int64_t p = start; p < end; p++) {                                         \
                 const int64_t o = p * C + c;                                                \
-                SINGLES;                                                                    \
+                TERMS(*, fmaf, float, s, q, c)                                              \
             }                                                                               \
             sums[c] += s;                                                                   \
             sums[C + c] += q;                                                               \
         }                                                                                   \
     }
 
+#define OF_VALUES(AT, FUSED, type, s, q, c)                                                 \
+    const type v = AT(x + o) - AT(k + c);                                                   \
+    s += v;                                                                                 \
+    q = FUSED(v, v, q);
+#define OF_GRADIENTS(AT, FUSED, type, s, q, c)                                              \
+    const type g = AT(gy + o);                                                              \
+    s += g;                                                                                 \
+    q = FUSED(g, AT(x + o) - AT(k + c), q);
+
 static void NAME(sums_of_values)(int64_t P, int64_t C, const float *x, const float *k, double *sums)
 {
-    SUMS(const vf v = LOAD(x + o) - LOAD(k + c); s += v; q = FMA(v, v, q),
-         const float v = x[o] - k[c]; s += v; q = fmaf(v, v, q))
+    SUMS(OF_VALUES)
 }
 
 static void NAME(sums_of_gradients)(int64_t P, int64_t C, const float *x, const float *k,
                                     const float *gy, double *sums)
 {
-    SUMS(const vf g = LOAD(gy + o); s += g; q = FMA(g, LOAD(x + o) - LOAD(k + c), q),
-         const float g = gy[o]; s += g; q = fmaf(g, x[o] - k[c], q))
+    SUMS(OF_GRADIENTS)
 }
 
 /* y = (x - k) * scale + shift, where k, scale and shift [3, C] come from the statistics. */
@@ -88,12 +105,12 @@ int NAME(batch_normalization)(int64_t P, int64_t C, double eps, double decay, co
     double *sums = (double *)(coefficients + round_up(3 * C, 2));
     if (!k)
         return 1;
-    for (int64_t c = 0; c < C; c++) {
-        double sum = 0;
-        for (int64_t i = 0; i < 16; i++)
-            sum += x[P * i / 16 * C + c];
-        k[c] = sum / 16;
-    }
+    memset(sums, 0, C * sizeof *sums);
+    for (int64_t i = 0; i < 16; i++)
+        for (int64_t c = 0; c < C; c++)
+            sums[c] += x[P * i / 16 * C + c];
+    for (int64_t c = 0; c < C; c++)
+        k[c] = sums[c] / 16;
     NAME(sums_of_values)(P, C, x, k, sums);
     double *mean = saved, *inv_std = saved + C;
     for (int64_t c = 0; c < C; c++) {
