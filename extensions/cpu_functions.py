@@ -270,21 +270,24 @@ def _fixed_batch_normalization(node, inputs):
 # ---------------------------------------------------------------- ReLU and max pooling
 
 
-def _in_order_of(array, like):
-    """Returns the array, or a copy, with the strides of another."""
-    if array.strides == like.strides and array.flags.aligned:
-        return array
-    copy = np.empty_like(like)
-    copy[...] = array
-    return copy
+def _in_memory(array):
+    """Returns the array, or a copy, in the order in which these functions keep it in memory."""
+    return _channels_last(array) if array.ndim == 4 else _packed(array)
+
+
+def _empty_like(array):
+    """Returns a new array for :func:`_in_memory` of another, and the same in Chainer's shape."""
+    out = np.empty(array.shape, np.float32)
+    return out, out.transpose(0, 3, 1, 2) if out.ndim == 4 else out
 
 
 def _relu(node, inputs):
     if not _fit(*inputs):
         return NotImplemented
     node.retain_outputs((0,))
-    y = np.empty_like(inputs[0])  # packed, with the axes in the order of the input's
-    _call('relu', y.size, _in_order_of(inputs[0], y), y)
+    x = _in_memory(inputs[0])
+    out, y = _empty_like(x)
+    _call('relu', out.size, x, out)
     return (y,)
 
 
@@ -292,9 +295,9 @@ def _relu_backward(node, indexes, grad_outputs):
     y, gy = node.get_retained_outputs()[0].array, grad_outputs[0].array
     if not _gradients_of((y, gy)):
         return NotImplemented
-    y = _in_order_of(y, np.empty_like(y))
-    gx = np.empty_like(y)
-    _call('relu_gx', gx.size, y, _in_order_of(gy, gx), gx)
+    y = _in_memory(y)
+    out, gx = _empty_like(y)
+    _call('relu_gx', out.size, y, _in_memory(gy), out)
     return _variables(indexes, (lambda: gx,))
 
 
