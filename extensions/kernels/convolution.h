@@ -299,18 +299,20 @@ int NAME(convolution_gx)(GEOMETRY, const float *gy, const float *w, float *gx)
                 continue;
             }
             const int64_t taps = my.n * mx.n;
-            for (int64_t q = 0; q < K; q++)
-                for (int64_t c = 0; c < C; c += width)
+            for (int64_t c = 0; c < C; c += width)
+                for (int64_t q = 0; q < K; q++)
                     for (int64_t t = 0; t < taps; t++) {
                         const int64_t ty = my.last - sy * (t / mx.n), tx = mx.last - sx * (t % mx.n);
                         const int64_t valid = C - c < width ? C - c : width;
                         float *b = B + c * taps * K + (t * K + q) * width;
                         const float *from = w + ((q * C + c) * ky + ty) * kx + tx;
-                        if (ky * kx == 1)
-                            memcpy(b, from, valid * sizeof *b);
-                        else
-                            for (int64_t i = 0; i < valid; i++)
-                                b[i] = from[i * ky * kx];
+                        if (ky * kx == 1 && valid == width) {
+                            for (int64_t i = 0; i < width; i += VL)
+                                STORE(b + i, LOAD(from + i));
+                            continue;
+                        }
+                        for (int64_t i = 0; i < valid; i++)
+                            b[i] = from[i * ky * kx];
                         for (int64_t i = valid; i < width; i++)
                             b[i] = 0;
                     }
