@@ -83,12 +83,12 @@ def _fit(*arrays) -> bool:
     return all(type(a) is np.ndarray and a.dtype == _FLOAT32 and a.size for a in arrays)
 
 
-def _call(name, *arguments):
+def _call(name, numbers, *arrays):
     """Calls a function. For C, arrays become their addresses, and None a null pointer."""
     if _implementation == 'numpy':
-        _functions[name](*arguments)
+        _functions[name](*numbers, *arrays)
         return
-    _functions[name](*[kernels.address(a) if type(a) is np.ndarray else a for a in arguments])
+    _functions[name](*numbers, *[a if a is None else kernels.address(a) for a in arrays])
 
 
 def _packed(array):
@@ -141,9 +141,9 @@ def _convolution(node, inputs):
         return NotImplemented
     node.retain_inputs((0, 1))
     out, y = _empty_image(len(x), len(W), *node._get_out_size(x.shape, W.shape))
-    _call('convolution', *geometry, _channels_last(x), _packed(W), out)
+    _call('convolution', geometry, _channels_last(x), _packed(W), out)
     if b:
-        _call('add_bias', out.size // len(W), len(W), _packed(b[0]), out)
+        _call('add_bias', (out.size // len(W), len(W)), _packed(b[0]), out)
     return (y,)
 
 
@@ -157,12 +157,12 @@ def _convolution_backward(node, indexes, grad_outputs):
 
     def by_x():
         out, gx = _empty_image(*x.shape)
-        _call('convolution_gx', *geometry, gy, _packed(W), out)
+        _call('convolution_gx', geometry, gy, _packed(W), out)
         return gx
 
     def by_W():
         gW = np.empty(W.shape, np.float32)
-        _call('convolution_gw', *geometry, _channels_last(x), gy, gW)
+        _call('convolution_gw', geometry, _channels_last(x), gy, gW)
         return gW
 
     return _variables(indexes, (by_x, by_W, lambda: _sum_of_rows(gy)))
@@ -171,7 +171,7 @@ def _convolution_backward(node, indexes, grad_outputs):
 def _sum_of_rows(gy):
     """Returns the sums over all but the last axis."""
     gb = np.empty(gy.shape[-1], np.float32)
-    _call('sum_pixels', 1, gy.size // gb.size, gb.size, 1.0, gy, gb)
+    _call('sum_pixels', (1, gy.size // gb.size, gb.size, 1.0), gy, gb)
     return gb
 
 
@@ -201,10 +201,7 @@ def _batch_normalization(node, inputs):
     out, y = _empty_image(*x.shape)
     _call(
         'batch_normalization',
-        n * height * width,
-        channels,
-        node.eps,
-        node.decay,
+        (n * height * width, channels, node.eps, node.decay),
         _channels_last(x),
         _packed(gamma),
         _packed(beta),
@@ -229,8 +226,7 @@ def _batch_normalization_backward(node, indexes, grad_outputs):
     ggamma, gbeta = np.empty((2, channels), np.float32)
     _call(
         'batch_normalization_gradients',
-        n * height * width,
-        channels,
+        (n * height * width, channels),
         _channels_last(x),
         _packed(gamma),
         node.saved,
@@ -257,9 +253,7 @@ def _fixed_batch_normalization(node, inputs):
     out, y = _empty_image(*x.shape)
     _call(
         'fixed_batch_normalization',
-        x.size // len(gamma),
-        len(gamma),
-        node.eps,
+        (x.size // len(gamma), len(gamma), node.eps),
         _channels_last(x),
         *map(_packed, inputs[1:]),
         out,
@@ -287,7 +281,7 @@ def _relu(node, inputs):
     node.retain_outputs((0,))
     x = _in_memory(inputs[0])
     out, y = _empty_like(x)
-    _call('relu', out.size, x, out)
+    _call('relu', (out.size,), x, out)
     return (y,)
 
 
@@ -297,7 +291,7 @@ def _relu_backward(node, indexes, grad_outputs):
         return NotImplemented
     y = _in_memory(y)
     out, gx = _empty_like(y)
-    _call('relu_gx', out.size, y, _in_memory(gy), out)
+    _call('relu_gx', (out.size,), y, _in_memory(gy), out)
     return _variables(indexes, (lambda: gx,))
 
 
@@ -314,8 +308,8 @@ def _max_pooling(node, inputs):
     node.retain_inputs((0,))
     out, y = _empty_image(n, channels, *outs)
     node.pixels = np.empty(out.shape, np.int32)
-    windows = *node.ksize, *node.stride, *node.pad
-    _call('max_pooling', n, *sides, channels, *windows, _channels_last(x), out, node.pixels)
+    geometry = n, *sides, channels, *node.ksize, *node.stride, *node.pad
+    _call('max_pooling', geometry, _channels_last(x), out, node.pixels)
     return (y,)
 
 
@@ -330,8 +324,9 @@ def _max_pooling_backward(node, indexes, grad_outputs):
     out, gx = _empty_image(*shape)
     channels = shape[1]
     pixels_of_x, pixels = out.size // channels, gy.size // channels
-    gy = _channels_last(gy)
-    _call('max_pooling_gx', pixels_of_x, pixels, channels, gy, node.pixels, out)
+    _call(
+        'max_pooling_gx', (pixels_of_x, pixels, channels), _channels_last(gy), node.pixels, out
+    )
     return _variables(indexes, (lambda: gx,))
 
 
@@ -345,8 +340,7 @@ def _average(node, inputs):
     n, channels, height, width = x.shape
     node.multiplier = 1 / (height * width)
     y = np.empty((n, channels), np.float32)
-    x = _channels_last(x)
-    _call('sum_pixels', n, height * width, channels, node.multiplier, x, y)
+    _call('sum_pixels', (n, height * width, channels, node.multiplier), _channels_last(x), y)
     return (y,)
 
 
@@ -356,7 +350,7 @@ def _average_backward(node, indexes, grad_outputs):
         return NotImplemented
     out, gx = _empty_image(*shape)
     n, channels, height, width = shape
-    _call('spread', n, height * width, channels, node.multiplier, _packed(gy), out)
+    _call('spread', (n, height * width, channels, node.multiplier), _packed(gy), out)
     return _variables(indexes, (lambda: gx,))
 
 
@@ -377,9 +371,9 @@ def _linear(node, inputs):
     node.retain_inputs((0, 1))
     x, W, *b = map(_packed, inputs)
     y = np.empty((len(x), len(W)), np.float32)
-    _call('convolution', *_linear_geometry(x, W), x, W, y)
+    _call('convolution', _linear_geometry(x, W), x, W, y)
     if b:
-        _call('add_bias', *y.shape, b[0], y)
+        _call('add_bias', y.shape, b[0], y)
     return (y,)
 
 
@@ -392,12 +386,12 @@ def _linear_backward(node, indexes, grad_outputs):
 
     def by_x():
         gx = np.empty(x.shape, np.float32)
-        _call('convolution_gx', *_linear_geometry(x, W), gy, W, gx)
+        _call('convolution_gx', _linear_geometry(x, W), gy, W, gx)
         return gx
 
     def by_W():
         gW = np.empty(W.shape, np.float32)
-        _call('convolution_gw', *_linear_geometry(x, W), x, gy, gW)
+        _call('convolution_gw', _linear_geometry(x, W), x, gy, gW)
         return gW
 
     return _variables(indexes, (by_x, by_W, lambda: _sum_of_rows(gy)))
@@ -423,8 +417,8 @@ def _softmax_cross_entropy(node, inputs):
     node.labels = np.where(ignored, -1, t).astype(np.int32)
     node.y = np.empty(x.shape, np.float32)
     mean, each = np.empty((), np.float32), np.empty(len(x), np.float32)
-    arguments = _packed(x), node.labels, -1, node._coeff, node.y, mean, each
-    _call('softmax_cross_entropy', *x.shape, *arguments)
+    numbers = *x.shape, -1, node._coeff
+    _call('softmax_cross_entropy', numbers, _packed(x), node.labels, node.y, mean, each)
     return (each if node.reduce == 'no' else mean,)
 
 
@@ -433,8 +427,8 @@ def _softmax_cross_entropy_backward(node, indexes, grad_outputs):
     if not hasattr(node, 'labels') or not _gradients_of((gloss,)):
         return NotImplemented
     gx = np.empty(node.y.shape, np.float32)
-    factor = float(gloss) * node._coeff
-    _call('softmax_cross_entropy_gx', *gx.shape, node.y, node.labels, -1, factor, gx)
+    numbers = *gx.shape, -1, float(gloss) * node._coeff
+    _call('softmax_cross_entropy_gx', numbers, node.y, node.labels, gx)
     return chainer.Variable(gx, requires_grad=False), None
 
 

@@ -46,7 +46,8 @@ def undo(methods: dict | None = None):
 def _or_chainers(method, original):
     @functools.wraps(original)
     def replaced(node, *arguments):
-        if any(layout is not None for layout in node.input_layouts):
+        layouts = node.input_layouts
+        if layouts.count(None) < len(layouts):
             return original(node, *arguments)
         result = method(node, *arguments)
         return original(node, *arguments) if result is NotImplemented else result

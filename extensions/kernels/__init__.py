@@ -93,8 +93,8 @@ def _arguments() -> dict:
         'sum_pixels': [size, size, size, real, pointer, pointer],
         'spread': [size, size, size, real, pointer, pointer],
         'add_bias': [size, size, pointer, pointer],
-        'softmax_cross_entropy': [size, size, pointer, pointer, integer, real, *3 * [pointer]],
-        'softmax_cross_entropy_gx': [size, size, pointer, pointer, integer, real, pointer],
+        'softmax_cross_entropy': [size, size, integer, real, *5 * [pointer]],
+        'softmax_cross_entropy_gx': [size, size, integer, real, *3 * [pointer]],
     }
 
 

@@ -23,7 +23,6 @@
 /* Per channel, two sums over the rows of [P, C]: blocks of 32 rows are summed in float32, each from
    0, and the blocks in float64, one after the other. Four vectors at once have pages and cache lines
    in common. */
-#undef VECTORS_OF
 #define VECTORS_OF(U, TERMS)                                                                \
     for (; c + U * VL <= C; c += U * VL) {                                                  \
         vf s[U], q[U];                                                                      \
@@ -38,7 +37,6 @@
             *(vd *)(sums + C + c + u * VL) += WIDE(q[u]);                                   \
         }                                                                                   \
     }
-#undef SUMS
 #define SUMS(TERMS)                                                                         \
     memset(sums, 0, 2 * C * sizeof *sums);                                                  \
     for (int64_t start = 0; start < P; start += ROWS) {                                     \
@@ -282,8 +280,8 @@ void NAME(add_bias)(int64_t P, int64_t K, const float *b, float *y)
    those whose t is `ignored`. Each image's own, without the factor, is put into losses [N], and
    softmax(x) into y. Sums over classes go from the first to the last. All is float64, until it is
    stored. */
-void NAME(softmax_cross_entropy)(int64_t N, int64_t K, const float *x, const int32_t *t,
-                                 int32_t ignored, double factor, float *y, float *loss,
+void NAME(softmax_cross_entropy)(int64_t N, int64_t K, int32_t ignored, double factor,
+                                 const float *x, const int32_t *t, float *y, float *loss,
                                  float *losses)
 {
     double total = 0;
@@ -304,8 +302,8 @@ void NAME(softmax_cross_entropy)(int64_t N, int64_t K, const float *x, const int
 }
 
 /* gx = factor * (y - 1 where the class is t), 0 where t is ignored. */
-void NAME(softmax_cross_entropy_gx)(int64_t N, int64_t K, const float *y, const int32_t *t,
-                                    int32_t ignored, double factor, float *gx)
+void NAME(softmax_cross_entropy_gx)(int64_t N, int64_t K, int32_t ignored, double factor,
+                                    const float *y, const int32_t *t, float *gx)
 {
     for (int64_t n = 0; n < N; n++)
         for (int64_t k = 0; k < K; k++, y++, gx++)
@@ -317,4 +315,7 @@ void NAME(softmax_cross_entropy_gx)(int64_t N, int64_t K, const float *y, const 
 #undef IF_ABOVE_0
 #undef EACH
 #undef ROWS
+#undef VECTORS_OF
 #undef SUMS
+#undef OF_VALUES
+#undef OF_GRADIENTS

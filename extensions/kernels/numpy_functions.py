@@ -215,7 +215,7 @@ def add_bias(P, K, b, y):
     y.reshape(P, K)[...] += b
 
 
-def softmax_cross_entropy(N, K, x, t, ignored, factor, y, loss, losses):
+def softmax_cross_entropy(N, K, ignored, factor, x, t, y, loss, losses):
     z = x - x.max(1, keepdims=True).astype(np.float64)
     e = np.exp(z)
     sums = e.sum(1)
@@ -226,7 +226,7 @@ def softmax_cross_entropy(N, K, x, t, ignored, factor, y, loss, losses):
     losses[...] = 0 - of_t
 
 
-def softmax_cross_entropy_gx(N, K, y, t, ignored, factor, gx):
+def softmax_cross_entropy_gx(N, K, ignored, factor, y, t, gx):
     one_hot = np.arange(K) == t[:, np.newaxis]
     gx[...] = np.where(t == ignored, 0, factor)[:, np.newaxis] * (y - one_hot)
 

@@ -362,7 +362,7 @@ def test_threads_share_nothing():
     def convolve(_):
         out = np.empty((4, 14, 14, 64), np.float32)
         geometry = 4, 14, 14, 64, 64, 3, 3, 1, 1, 1, 1
-        functions._call('convolution', *geometry, functions._channels_last(x), W, out)
+        functions._call('convolution', geometry, functions._channels_last(x), W, out)
         return out.tobytes()
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

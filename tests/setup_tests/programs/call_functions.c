@@ -111,9 +111,9 @@ static void finish(int64_t N, int64_t P, int64_t C)
     int (*sum)(int64_t, int64_t, int64_t, double, const float *, float *) = function("sum_pixels");
     void (*spread)(int64_t, int64_t, int64_t, double, const float *, float *) = function("spread");
     void (*bias)(int64_t, int64_t, const float *, float *) = function("add_bias");
-    void (*loss)(int64_t, int64_t, const float *, const int32_t *, int32_t, double, float *, float *,
+    void (*loss)(int64_t, int64_t, int32_t, double, const float *, const int32_t *, float *, float *,
                  float *) = function("softmax_cross_entropy");
-    void (*gx)(int64_t, int64_t, const float *, const int32_t *, int32_t, double, float *) =
+    void (*gx)(int64_t, int64_t, int32_t, double, const float *, const int32_t *, float *) =
         function("softmax_cross_entropy_gx");
     float *x = values(N * P * C), *y = values(N * C), *z = values(N * C), *b = values(C), value;
     int32_t *t = malloc(N * sizeof *t);
@@ -122,9 +122,9 @@ static void finish(int64_t N, int64_t P, int64_t C)
     if (sum(N, P, C, 1.0 / P, x, y))
         exit(1);
     bias(N, C, b, y), put(y, N * C * sizeof *y);
-    loss(N, C, y, t, -1, 1.0 / N, z, &value, x), put(&value, sizeof value), put(x, N * sizeof *x);
+    loss(N, C, -1, 1.0 / N, y, t, z, &value, x), put(&value, sizeof value), put(x, N * sizeof *x);
     put(z, N * C * sizeof *z);
-    gx(N, C, z, t, -1, 1.0 / 3, y), put(y, N * C * sizeof *y);
+    gx(N, C, -1, 1.0 / 3, z, t, y), put(y, N * C * sizeof *y);
     spread(N, P, C, 1.0 / P, y, x), put(x, N * P * C * sizeof *x);
 }
 
@@ -148,10 +148,11 @@ static void all(void)
         {1, 9, 9, 4, 4, 2, 2, 3, 3, 0, 0},      {2, 3, 2, 2, 7, 5, 5, 4, 4, 3, 3},
         {1, 4, 5, 260, 9, 3, 1, 1, 1, 1, 0},    {1, 19, 17, 5, 40, 1, 1, 1, 1, 1, 1},
         {2, 3, 9, 2, 3, 2, 2, 9, 9, 2, 2},      {2, 6, 6, 64, 64, 3, 3, 1, 1, 1, 1},
+        {2, 5, 4, 1024, 40, 1, 1, 1, 1, 0, 0},  {2, 9, 8, 512, 1024, 1, 1, 2, 2, 0, 0},
     };
     for (size_t k = 0; k < sizeof geometries / sizeof *geometries; k++)
         convolve(geometries[k]);
-    normalize(77, 35), normalize(1, 3), normalize(640, 16);
+    normalize(77, 35), normalize(1, 3), normalize(640, 16), normalize(70, 83);
     pool(3), pool(40);
     finish(5, 7, 10), finish(2, 1, 33);
 }
