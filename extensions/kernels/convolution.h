@@ -331,7 +331,13 @@ static void NAME(pack)(int64_t rows, int64_t n, int64_t width, const float *in, 
                        int64_t step, float *out)
 {
     for (int64_t q = 0; q < rows; q++, out += width) {
-        memcpy(out, in + (off ? off[q] : q * step), n * sizeof *out);
+        const float *from = in + (off ? off[q] : q * step);
+        if (n == width) {
+            for (int64_t i = 0; i < width; i += VL)
+                STORE(out + i, LOAD(from + i));
+            continue;
+        }
+        memcpy(out, from, n * sizeof *out);
         memset(out + n, 0, (width - n) * sizeof *out);
     }
 }
@@ -340,7 +346,8 @@ static void NAME(pack)(int64_t rows, int64_t n, int64_t width, const float *in, 
 #define PIXELS 128
 
 /* gw. A sum's order: blocks of 128 pixels of y, one after the other, each summed from 0. Up to 256
-   channels, x is read where it lies: beyond, its rows are too far apart for the caches. */
+   channels, x is read where it lies: beyond, its rows are too far apart for the caches. In the copy
+   with zeros around it, a vector may go beyond the row: no result depends on the rest. */
 int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
 {
     OUTPUT_SIDES;
@@ -348,15 +355,17 @@ int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
     const int two = row > VL && (row % (2 * VL) == 0 || row % (2 * VL) > VL);
     const int64_t height = two ? GTILE2 : GTILE1, width = two ? 2 * VL : VL;
     const int64_t line = round_up(row, width), a_size = height * PIXELS, b_size = width * PIXELS;
-    const int64_t size = K * ky * line;
+    const int64_t size = K * ky * line, pixels = N * Hp * Wp * C;
     void *memory;
-    float *A = allocate(a_size + b_size + size + (padded ? N * Hp * Wp * C : 0), &memory);
+    float *A = allocate(a_size + b_size + size + (padded ? pixels + width : 0), &memory);
     if (!A)
         return 1;
     const int in_place = ky * kx == 1 && line == row;
     float *B = A + a_size, *G = in_place ? gw : B + b_size, *X = B + b_size + size;
-    if (padded)
+    if (padded) {
         NAME(pad)(N, H, W, C, py, py, px, px, x, X);
+        memset(X + pixels, 0, width * sizeof *X);
+    }
     const float *in = padded ? X : x;
     memset(G, 0, size * sizeof *G);
     int64_t off[PIXELS], n = 0, j = 0, i = 0;
@@ -375,7 +384,7 @@ int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
         for (int64_t t = 0; t < ky; t++)
             for (int64_t c = 0; c < row; c += width) {
                 const int64_t valid = row - c < width ? row - c : width;
-                const int direct = C <= 256 && valid == width;
+                const int direct = C <= 256 && (valid == width || padded);
                 if (!direct)
                     NAME(pack)(m, valid, width, in + t * Wp * C + c, off, 0, B);
                 const float *b = direct ? in + t * Wp * C + c : B;
