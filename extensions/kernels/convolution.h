@@ -180,30 +180,32 @@ static void NAME(multiply)(int64_t N, int64_t J, int64_t I, const float *in, NAM
     }
 }
 
-/* B [K / width][tap][C][width] = w [K, C, tap], with zeros beyond K. Without taps, a cache line of
-   each row is read at once: rows that are a power of 2 apart push each other out of the cache. */
+#undef COLUMNS
+#define COLUMNS 128
+
+/* B [K / width][tap][C][width] = w [K, C, tap], with zeros beyond K. Up to 128 values of each row
+   are copied first, to rows that do not push each other out of the cache. */
 static void NAME(pack_weights)(int64_t C, int64_t K, int64_t taps, const float *w, int64_t width,
                                float *B)
 {
-    for (int64_t f = 0; f < K; f += width, w += width * C * taps, B += taps * C * width) {
+    const int64_t pitch = COLUMNS + 16, row = C * taps;
+    float copy[2 * VL * (COLUMNS + 16)] = {0};
+    for (int64_t f = 0; f < K; f += width, w += width * row, B += row * width) {
         const int64_t valid = K - f < width ? K - f : width;
         if (valid < width)
-            memset(B, 0, taps * C * width * sizeof *B);
-        if (taps > 1) {
-            for (int64_t c = 0; c < C; c++)
-                for (int64_t t = 0; t < taps; t++) {
-                    float *b = B + (t * C + c) * width;
-                    const float *q = w + c * taps + t;
-                    for (int64_t i = 0; i < valid; i++)
-                        b[i] = q[i * C * taps];
-                }
-            continue;
-        }
-        for (int64_t c = 0; c < C; c += 16) {
-            const int64_t n = C - c < 16 ? C - c : 16;
+            memset(copy, 0, sizeof copy);
+        int64_t c = 0, t = 0;
+        for (int64_t start = 0; start < row; start += COLUMNS) {
+            const int64_t n = row - start < COLUMNS ? row - start : COLUMNS;
             for (int64_t i = 0; i < valid; i++)
-                for (int64_t q = 0; q < n; q++)
-                    B[(c + q) * width + i] = w[i * C + c + q];
+                memcpy(copy + i * pitch, w + i * row + start, n * sizeof *copy);
+            for (int64_t q = 0; q < n; q++) {
+                float *b = B + (t * C + c) * width;
+                for (int64_t i = 0; i < width; i++)
+                    b[i] = copy[i * pitch + q];
+                if (++t == taps)
+                    t = 0, c++;
+            }
         }
     }
 }
