@@ -231,6 +231,35 @@ def test_each_compilers_functions_have_the_same_bits(digests, compiler):
     assert set(found) == set(kernels.functions or found) and set(found.values()) == {BITS}
 
 
+def test_no_function_reads_or_writes_beyond_an_array(root, tmp_path):
+    """GCC's sanitizers find nothing, in any instruction set."""
+    sanitizers = '-fsanitize=address,undefined'
+    kernel_files = [root / 'extensions' / 'kernels' / name for name in ('kernels.c', 'functions.c')]
+    library, program = tmp_path / 'library.so', tmp_path / 'call_functions'
+    options = [sanitizers, '-g', '-O1', '-ffp-contract=off', '-fno-math-errno', '-fPIC', '-shared']
+    linked = subprocess.run(
+        ['gcc', *options, *kernel_files, '-lm', '-o', library],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if 'cannot find' in linked.stderr:
+        pytest.skip('gcc has no sanitizers: apt install libgcc-N-dev')
+    assert linked.returncode == 0, linked.stderr
+    source = PROGRAMS / 'call_functions.c'
+    subprocess.run(['gcc', sanitizers, source, '-ldl', '-o', program], check=True)
+    done = subprocess.run(
+        [program, library, tmp_path / 'result'],
+        env={**os.environ, 'ASAN_OPTIONS': 'detect_leaks=0', 'UBSAN_OPTIONS': 'halt_on_error=1'},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob('result.*')}
+    assert digests == {BITS}
+
+
 @pytest.mark.skipif(platform.machine() != 'x86_64', reason='for x86-64')
 @pytest.mark.parametrize('model', X86)
 def test_functions_on_older_processors(digests, model):
