@@ -324,9 +324,7 @@ def _max_pooling_backward(node, indexes, grad_outputs):
     out, gx = _empty_image(*shape)
     channels = shape[1]
     pixels_of_x, pixels = out.size // channels, gy.size // channels
-    _call(
-        'max_pooling_gx', (pixels_of_x, pixels, channels), _channels_last(gy), node.pixels, out
-    )
+    _call('max_pooling_gx', (pixels_of_x, pixels, channels), _channels_last(gy), node.pixels, out)
     return _variables(indexes, (lambda: gx,))
 
 

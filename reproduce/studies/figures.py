@@ -211,7 +211,8 @@ def comparison(out: str):
         marker = 'k*' if team.startswith('Akiba') else marker
         axis.plot([0.7, minutes], [y, y], 'k:', lw=0.6)
         axis.plot(minutes, y, marker, mec='k', ms=13 if '*' in marker else 7)
-        text = f'{_time(minutes)}, {top1:g} % ({source})'
+        percent = max(f'{top1:.1f}', f'{top1:g}', key=len)
+        text = f'{_time(minutes)}, {percent} % ({source})'
         axis.annotate(text, (minutes, y), (9, 0), textcoords='offset points', va='center')
     axis.plot([], [], 'k*', ms=12, label='Akiba et al.')
     axis.plot([], [], 'ks', label='what the authors compared with')
