@@ -76,7 +76,7 @@ def test_published_results(drawn):
     for label, expected in {
         'He et al.: 256, P100 x 8': ('29 h, 75.3 % (A, T)', 29 * 60, 's'),
         'Goyal et al.: 8,192, P100 x 256': ('60 min, 76.3 % (A, T)', 60, 's'),
-        'Codreanu et al.: 11,520, KNL 7250 x 720': ('62 min, 75 % (T)', 62, 's'),
+        'Codreanu et al.: 11,520, KNL 7250 x 720': ('62 min, 75.0 % (T)', 62, 's'),
         'You et al.: 16,000, Xeon 8160 x 1,600': ('31 min, 75.3 % (T)', 31, 's'),
         'Akiba et al.: 32,768, P100 x 1,024': ('15 min, 74.9 % (A, T)', 15, '*'),
         'Jia et al.: 65,536, P40 x 2,048': ('6.6 min, 75.8 % (O)', 6.6, 'o'),
