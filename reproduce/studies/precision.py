@@ -428,7 +428,7 @@ def plot(errors: dict, out: str):
     workers = list(errors)
     kinds = list(errors[workers[0]])
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(10, 3.6), sharex=True, sharey=True, constrained_layout=True
+        1, len(kinds), figsize=(10, 4.2), sharex=True, sharey=True, constrained_layout=True
     )
     for axis, kind in zip(axes, kinds):
         for name, style in zip(errors[workers[0]][kind], _STYLES):
@@ -439,7 +439,8 @@ def plot(errors: dict, out: str):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel('relative error of the mean')
-    axes[0].legend(fontsize='small')
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc='outside lower center', ncols=3)
     save(figure, os.path.join(out, 'precision.png'))
 
 
