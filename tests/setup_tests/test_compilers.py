@@ -255,6 +255,8 @@ def test_no_function_reads_or_writes_beyond_an_array(root, tmp_path):
         text=True,
         check=False,
     )
+    if 'Shadow memory range interleaves' in done.stderr:
+        pytest.skip("an old GCC's sanitizer fails where vm.mmap_rnd_bits is 32")
     assert done.returncode == 0 and not done.stderr, done.stderr
     digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob('result.*')}
     assert digests == {BITS}
