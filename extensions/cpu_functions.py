@@ -102,8 +102,16 @@ def _channels_last(array):
     return _packed(array.transpose(0, 2, 3, 1))
 
 
-def _empty_image(n, channels, height, width):
-    """Returns an array in channels-last order, and the same in Chainer's shape."""
+def _in_memory(array):
+    """Returns the array, or a copy, in the order in which these functions keep it in memory."""
+    return _channels_last(array) if array.ndim == 4 else _packed(array)
+
+
+def _empty(*shape):
+    """Returns a new array in the order of :func:`_in_memory`, and the same in Chainer's shape."""
+    if len(shape) != 4:
+        return 2 * (np.empty(shape, np.float32),)
+    n, channels, height, width = shape
     array = np.empty((n, height, width, channels), np.float32)
     return array, array.transpose(0, 3, 1, 2)
 
@@ -140,7 +148,7 @@ def _convolution(node, inputs):
     if not geometry or any(array.shape != (len(W),) for array in b):
         return NotImplemented
     node.retain_inputs((0, 1))
-    out, y = _empty_image(len(x), len(W), *node._get_out_size(x.shape, W.shape))
+    out, y = _empty(len(x), len(W), *node._get_out_size(x.shape, W.shape))
     _call('convolution', geometry, _channels_last(x), _packed(W), out)
     if b:
         _call('add_bias', (out.size // len(W), len(W)), _packed(b[0]), out)
@@ -156,7 +164,7 @@ def _convolution_backward(node, indexes, grad_outputs):
     gy = _channels_last(gy)
 
     def by_x():
-        out, gx = _empty_image(*x.shape)
+        out, gx = _empty(*x.shape)
         _call('convolution_gx', geometry, gy, _packed(W), out)
         return gx
 
@@ -198,7 +206,7 @@ def _batch_normalization(node, inputs):
     node.retain_inputs((0, 1))
     n, channels, height, width = x.shape
     node.saved = np.empty((2, channels))
-    out, y = _empty_image(*x.shape)
+    out, y = _empty(*x.shape)
     _call(
         'batch_normalization',
         (n * height * width, channels, node.eps, node.decay),
@@ -222,7 +230,7 @@ def _batch_normalization_backward(node, indexes, grad_outputs):
         _prepare_chainers_backward(node)
         return NotImplemented
     n, channels, height, width = x.shape
-    out, gx = _empty_image(*x.shape)
+    out, gx = _empty(*x.shape)
     ggamma, gbeta = np.empty((2, channels), np.float32)
     _call(
         'batch_normalization_gradients',
@@ -250,7 +258,7 @@ def _fixed_batch_normalization(node, inputs):
     x, gamma, *_ = inputs
     if chainer.config.enable_backprop or not _fit(*inputs) or not _is_over_channels(node, *inputs):
         return NotImplemented
-    out, y = _empty_image(*x.shape)
+    out, y = _empty(*x.shape)
     _call(
         'fixed_batch_normalization',
         (x.size // len(gamma), len(gamma), node.eps),
@@ -264,24 +272,12 @@ def _fixed_batch_normalization(node, inputs):
 # ---------------------------------------------------------------- ReLU and max pooling
 
 
-def _in_memory(array):
-    """Returns the array, or a copy, in the order in which these functions keep it in memory."""
-    return _channels_last(array) if array.ndim == 4 else _packed(array)
-
-
-def _empty_like(array):
-    """Returns a new array for :func:`_in_memory` of another, and the same in Chainer's shape."""
-    out = np.empty(array.shape, np.float32)
-    return out, out.transpose(0, 3, 1, 2) if out.ndim == 4 else out
-
-
 def _relu(node, inputs):
     if not _fit(*inputs):
         return NotImplemented
     node.retain_outputs((0,))
-    x = _in_memory(inputs[0])
-    out, y = _empty_like(x)
-    _call('relu', (out.size,), x, out)
+    out, y = _empty(*inputs[0].shape)
+    _call('relu', (out.size,), _in_memory(inputs[0]), out)
     return (y,)
 
 
@@ -289,9 +285,8 @@ def _relu_backward(node, indexes, grad_outputs):
     y, gy = node.get_retained_outputs()[0].array, grad_outputs[0].array
     if not _gradients_of((y, gy)):
         return NotImplemented
-    y = _in_memory(y)
-    out, gx = _empty_like(y)
-    _call('relu_gx', (out.size,), y, _in_memory(gy), out)
+    out, gx = _empty(*y.shape)
+    _call('relu_gx', (out.size,), _in_memory(y), _in_memory(gy), out)
     return _variables(indexes, (lambda: gx,))
 
 
@@ -306,7 +301,7 @@ def _max_pooling(node, inputs):
     if min(outs) < 1 or n * sides[0] * sides[1] >= 1 << 31:
         return NotImplemented
     node.retain_inputs((0,))
-    out, y = _empty_image(n, channels, *outs)
+    out, y = _empty(n, channels, *outs)
     node.pixels = np.empty(out.shape, np.int32)
     geometry = n, *sides, channels, *node.ksize, *node.stride, *node.pad
     _call('max_pooling', geometry, _channels_last(x), out, node.pixels)
@@ -321,7 +316,7 @@ def _max_pooling_backward(node, indexes, grad_outputs):
     if not _gradients_of((gy,)):
         node.forward_cpu((node.get_retained_inputs()[0].array,))  # sets Chainer's indexes
         return NotImplemented
-    out, gx = _empty_image(*shape)
+    out, gx = _empty(*shape)
     channels = shape[1]
     pixels_of_x, pixels = out.size // channels, gy.size // channels
     _call('max_pooling_gx', (pixels_of_x, pixels, channels), _channels_last(gy), node.pixels, out)
@@ -346,7 +341,7 @@ def _average_backward(node, indexes, grad_outputs):
     gy, shape = grad_outputs[0].array, node.inputs[0].shape
     if node.axis != (2, 3) or node.keepdims or len(shape) != 4 or not _gradients_of((gy,)):
         return NotImplemented
-    out, gx = _empty_image(*shape)
+    out, gx = _empty(*shape)
     n, channels, height, width = shape
     _call('spread', (n, height * width, channels, node.multiplier), _packed(gy), out)
     return _variables(indexes, (lambda: gx,))

@@ -15,7 +15,7 @@
    vectors at once: `taps` runs of `len` products each. It is a sum of chains of fused multiply-adds
    from 0, because the error of one long chain is larger. A run is cut into pieces of up to 64
    products. A chain takes whole pieces, also of several runs, until it has 64 products or more.
-   `valid` of the columns exist. */
+   `valid` of the columns exist. The caches fetch the lines of c meanwhile. */
 #undef PRODUCT
 #define PRODUCT(F, HEIGHT, WIDTH)                                                           \
     INLINE void NAME(F)(const float *const *a, int64_t taps, int64_t tap, int64_t len,      \
@@ -189,7 +189,7 @@ static void NAME(pack_weights)(int64_t C, int64_t K, int64_t taps, const float *
                                float *B)
 {
     const int64_t pitch = COLUMNS + 16, row = C * taps;
-    float copy[2 * VL * (COLUMNS + 16)] = {0};
+    float copy[2 * VL * (COLUMNS + 16)];
     for (int64_t f = 0; f < K; f += width, w += width * row, B += row * width) {
         const int64_t valid = K - f < width ? K - f : width;
         if (valid < width)
@@ -358,12 +358,13 @@ int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
     const int64_t height = two ? GTILE2 : GTILE1, width = two ? 2 * VL : VL;
     const int64_t line = round_up(row, width), a_size = height * PIXELS, b_size = width * PIXELS;
     const int64_t size = K * ky * line, pixels = N * Hp * Wp * C;
+    const int in_place = ky * kx == 1 && line == row;
+    const int64_t own = in_place ? 0 : size;
     void *memory;
-    float *A = allocate(a_size + b_size + size + (padded ? pixels + width : 0), &memory);
+    float *A = allocate(a_size + b_size + own + (padded ? pixels + width : 0), &memory);
     if (!A)
         return 1;
-    const int in_place = ky * kx == 1 && line == row;
-    float *B = A + a_size, *G = in_place ? gw : B + b_size, *X = B + b_size + size;
+    float *B = A + a_size, *G = in_place ? gw : B + b_size, *X = B + b_size + own;
     if (padded) {
         NAME(pad)(N, H, W, C, py, py, px, px, x, X);
         memset(X + pixels, 0, width * sizeof *X);
