@@ -189,7 +189,7 @@ static void NAME(pack_weights)(int64_t C, int64_t K, int64_t taps, const float *
                                float *B)
 {
     const int64_t pitch = COLUMNS + 16, row = C * taps;
-    float copy[2 * VL * (COLUMNS + 16)];
+    float copy[2 * VL * (COLUMNS + 16)] = {0};
     for (int64_t f = 0; f < K; f += width, w += width * row, B += row * width) {
         const int64_t valid = K - f < width ? K - f : width;
         if (valid < width)
@@ -358,13 +358,12 @@ int NAME(convolution_gw)(GEOMETRY, const float *x, const float *gy, float *gw)
     const int64_t height = two ? GTILE2 : GTILE1, width = two ? 2 * VL : VL;
     const int64_t line = round_up(row, width), a_size = height * PIXELS, b_size = width * PIXELS;
     const int64_t size = K * ky * line, pixels = N * Hp * Wp * C;
-    const int in_place = ky * kx == 1 && line == row;
-    const int64_t own = in_place ? 0 : size;
     void *memory;
-    float *A = allocate(a_size + b_size + own + (padded ? pixels + width : 0), &memory);
+    float *A = allocate(a_size + b_size + size + (padded ? pixels + width : 0), &memory);
     if (!A)
         return 1;
-    float *B = A + a_size, *G = in_place ? gw : B + b_size, *X = B + b_size + own;
+    const int in_place = ky * kx == 1 && line == row;
+    float *B = A + a_size, *G = in_place ? gw : B + b_size, *X = B + b_size + size;
     if (padded) {
         NAME(pad)(N, H, W, C, py, py, px, px, x, X);
         memset(X + pixels, 0, width * sizeof *X);
