@@ -15,12 +15,12 @@ BLOCKS = {'res2': 3, 'res3': 4, 'res4': 6, 'res5': 3}
 STEMS = {'imagenet': (7, 2), 'cifar': (3, 1)}  # kernel size and stride of the first convolution
 
 
-def _convolution(n_in, n_out, ksize, stride, rng):
+def convolution(n_in, n_out, ksize, stride, rng):
     W = initializers.HeNormal(fan_option='fan_out', rng=rng)
     return L.Convolution2D(n_in, n_out, ksize, stride, pad=ksize // 2, nobias=True, initialW=W)
 
 
-def _batch_normalization(size, initial_gamma=1):
+def batch_normalization(size, initial_gamma=1):
     return L.BatchNormalization(size, decay=0, eps=1e-5, initial_gamma=initial_gamma)
 
 
@@ -36,15 +36,15 @@ class Bottleneck(chainer.Chain):
         super().__init__()
         self.projects = stride != 1 or in_channels != 4 * width
         with self.init_scope():
-            self.conv1 = _convolution(in_channels, width, 1, 1, rng)
-            self.bn1 = _batch_normalization(width)
-            self.conv2 = _convolution(width, width, 3, stride, rng)
-            self.bn2 = _batch_normalization(width)
-            self.conv3 = _convolution(width, 4 * width, 1, 1, rng)
-            self.bn3 = _batch_normalization(4 * width, initial_gamma=0)
+            self.conv1 = convolution(in_channels, width, 1, 1, rng)
+            self.bn1 = batch_normalization(width)
+            self.conv2 = convolution(width, width, 3, stride, rng)
+            self.bn2 = batch_normalization(width)
+            self.conv3 = convolution(width, 4 * width, 1, 1, rng)
+            self.bn3 = batch_normalization(4 * width, initial_gamma=0)
             if self.projects:
-                self.conv4 = _convolution(in_channels, 4 * width, 1, stride, rng)
-                self.bn4 = _batch_normalization(4 * width)
+                self.conv4 = convolution(in_channels, 4 * width, 1, stride, rng)
+                self.bn4 = batch_normalization(4 * width)
 
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)))
@@ -107,8 +107,8 @@ class ResNet50(chainer.Chain):
         rng = None if seed is None else np.random.RandomState(seed)
         self.stem = stem
         with self.init_scope():
-            self.conv1 = _convolution(3, width, *STEMS[stem], rng)
-            self.bn1 = _batch_normalization(width)
+            self.conv1 = convolution(3, width, *STEMS[stem], rng)
+            self.bn1 = batch_normalization(width)
             in_channels = width
             for name, n_blocks in BLOCKS.items():
                 # Not a Sequential, which numbers its links in another order than it calls them.

@@ -120,34 +120,13 @@ class Run:
         return all((self.folder / name).exists() for name in FILES)
 
     @property
-    def variant_options(self) -> list[str]:
-        variant = variants.VARIANTS[self.variant]
-        part = ['--part', variant.part] if variant.part else []
-        return [*part, *variants.COMMON.split(), *variant.options.split()]
-
-    @property
     def command(self) -> list[str]:
         """The words after ``python``. The command continues a run that was stopped."""
-        data = self.out / 'images'
-        where = {
-            '--train-root': data / 'train',
-            '--val-root': data / 'val',
-            '--manifests': data,
-            '--out': self.folder,
-        }
-        return [
-            *(
-                '-I',
-                '-m',
-                PROGRAM,
-                *self.variant_options,
-                '--seed',
-                str(self.seed),
-                '--resume',
-                'auto',
-            ),
-            *(str(s) for item in where.items() for s in item),
-        ]
+        words, data = variants.VARIANTS[self.variant].words, self.out / 'images'
+        roots = '--train-root', data / 'train', '--val-root', data / 'val'
+        where = *roots, '--manifests', data, '--out', self.folder
+        seed = '--seed', self.seed, '--resume', 'auto'
+        return ['-I', '-m', PROGRAM, *words, *map(str, (*seed, *where))]
 
     def log(self) -> list:
         """Returns Chainer's log, an entry per epoch. It is empty before the first epoch ends."""
@@ -223,7 +202,8 @@ class _Progress:
         if not ended and now < self._last + 60:
             return
         self._last = now
-        done, total = self._epochs(), variants.N_EPOCHS * len(self._runs)
+        done = self._epochs()
+        total = sum(variants.VARIANTS[run.variant].regime.epochs for run in self._runs)
         line = f'{done:,} of {total:,} epochs'
         if done > self._before:
             seconds = (now - self._start) / (done - self._before) * (total - done)
@@ -235,7 +215,7 @@ def plan(out: Path, n_seeds: int) -> list[Run]:
     """Returns all runs, in the order in which they are trained: the main variants come first."""
     return [
         Run(name, seed, out)
-        for group in (variants.MAIN, variants.OTHERS)
+        for group in variants.GROUPS
         for seed in range(n_seeds)
         for name in group
     ]
@@ -265,7 +245,7 @@ def _differing(run: Run) -> list[str]:
     from reproduce.job.options import parse  # imports Chainer, which takes a second
 
     part = variants.VARIANTS[run.variant].part
-    words = run.variant_options[2 if part else 0 :]
+    words = variants.VARIANTS[run.variant].words[2 if part else 0 :]
     expected, _ = parse([*words, '--seed', str(run.seed)], 1)
     found = run.read('settings.json')
     names = [
@@ -279,7 +259,8 @@ def _differing(run: Run) -> list[str]:
 def copy(run: Run, to: Run):
     """Copies the small files of a finished run to the folder of another.
 
-    The main variants' first seed has its model, too, for --evaluate.
+    The main variants' first seed has its model, too, for --evaluate. The second network's models
+    have 5 MB, and stay behind.
     """
     to.folder.mkdir(parents=True, exist_ok=True)
     names = [*FILES]
@@ -323,11 +304,12 @@ def write_results(found: dict, out: Path) -> str:
     }
     text = tables.all_tables(logs, first)
     (out / 'table.md').write_text(text + '\n')
-    main = {v: logs[v] for v in variants.MAIN if v in logs}
-    titles = {v: variants.VARIANTS[v].title for v in main}
-    if main:
-        figures.runs({titles[v]: list(main[v].values()) for v in main}, str(out))
-        figures.first_losses({titles[v]: list(first[v].values()) for v in main}, str(out))
+    for group, folder in ((variants.MAIN, out), (variants.MAIN_AGAIN, out / 'resnet10')):
+        titles = {v: variants.VARIANTS[v].title for v in group if v in logs}
+        if titles:
+            folder.mkdir(exist_ok=True)
+            figures.runs({titles[v]: list(logs[v].values()) for v in titles}, str(folder))
+            figures.first_losses({titles[v]: list(first[v].values()) for v in titles}, str(folder))
     return text
 
 

@@ -2,11 +2,13 @@
 
 A known mistake, an abrupt transition, another optimizer, and other sums of float16 gradients. They
 are for this study alone: each takes the place of a part of extensions/ in the process of one run.
+The second network takes the place of ResNet50.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import sys
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from extensions import exact_mpi, schedules
 from extensions.rmsprop_warmup import RMSpropWarmupRule
+from reproduce.studies.miniature.network import ResNet10
 
 LARS_TRUST = 0.01
 
@@ -146,12 +149,21 @@ def mean_divided_first(gradients: list) -> np.ndarray:
     return total
 
 
-_PARTS = {
-    'outside': ('extensions', 'RMSpropWarmup', OutsideMomentum),
-    'lars': ('extensions', 'RMSpropWarmup', Lars),
-    'abrupt': ('extensions', 'AlphaSGDSchedule', AbruptTransition),
-    'tree': ('extensions.half_precision', 'HalfPrecisionMpiCommunicator', TreeSum),
-    'divide-first': ('extensions.half_precision', 'HalfPrecisionMpiCommunicator', DivideFirst),
+# What takes the place, and the places: a module, and a name in it.
+_PARTS: dict[str, tuple[type, list[tuple[str, str]]]] = {
+    'outside': (OutsideMomentum, [('extensions', 'RMSpropWarmup')]),
+    'lars': (Lars, [('extensions', 'RMSpropWarmup')]),
+    'abrupt': (AbruptTransition, [('extensions', 'AlphaSGDSchedule')]),
+    'tree': (TreeSum, [('extensions.half_precision', 'HalfPrecisionMpiCommunicator')]),
+    'divide-first': (DivideFirst, [('extensions.half_precision', 'HalfPrecisionMpiCommunicator')]),
+    'resnet10': (
+        ResNet10,
+        [
+            ('reproduce.train', 'ResNet50'),
+            ('reproduce.job.preflight', 'ResNet50'),
+            ('reproduce.job.evaluation', 'ResNet50'),
+        ],
+    ),
 }
 NAMES = tuple(_PARTS)
 
@@ -167,10 +179,14 @@ def put(name: str):
     if not name:
         yield
         return
-    module, attribute, replacement = _PARTS[name]
-    original = getattr(sys.modules[module], attribute)
-    setattr(sys.modules[module], attribute, replacement)
+    replacement, places = _PARTS[name]
+    originals = [
+        getattr(importlib.import_module(module), attribute) for module, attribute in places
+    ]
+    for module, attribute in places:
+        setattr(sys.modules[module], attribute, replacement)
     try:
         yield
     finally:
-        setattr(sys.modules[module], attribute, original)
+        for (module, attribute), original in zip(places, originals):
+            setattr(sys.modules[module], attribute, original)

@@ -20,14 +20,14 @@ def all_tables(logs: dict, first_losses: dict) -> str:
         v: {seed: statistics.mean(losses) for seed, losses in seeds.items()}
         for v, seeds in first_losses.items()
     }
-    return '\n\n'.join(
-        (
-            results(logs, top1, first),
-            comparisons('main: top-1, points', top1, variants.MAIN_COMPARISONS, '.2f'),
-            comparisons('others: top-1, points', top1, variants.OTHER_COMPARISONS, '.2f'),
-            comparisons('loss, first 5 %', first, variants.EARLY_COMPARISONS, '.3f'),
-        )
+    families = (
+        ('main: top-1, points', top1, variants.MAIN_COMPARISONS, '.2f'),
+        ('others: top-1, points', top1, variants.OTHER_COMPARISONS, '.2f'),
+        ('loss, first 5 %', first, variants.EARLY_COMPARISONS, '.3f'),
+        ('ResNet-10: top-1, points', top1, variants.MAIN_AGAIN_COMPARISONS, '.2f'),
+        ('ResNet-10: loss, first 5 %', first, variants.EARLY_AGAIN_COMPARISONS, '.3f'),
     )
+    return '\n\n'.join((results(logs, top1, first), *(comparisons(*family) for family in families)))
 
 
 def results(logs: dict, top1: dict, first: dict) -> str:

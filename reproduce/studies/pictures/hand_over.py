@@ -41,7 +41,7 @@ def settings(variant, images: Path) -> Settings:
         variant (str): One of ``VARIANTS``.
         images (Path): CIFAR-10, as train/CLASS/* and val/CLASS/*.
     """
-    words = f'{variants.COMMON} {VARIANTS[variant].options} --seed {SEED}'.split()
+    words = f'{variants.FIRST.options} {VARIANTS[variant].options} --seed {SEED}'.split()
     roots = ['--train-root', str(images / 'train'), '--val-root', str(images / 'val')]
     return options.parse([*words, *roots], n_processes=1)[0]
 
@@ -62,7 +62,7 @@ class Recorder:
         self._countdown = countdown
 
     def __call__(self, trainer, batches):
-        epoch = trainer.updater.previous_epoch_detail * 90 / variants.N_EPOCHS
+        epoch = trainer.updater.previous_epoch_detail * 90 / variants.FIRST.epochs
         self.found['epoch'].append(rounded(epoch))
         self.found['loss'].append(rounded(np.mean(trainer.updater.losses[-1])))
         self._countdown()

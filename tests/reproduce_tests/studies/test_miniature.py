@@ -22,15 +22,19 @@ SMALL = """
 import sys
 from pathlib import Path
 from reproduce.studies.miniature import __main__ as miniature, variants
-variants.N_EPOCHS, variants.N_SEEDS = 2, 2
-variants.COMMON = (
-    '--preset smoke --width 2 --shallow --epochs 2 --local-batch-size 4 --loader serial'
-)
-variants.MAIN = {'x': variants.Variant('two', '--workers 2')}
-variants.OTHERS = {'y': variants.Variant('four', '--workers 4 --bn-decay 0.9', 'outside')}
-variants.VARIANTS = {**variants.MAIN, **variants.OTHERS}
+variants.N_SEEDS = 2
+class Tiny(variants.Regime):
+    options = '--preset smoke --width 2 --shallow --epochs 2 --local-batch-size 4 --loader serial'
+tiny = Tiny('', 2)
+variants.MAIN = {'x': variants.Variant('two', '--workers 2', '', tiny)}
+variants.OTHERS = {'y': variants.Variant('four', '--workers 4 --bn-decay 0.9', 'outside', tiny)}
+again = '--width 3 --stem cifar --workers 1'
+variants.MAIN_AGAIN = {'z': variants.Variant('again', again, 'resnet10', tiny)}
+variants.GROUPS = variants.MAIN, variants.OTHERS, variants.MAIN_AGAIN
+variants.VARIANTS = {**variants.MAIN, **variants.OTHERS, **variants.MAIN_AGAIN}
 variants.MAIN_COMPARISONS = (variants.Comparison('y', 'x', 'near'),)
 variants.OTHER_COMPARISONS = variants.EARLY_COMPARISONS = ()
+variants.MAIN_AGAIN_COMPARISONS = variants.EARLY_AGAIN_COMPARISONS = ()
 miniature.INCLUDED = Path('INCLUDED')
 miniature.main()
 """
@@ -87,14 +91,17 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
     second = start('--seeds', '2')
     output, _ = second.communicate(timeout=200)
     assert second.returncode == 0, output
-    assert re.search(r'^[1-3] of 4 runs are finished$', output, re.MULTILINE)
-    assert re.search(r'^\d of 8 epochs, \d+ s left; \w-seed\d is finished', output, re.MULTILINE)
+    assert re.search(r'^[1-3] of 6 runs are finished$', output, re.MULTILINE)
+    assert re.search(r'^\d+ of 12 epochs, \d+ s left; \w-seed\d is finished', output, re.MULTILINE)
     assert (tmp_path / 'x-seed0' / 'log').stat().st_mtime_ns == done  # not trained again
-    for name in ('runs.png', 'start.png'):
+    for name in ('runs.png', 'start.png', 'resnet10/runs.png', 'resnet10/start.png'):
         assert Image.open(tmp_path / name).size[0] > 1000
     lines = (tmp_path / 'table.md').read_text().splitlines()
-    rows = lines[2:4]
-    for row, (variant, title, workers) in zip(rows, (('x', 'two', 2), ('y', 'four', 4))):
+    rows = lines[2:5]
+    parts = {'x': '', 'y': 'outside', 'z': 'resnet10'}
+    for row, (variant, title, workers) in zip(
+        rows, (('x', 'two', 2), ('y', 'four', 4), ('z', 'again', 1))
+    ):
         runs = [tmp_path / f'{variant}-seed{seed}' for seed in (0, 1)]
         logs = [json.loads((run / 'log').read_text())[-1] for run in runs]
         top1 = [100 * log['validation/main/accuracy'] for log in logs]
@@ -105,7 +112,7 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
         assert mean == f'{statistics.mean(top1):.2f}'
         assert float(interval) == pytest.approx(half_width, rel=1e-3, abs=0.006)
         found = [json.loads((run / 'run.json').read_text()) for run in runs]
-        assert [run['part'] for run in found] == ['outside' if variant == 'y' else ''] * 2
+        assert [run['part'] for run in found] == [parts[variant]] * 2
         n_updates = json.loads((runs[0] / 'summary.json').read_text())['iterations']
         for run in found:
             assert len(run['first losses']) == max(1, round(0.05 * n_updates))
@@ -116,7 +123,7 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
         assert len(list((tmp_path / 'images' / 'train' / 'ship').iterdir())) == 16
     commands = (tmp_path / 'commands.txt').read_text().splitlines()
     assert [line.rpartition('/')[2] for line in commands] == [
-        f'{variant}-seed{seed}' for variant in 'xy' for seed in range(2)
+        f'{variant}-seed{seed}' for variant in 'xyz' for seed in range(2)
     ]  # the main variants first
     assert any(line.startswith('| y - x | near | 2 |') for line in lines)
 
@@ -149,7 +156,7 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
     third = start('--seeds', '2', program=program, out=out)
     output, _ = third.communicate(timeout=100)
     assert third.returncode == 0, output
-    assert '3 of 4 runs are finished' in output.splitlines()
+    assert '5 of 6 runs are finished' in output.splitlines()
     assert not (out / 'y-seed1' / 'output.txt').exists()
     assert (out / 'x-seed1' / 'output.txt').exists()
     for other in (
@@ -244,21 +251,22 @@ def test_the_variants_are_what_their_titles_say():
 
     settings = {}
     for name, variant in variants.VARIANTS.items():
-        settings[name], _ = parse([*variants.COMMON.split(), *variant.options.split()], 1)
-    assert settings['a'].total_batch_size == 64
-    assert {s.total_batch_size for name, s in settings.items() if name != 'a'} == {1024}
-    assert {s.epochs for s in settings.values()} == {variants.N_EPOCHS}
+        words = variant.words[2 if variant.part else 0 :]
+        settings[name], _ = parse(words, 1)
+        assert settings[name].epochs == variant.regime.epochs
+        assert settings[name].total_batch_size == (64 if name in ('a', 'a2') else 1024)
     assert settings['d'].iterations(50_000) == 538 and settings['a'].iterations(50_000) == 8594
     differing = {}
     for name, own in settings.items():
+        other = settings['d2' if variants.VARIANTS[name].regime is variants.SECOND else 'd']
         differing[name] = {
-            key for key, value in own.identity.items() if value != settings['d'].identity[key]
+            key for key, value in own.identity.items() if value != other.identity[key]
         }
     expected = {
-        'a': 'workers lr_schedule alpha_form bn_decay',
-        'b c lars': 'lr_schedule alpha_form',
+        'a a2': 'workers lr_schedule alpha_form bn_decay',
+        'b b2 c c2 lars': 'lr_schedule alpha_form',
         's dc': 'alpha_form',
-        'd m ab': '',
+        'd d2 m ab': '',
         'e': 'bn_decay',
         'f': 'allreduce_grad_dtype',
         'r t df': 'accumulate',
@@ -268,21 +276,25 @@ def test_the_variants_are_what_their_titles_say():
     assert differing == {
         name: set(keys.split()) for names, keys in expected.items() for name in names.split()
     }
-    lr = {name: settings[name].lr(0) for name in 'abcd'}
-    assert lr == pytest.approx({'a': 0.1, 'b': 1.6, 'c': 0.4, 'd': 0.8}, rel=1e-12)
+    for again in ('', '2'):
+        lr = [settings[f'{name}{again}'].lr(0) for name in 'abcd']
+        assert lr == pytest.approx([0.1, 1.6, 0.4, 0.8], rel=1e-12)
     assert {name: v.part for name, v in variants.VARIANTS.items() if v.part} == {
         'm': 'outside',
         'ab': 'abrupt',
         't': 'tree',
         'df': 'divide-first',
         'lars': 'lars',
+        **dict.fromkeys(('a2', 'b2', 'c2', 'd2'), 'resnet10'),
     }
     planned = (
         *variants.MAIN_COMPARISONS,
         *variants.OTHER_COMPARISONS,
         *variants.EARLY_COMPARISONS,
+        *variants.MAIN_AGAIN_COMPARISONS,
+        *variants.EARLY_AGAIN_COMPARISONS,
     )
-    assert {c.variant for c in planned} == set(variants.VARIANTS) - {'a'}
+    assert {c.variant for c in planned} == set(variants.VARIANTS) - {'a', 'a2'}
     assert {c.expected for c in planned} == {'above', 'below', 'near'}
 
 
@@ -344,13 +356,14 @@ def test_the_published_tables_are_those_of_the_logs(root):
     assert (results / 'table.md').read_text() == text + '\n'
     commands = (results / 'commands.txt').read_text()
     for variant, runs in found.items():
-        n_updates = 8594 if variant == 'a' else 538
+        regime, batch = variants.VARIANTS[variant].regime, 64 if variant in ('a', 'a2') else 1024
+        n_updates = -(-50_000 * regime.epochs // batch)
         for seed, run in runs.items():
             assert miniature._differing(run) == []
             summary = run.read('summary.json')
             assert summary['top1'] == run.log()[-1]['validation/main/accuracy']
             assert (summary['iterations'], summary['validation_images']) == (n_updates, 10_000)
-            assert len(run.log()) == variants.N_EPOCHS
+            assert len(run.log()) == regime.epochs
             assert len(first[variant][seed]) == round(0.05 * n_updates)
             options = variants.VARIANTS[variant].options
             assert f'{options} --seed {seed} ' in commands
