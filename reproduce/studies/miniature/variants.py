@@ -29,7 +29,7 @@ class Regime:
 
 
 FIRST = Regime('--width 8 --stem imagenet --min-crop-area 0.6', 11)
-SECOND = Regime('--width 32 --stem cifar --min-crop-area 0.9 --weight-decay 0.0005', 14)
+SECOND = Regime('--width 32 --stem cifar --min-crop-area 0.9 --weight-decay 0.0005', 16)
 _LARGE = '--workers 32'  # x 32 images = 1,024
 _PRINTED = f'{_LARGE} --alpha-form printed'
 
