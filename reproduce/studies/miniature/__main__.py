@@ -5,7 +5,8 @@
 CIFAR10 is a folder with train/CLASS/* and val/CLASS/*. Every variant trains the same network for
 the same epochs on the same images, with several seeds. A run is one process, which plays all
 workers of the variant one after the other. As many runs train at a time as there are cores. The
-main variants come first, then one seed of all others, then the next. Runs that the project includes
+main variants come first, then one seed of all others, then the next. At last, four of the main
+variants train a second network, whose small batch reaches 80 %. Runs that the project includes
 (reproduce/results/miniature) are taken from there, and not trained again.
 
 Ctrl-C, or SIGTERM, stops the runs, each with a checkpoint. The same command continues them. The

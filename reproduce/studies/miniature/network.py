@@ -15,13 +15,14 @@ from reproduce.resnet50 import batch_normalization, convolution
 class BasicBlock(chainer.Chain):
     """Two 3x3 convolutions beside a shortcut (He et al., arXiv:1512.03385).
 
-    The first one has the stride. If the shape changes, the shortcut is a 1x1 convolution with that
-    stride, followed by BN. If not, the shortcut is the identity. ``bn2`` starts with gamma 0 (G).
+    The first one has the stride. If that is 1, channels are as many as before, and the shortcut is
+    the identity. If not, the shortcut is a 1x1 convolution with the stride, followed by BN. ``bn2``
+    starts with gamma 0 (G).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, rng=None):
         super().__init__()
-        self.projects = stride != 1 or in_channels != channels
+        self.projects = stride != 1
         with self.init_scope():
             self.conv1 = convolution(in_channels, channels, 3, stride, rng)
             self.bn1 = batch_normalization(channels)
