@@ -2,12 +2,12 @@
 
 ./run_mpi.sh miniature --images CIFAR10
 
-CIFAR10 is a folder with train/CLASS/* and val/CLASS/*. Every variant trains the same network for
+CIFAR10 is a folder with train/CLASS/* and val/CLASS/*. The variants train the same network for
 the same epochs on the same images, with several seeds. A run is one process, which plays all
 workers of the variant one after the other. As many runs train at a time as there are cores. The
 main variants come first, then one seed of all others, then the next. At last, four of the main
-variants train a second network, whose small batch reaches 80 %. Runs that the project includes
-(reproduce/results/miniature) are taken from there, and not trained again.
+variants are trained with a second network, whose small batch reaches 80 %. Runs that the project
+includes (reproduce/results/miniature) are taken from there, and not trained again.
 
 Ctrl-C, or SIGTERM, stops the runs, each with a checkpoint. The same command continues them. The
 folder --out gets tables (table.md), plots (runs.png, start.png) and the log of every run.

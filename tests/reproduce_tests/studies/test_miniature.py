@@ -126,6 +126,8 @@ def test_runs_tables_and_goes_on_after_an_interruption(start, tmp_path):
         f'{variant}-seed{seed}' for variant in 'xyz' for seed in range(2)
     ]  # the main variants first
     assert any(line.startswith('| y - x | near | 2 |') for line in lines)
+    for name, layer in (('x', 'res2/0/conv1/W'), ('z', 'res2/conv1/W')):  # ResNet50, ResNet10
+        assert layer in np.load(tmp_path / f'{name}-seed0' / 'model.npz')
 
     # The bits again, and other ones.
     again = start('--check', 'x-seed1', 'y-seed0')

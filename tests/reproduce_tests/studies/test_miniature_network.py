@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_definition(shape):
     assert (y.dtype, y.shape) == (np.float32, (shape[0], N_CLASSES))
     expected = logits(arrays, x.astype(np.float64))
     assert np.ptp(expected) > 1
-    # float32: 8 layers of some hundred additions each, whose values BN keeps near 1.
+    # float32: 10 layers of some hundred additions each, whose values BN keeps near 1.
     np.testing.assert_allclose(y.array, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
