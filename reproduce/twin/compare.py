@@ -46,7 +46,7 @@ from reproduce.job.command_line import Parser, reason
 from reproduce.job.plots import plt, save
 from reproduce.listing import DataError
 from reproduce.settings import InputError
-from reproduce.twin import records
+from reproduce.twin import processes, records
 from reproduce.twin import train as twin
 from reproduce.twin.resnet50 import chainer_names
 
@@ -388,7 +388,7 @@ def main(argv):
     if '--loader' not in given:
         words += ['--loader', 'serial']
     store = dist.HashStore()
-    dist.init_process_group('gloo', store=store, rank=0, world_size=1)
+    processes.init_process_group('gloo', store=store, rank=0, world_size=1)
     try:
         settings = records.parse(words, 1)
         result = run(settings, own.iterations, own.restart, own.out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
 import importlib.util
 import os
 import socket
@@ -45,6 +47,21 @@ def before_mpi():
     loader.start_forkserver(janitor.remove_after_end)
 
 
+def init_process_group(*words, **options):
+    """Calls torch.distributed's function of this name so that the group does not outlive its job.
+
+    Gloo's threads free tensors. One that does so while the interpreter ends aborts the process,
+    after all its work is done ("terminate called without an active exception"). The threads end
+    with the last reference to the group. Two would remain: the functions of
+    torch.distributed.nn.functional, which an optimizer imports, have as their default the group
+    of the time of the import; and DistributedDataParallel may be in a cycle.
+    """
+    import torch.distributed.nn.functional  # before there is a group
+
+    torch.distributed.init_process_group(*words, **options)
+    atexit.register(gc.collect)
+
+
 class TogetherError(Exception):
     """An error that all processes find at the same place."""
 
@@ -82,7 +99,7 @@ class Processes:
             self.device = torch.device('cuda', local_rank)
             torch.cuda.set_device(self.device)
         on_cpu = self.device.type == 'cpu'
-        dist.init_process_group('gloo' if on_cpu else 'cpu:gloo,cuda:nccl', **options)
+        init_process_group('gloo' if on_cpu else 'cpu:gloo,cuda:nccl', **options)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def allgather(self, value):

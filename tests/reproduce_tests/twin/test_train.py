@@ -105,6 +105,17 @@ def test_a_process_that_hangs_ends_the_job(image_folders, tmp_path, torchrun):
     assert 'error: rank 0' in done.stdout and 'imed out' in done.stdout, done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_no_thread_of_gloo_outlives_the_job(image_folders, tmp_path, torchrun):
+    """Else a process may abort at its end. Two workers on two processes are averaged by DDP."""
+    words = small(image_folders, tmp_path / 'out', '--workers', '2')
+    done = torchrun(2, PROGRAMS / 'threads_at_end.py', *words)
+    assert done.returncode == 0 and 'hook of DDP' in done.stdout, done.stdout
+    threads = re.findall(r'^threads: (.*)$', done.stdout, re.MULTILINE)
+    assert len(threads) == 2 and 'gloo' not in ''.join(threads), done.stdout
+
+
 def test_what_gpu_check_asks_of_the_twin(monkeypatch):
     """On a second CPU instead of a GPU."""
     assert right.twin(device='cpu') == {'loss': 0, 'gradient': 0}

@@ -4,11 +4,11 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from reproduce.twin import half_precision
+from reproduce.twin.processes import Processes
 
 
 def averaged(rank, state, hook):
@@ -25,10 +25,9 @@ def averaged(rank, state, hook):
     return torch.cat([model.a.grad, model.b.grad]).numpy()
 
 
-dist.init_process_group('gloo')
-rank = dist.get_rank()
+job = Processes(seconds=60)
 found = {
-    f'{hook.__name__}-{name}': averaged(rank, getattr(torch, name), hook)
+    f'{hook.__name__}-{name}': averaged(job.rank, getattr(torch, name), hook)
     for hook in (
         half_precision.exact_sum,
         half_precision.cast_sum_divide,
@@ -36,6 +35,6 @@ found = {
     )
     for name in ('float16', 'float32')
 }
-found['torch'] = averaged(rank, None, default_hooks.fp16_compress_hook)
-np.savez(f'{sys.argv[2]}{rank}.npz', **found)
-dist.destroy_process_group()
+found['torch'] = averaged(job.rank, None, default_hooks.fp16_compress_hook)
+np.savez(f'{sys.argv[2]}{job.rank}.npz', **found)
+job.close()

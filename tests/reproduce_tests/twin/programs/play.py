@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
+from reproduce.twin.processes import Processes
 from reproduce.twin.virtual_workers import VirtualWorkers
 
 
@@ -44,6 +44,6 @@ def both():
 
 
 if __name__ == '__main__':
-    dist.init_process_group('gloo')
-    np.savez(f'{sys.argv[1]}{dist.get_rank()}.npz', **both())
-    dist.destroy_process_group()
+    job = Processes(seconds=60)
+    np.savez(f'{sys.argv[1]}{job.rank}.npz', **both())
+    job.close()
