@@ -44,6 +44,6 @@ def both():
 
 
 if __name__ == '__main__':
-    job = Processes(seconds=60)
+    job = Processes(seconds=0)
     np.savez(f'{sys.argv[1]}{job.rank}.npz', **both())
     job.close()
